@@ -1,0 +1,1 @@
+"""Pretraining with a Bank of Values (arXiv 2606.02780) on Megatron-core."""

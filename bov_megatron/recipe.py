@@ -1,0 +1,450 @@
+"""The whole configuration of a run: dataclasses, loading, command-line overrides, validation.
+
+A recipe is a YAML file whose sections are the dataclasses below. `base:` names another recipe
+(relative to the file) to build on. Any field can be overridden as `section.field=value`.
+Imports nothing heavy: `plan` must start without torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+VALUE_SOURCES = (
+    "projection",
+    "bank",
+    "embedding_projection",
+    "first_layer",
+    "scaled_projection",
+    "projection_plus_first_layer",
+    "projection_plus_embedding",
+    "projection_plus_bank",
+    "gated_value_embedding",
+)
+TARGET_LAYERS = ("last_third", "every", "every_second", "second_half", "last_two_thirds")
+
+# What a value source is made of; every other file asks these sets instead of listing names again.
+SOURCES_WITH_TABLE = frozenset({"bank", "projection_plus_bank", "gated_value_embedding"})
+SOURCES_WITHOUT_PROJECTION = frozenset({"bank", "first_layer"})
+SOURCES_READING_FIRST_LAYER = frozenset({"first_layer", "projection_plus_first_layer"})
+SOURCES_READING_EMBEDDING = frozenset({"embedding_projection", "projection_plus_embedding"})
+SOURCES_WITH_TWO_COEFFICIENTS = frozenset(
+    {"projection_plus_first_layer", "projection_plus_embedding", "projection_plus_bank"}
+)
+SOURCES_WITHOUT_COEFFICIENT = frozenset({"projection", "gated_value_embedding"})
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run. The message names the field, the value found and the remedy."""
+
+
+@dataclass
+class ValueConfig:
+    """Where the target layers' attention values come from (PAPER: "Value sources")."""
+
+    source: str = "projection"
+    """One of VALUE_SOURCES."""
+    target_layers: str | list[int] = "last_third"
+    """One of TARGET_LAYERS, or explicit 0-based layer indices. Ignored for `projection`."""
+    coefficient: str = "learned"
+    """`learned`, or `fixed` (1 for a single source, 0.5 + 0.5 for a sum)."""
+    table: str = "per_layer"
+    """`per_layer`, or `shared`: one table for all target layers."""
+    table_partition: str = "vocab"
+    """How tensor-parallel ranks split a table: by `vocab` rows, as the embedding is, or by `head`."""
+    lookup: str = "reduce_scatter"
+    """Communication of a vocabulary-parallel lookup: `reduce_scatter`, `all_reduce` or `all_to_all`."""
+
+
+@dataclass
+class ModelConfig:
+    """The decoder of the paper (PAPER: "The transformer around it")."""
+
+    num_layers: int = 12
+    hidden_size: int = 768
+    num_attention_heads: int = 6
+    num_query_groups: int | None = None
+    """Key/value heads; `null` means one per attention head (no GQA)."""
+    head_dim: int | None = None
+    """`null` means hidden_size / num_attention_heads."""
+    ffn_hidden_size: int | None = None
+    """`null` means 4 * hidden_size."""
+    vocab_size: int = 32768
+    """True vocabulary size, special tokens included; padding for tensor parallelism is added apart."""
+    sequence_length: int = 2048
+    window_pattern: str = "SSSL"
+    """Tiled over layers, the last layer always L. L sees sequence_length, S a quarter of it rounded up to 128."""
+    rotary_base: float = 100000.0
+    logit_softcap: float = 15.0
+    qk_scale: float = 1.2
+    """Factor on q and on k after their per-head norm."""
+    core_attention: str = "auto"
+    """`auto` (sdpa on CPU; on GPU flash through SDPA, FlexAttention for windows), `sdpa`, `flex` or
+    `megatron` (Megatron's own local attention, for comparison)."""
+    value: ValueConfig = field(default_factory=ValueConfig)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def kv_channels(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of one token's values in a layer: the row length of a value table."""
+        return self.kv_heads * self.kv_channels
+
+    @property
+    def query_dim(self) -> int:
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    def windows(self) -> list[int]:
+        """Keys visible to the left of each layer's query, besides itself; length num_layers."""
+        short = -(-self.sequence_length // (4 * 128)) * 128
+        size = {"L": self.sequence_length, "S": short}
+        pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.num_layers)]
+        pattern[-1] = "L"
+        return [size[letter] for letter in pattern]
+
+    def target_layers(self) -> list[int]:
+        """0-based indices of the layers that take their values from `value.source`."""
+        if self.value.source == "projection":
+            return []
+        n, target = self.num_layers, self.value.target_layers
+        if not isinstance(target, str):
+            layers = list(target)
+        elif target == "every_second":
+            layers = [i for i in range(n) if i % 2 == (n - 1) % 2]
+        else:
+            first = {"last_third": 2 * n // 3, "second_half": n // 2, "last_two_thirds": n // 3, "every": 0}
+            layers = list(range(first[target], n))
+        if self.value.source in SOURCES_READING_FIRST_LAYER:
+            layers = [i for i in layers if i != 0]
+        return layers
+
+    def source_of(self, layer: int) -> str:
+        """The value source of one layer."""
+        return self.value.source if layer in self.target_layers() else "projection"
+
+    def has_value_projection(self, layer: int) -> bool:
+        return self.source_of(layer) not in SOURCES_WITHOUT_PROJECTION
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread over ranks. What is left of the world is data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state and main weights over data-parallel ranks."""
+    recompute: str = "none"
+    """Activation recomputation: `none`, `selective` (core attention) or `full` (every layer)."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+@dataclass
+class TrainConfig:
+    """How long and how precisely to train."""
+
+    micro_batch_size: int = 1
+    """Sequences per forward pass on one data-parallel rank."""
+    global_batch_size: int = 256
+    """Sequences per optimizer step, over all ranks."""
+    steps: int | None = None
+    """Optimizer steps; `null` means as many as `budget_flops` pays for."""
+    budget_flops: float | None = None
+    """Training FLOPs to spend (PAPER: "Numbers to reproduce"); used when `steps` is null."""
+    seed: int = 1234
+    precision: str = "bf16"
+    """`bf16` (fp32 main weights and gradients) or `fp32`."""
+    deterministic: bool = False
+    """Ask torch for deterministic kernels."""
+
+
+@dataclass
+class OptimizerConfig:
+    """Muon + AdamW (PAPER: "Optimisation"). Learning rates and decays are given at the reference batch and
+    width; `bov_megatron.optim.groups` scales them by the batch-size rule and by (hidden_size / 768)^-0.5."""
+
+    name: str = "muon"
+    """`muon` (Muon for block matrices, AdamW for the rest) or `adamw` (AdamW for everything)."""
+    matrix_lr: float = 0.02
+    embedding_lr: float = 0.3
+    output_lr: float = 0.008
+    table_lr: float = 0.15
+    coefficient_lr: float = 0.5
+    """gamma, and b: the coefficient of the source that is not the layer's own projection."""
+    projection_coefficient_lr: float = 0.005
+    """a: the coefficient of the layer's own projected values in a sum."""
+    smear_lr: float = 0.2
+    weight_decay: float = 0.28
+    """Muon's; follows a half cosine to 0."""
+    embedding_weight_decay: float = 0.001
+    output_weight_decay: float = 0.01
+    table_weight_decay: float = 0.01
+    projection_coefficient_weight_decay: float = 0.05
+    adamw_matrix_lr: float = 0.0006
+    """Block matrices when `name` is `adamw`."""
+    adamw_matrix_weight_decay: float = 0.1
+    adamw_matrix_betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-10
+    warmup_steps: int = 40
+    warmdown_ratio: float = 0.65
+    """Share of the steps over which the rate falls linearly to `final_lr_fraction`."""
+    final_lr_fraction: float = 0.05
+    momentum_start: float = 0.85
+    momentum_peak: float = 0.97
+    momentum_final: float = 0.90
+    momentum_warmup_steps: int = 400
+    muon_beta2: float = 0.9
+    newton_schulz_steps: int = 5
+    clip_grad: float = 0.0
+    """Maximum global gradient norm; 0 means no clipping."""
+    reference_batch_tokens: int | None = 524288
+    """Batch at which the rates above hold: every lr × sqrt(B / this), decay likewise. `null`: no scaling."""
+    reference_parameters: int | None = 110100480
+    """Matrix and output parameters at which the decays hold: decay × this / N, since the horizon grows with N.
+    `null`: no scaling."""
+
+
+@dataclass
+class StreamConfig:
+    """One prepared data set among several that are mixed."""
+
+    path: str = ""
+    """Folder written by tools/prepare_data.py, or the local cache of `remote`."""
+    remote: str | None = None
+    """Where the folder lives if not on this machine, e.g. s3://bucket/prefix."""
+    weight: float = 1.0
+    """Share of the training samples, relative to the other streams' weights."""
+
+
+@dataclass
+class DataConfig:
+    """Which tokens, in which order. The order is a function of these fields alone, never of the layout."""
+
+    path: str | None = None
+    """Folder written by tools/prepare_data.py. Shorthand for a single stream."""
+    remote: str | None = None
+    """Remote home of `path`, if it is a local cache."""
+    streams: list[StreamConfig] = field(default_factory=list)
+    """Several weighted data sets, instead of `path`."""
+    shuffle: bool = True
+    shuffle_seed: int = 9176
+    shuffle_block_size: int = 65536
+    """Samples among which order is random; a block spans whole shards."""
+    num_canonical_nodes: int = 1
+    """Parts of the data set that are read side by side, so that a node needs only some of the shards."""
+    num_workers: int = 1
+    prefetch_factor: int = 8
+
+
+@dataclass
+class ValidationConfig:
+    """Bits per byte on the held-out split."""
+
+    interval: int = 250
+    """Steps between validations; 0 means only at the end."""
+    tokens: int = 41_943_040
+    """Held-out tokens to score, at most."""
+    micro_batch_size: int | None = None
+    """`null` means train.micro_batch_size."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, and how much to keep."""
+
+    interval: int = 1000
+    """Steps between checkpoints; 0 means only at the end."""
+    keep_last: int = 3
+
+
+@dataclass
+class LoggingConfig:
+    """What is written down."""
+
+    interval: int = 1
+    """Steps between lines of metrics.jsonl."""
+    wandb: str = "offline"
+    """`offline`, `online` or `disabled`."""
+    wandb_project: str = "bov_megatron"
+    table_interval: int = 50
+    """Steps between statistics of the value tables (row norms, share of rows touched)."""
+    peak_flops: float | None = None
+    """Peak FLOP/s of one device for MFU; `null` means look the device up."""
+
+
+@dataclass
+class Recipe:
+    """A whole run."""
+
+    name: str = "unnamed"
+    output_dir: str = "runs/{name}"
+    """Run folder; `{name}` is replaced."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir.format(name=self.name))
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per optimizer step."""
+        return self.train.global_batch_size * self.model.sequence_length
+
+    def padded_vocab_size(self) -> int:
+        """Rows of embedding, output and tables as stored: a multiple every tensor-parallel rank can split."""
+        multiple = self.parallel.make_vocab_size_divisible_by * self.parallel.tensor_model_parallel_size
+        return -(-self.model.vocab_size // multiple) * multiple
+
+    def to_dict(self) -> dict:
+        """Plain, fully resolved form: what is stored with runs and checkpoints. `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict) -> Recipe:
+        recipe = _build(Recipe, values, "")
+        recipe.validate()
+        return recipe
+
+    def validate(self) -> None:
+        """Raise RecipeError at the first field that cannot work, whatever the world size."""
+        from bov_megatron.recipe_checks import check_recipe
+
+        check_recipe(self)
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Data-parallel ranks in a world of this size; raises RecipeError where it doesn't divide."""
+        from bov_megatron.recipe_checks import check_world_size
+
+        return check_world_size(self, world_size)
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, its bases and `section.field=value` overrides; return it validated."""
+    values = _read_with_bases(Path(path), ())
+    for override in overrides:
+        _apply_override(values, override)
+    values.setdefault("name", Path(path).stem)
+    return Recipe.from_dict(values)
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict:
+    path = path.resolve()
+    if path in seen:
+        raise RecipeError(f"base: {path.name} is its own base ({' -> '.join(p.name for p in (*seen, path))})")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        nearby = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise RecipeError(f"recipe {path} does not exist; in its folder: {', '.join(nearby) or 'nothing'}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path} must be a mapping of sections, found {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    values.setdefault("name", path.stem)
+    return _merge(_read_with_bases(path.parent / base, (*seen, path)), values)
+
+
+def _merge(base: dict, over: dict) -> dict:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _apply_override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override '{override}' is not of the form section.field=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"override '{override}': '{section}' is a value, not a section")
+    values[last] = yaml.safe_load(text) if text else None
+
+
+def _build(cls: type, values: typing.Any, where: str) -> typing.Any:
+    """Make dataclass `cls` from a mapping, refusing unknown keys and wrong types by name."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where.rstrip('.') or 'recipe'}: expected a mapping of fields, found {values!r}")
+    types_of = typing.get_type_hints(cls)
+    for key in values:
+        if key not in types_of:
+            raise RecipeError(f"unknown field '{where}{key}'{_nearest(key, where, types_of)}")
+    return cls(**{key: _convert(types_of[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def _nearest(key: str, where: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{where}{close[0]}'?"
+    return f"; {where.rstrip('.') or 'a recipe'} has: {', '.join(known)}"
+
+
+def _convert(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
+    """`value` as the annotated type, or a RecipeError that names the field."""
+    if dataclasses.is_dataclass(wanted):
+        return _build(wanted, value, where + ".")
+    if isinstance(wanted, types.UnionType):
+        options = typing.get_args(wanted)
+        if value is None and type(None) in options:
+            return None
+        for option in options:
+            if option is not type(None):
+                try:
+                    return _convert(option, value, where)
+                except RecipeError:
+                    continue
+        raise RecipeError(f"{where}={value!r}: expected {wanted}")
+    if typing.get_origin(wanted) is list:
+        if not isinstance(value, list):
+            raise RecipeError(f"{where}={value!r}: expected a list, e.g. {where}=[1,2]")
+        return [_convert(typing.get_args(wanted)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if wanted is float and isinstance(value, str):
+        try:  # YAML 1.1 reads 1e18 as a string
+            return float(value)
+        except ValueError:
+            pass
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if wanted is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
+        raise RecipeError(f"{where}={value!r}: expected {wanted.__name__}, found {type(value).__name__}")
+    return value
