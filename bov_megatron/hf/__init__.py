@@ -1,0 +1,1 @@
+"""The exported Hugging Face model (self-contained files) and the way there."""

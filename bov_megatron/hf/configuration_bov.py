@@ -1,0 +1,120 @@
+"""Configuration of an exported Bank-of-Values model. Ships with the checkpoint: imports only transformers."""
+
+from transformers import PretrainedConfig
+
+# What a target layer's values are made of (arXiv 2606.02780).
+SOURCES_WITH_TABLE = ("bank", "projection_plus_bank", "gated_value_embedding")
+SOURCES_WITHOUT_PROJECTION = ("bank", "first_layer")
+SOURCES_WITH_TWO_COEFFICIENTS = ("projection_plus_first_layer", "projection_plus_embedding", "projection_plus_bank")
+SOURCES_WITHOUT_COEFFICIENT = ("projection", "gated_value_embedding")
+VALUE_SOURCES = (
+    "projection",
+    "bank",
+    "embedding_projection",
+    "first_layer",
+    "scaled_projection",
+    "projection_plus_first_layer",
+    "projection_plus_embedding",
+    "projection_plus_bank",
+    "gated_value_embedding",
+)
+
+
+class BovConfig(PretrainedConfig):
+    """A decoder some of whose layers take their attention values from elsewhere than a projection.
+
+    Args:
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: as usual.
+        num_key_value_heads: key and value heads; `None` means one per attention head.
+        head_dim: `None` means hidden_size / num_attention_heads.
+        max_position_embeddings: sequence length of training.
+        windows: for each layer, how many keys to the left of a query it sees, besides the query's own;
+            `None` means max_position_embeddings in every layer.
+        value_source: one of VALUE_SOURCES; what the target layers use.
+        target_layers: 0-based layers that use `value_source`; all others project.
+        value_coefficient: `learned`, or `fixed` (1 for a single source, 0.5 + 0.5 for a sum).
+        value_table: `per_layer`, or `shared`: one table for all target layers.
+        rotary_base: base of the rotary frequencies.
+        logit_softcap: logits are `cap * tanh(logits / cap)`.
+        qk_scale: factor on q and on k after their per-head norm.
+    """
+
+    model_type = "bov"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size=32768,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        num_key_value_heads=None,
+        head_dim=None,
+        max_position_embeddings=2048,
+        windows=None,
+        value_source="projection",
+        target_layers=(),
+        value_coefficient="learned",
+        value_table="per_layer",
+        rotary_base=100000.0,
+        logit_softcap=15.0,
+        qk_scale=1.2,
+        use_cache=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.windows = list(windows) if windows is not None else [max_position_embeddings] * num_hidden_layers
+        self.value_source = value_source
+        self.target_layers = list(target_layers)
+        self.value_coefficient = value_coefficient
+        self.value_table = value_table
+        self.rotary_base = rotary_base
+        self.logit_softcap = logit_softcap
+        self.qk_scale = qk_scale
+        self.use_cache = use_cache
+        self._check()
+        super().__init__(
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+    def _check(self):
+        if self.value_source not in VALUE_SOURCES:
+            raise ValueError(f"value_source={self.value_source!r} is not one of {', '.join(VALUE_SOURCES)}")
+        if self.value_coefficient not in ("learned", "fixed"):
+            raise ValueError(f"value_coefficient={self.value_coefficient!r} is neither 'learned' nor 'fixed'")
+        if self.value_table not in ("per_layer", "shared"):
+            raise ValueError(f"value_table={self.value_table!r} is neither 'per_layer' nor 'shared'")
+        if len(self.windows) != self.num_hidden_layers:
+            raise ValueError(
+                f"windows has {len(self.windows)} entries; it needs one for each of the "
+                f"num_hidden_layers={self.num_hidden_layers} layers"
+            )
+        if outside := [layer for layer in self.target_layers if not 0 <= layer < self.num_hidden_layers]:
+            raise ValueError(f"target_layers={outside}: layers are 0 to {self.num_hidden_layers - 1}")
+        if "first_layer" in self.value_source and 0 in self.target_layers:
+            raise ValueError(f"target_layers contains 0, but value_source={self.value_source!r} reads layer 0's values")
+
+    def source_of(self, layer):
+        """The value source of one layer."""
+        return self.value_source if layer in self.target_layers else "projection"
+
+    @property
+    def has_shared_table(self):
+        """Whether one value table serves all target layers."""
+        return self.value_table == "shared" and self.value_source in SOURCES_WITH_TABLE and bool(self.target_layers)

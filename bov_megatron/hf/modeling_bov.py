@@ -1,0 +1,410 @@
+"""The exported Bank-of-Values decoder (arXiv 2606.02780). Ships with the checkpoint: imports only torch,
+transformers and its configuration.
+
+In target layers an attention value need not be projected from the residual stream; with `value_source="bank"` it is a
+row of a table, picked by the token's id. Such layers keep no values in the cache: ids are kept once for all of them.
+
+Shapes: B batch, S new positions, T positions seen so far (cached and new), C hidden size, H attention heads,
+G key/value heads, D head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_bov import (
+    SOURCES_WITH_TABLE,
+    SOURCES_WITH_TWO_COEFFICIENTS,
+    SOURCES_WITHOUT_COEFFICIENT,
+    SOURCES_WITHOUT_PROJECTION,
+    BovConfig,
+)
+
+SMEAR_CHANNELS = 24
+GATE_CHANNELS = 12
+
+
+def rms_norm(x):
+    """RMSNorm over the last dimension, without weight; eps is the machine epsilon of the dtype."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class BovCacheLayer(DynamicLayer):
+    """A cache layer whose values have a shape and dtype of their own, and may be zero wide."""
+
+    def lazy_initialization(self, key_states, value_states=None):
+        value_states = key_states if value_states is None else value_states
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[-1])
+        self.values = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
+        return self.keys, self.values
+
+
+class BovCache(DynamicCache):
+    """One layer per decoder layer, and a last one whose keys are the token ids, int32 `[B, 1, T, 1]`.
+
+    The ids give bank layers their values and the smear its previous token. As a layer like the others, they follow
+    when generation reorders beams, repeats rows or crops. Layers that look their values up hold values of width 0.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.layer_class_to_replicate = None
+        self.layers = [BovCacheLayer() for _ in range(config.num_hidden_layers + 1)]
+
+    def update_ids(self, ids_BS):
+        """Append ids; return all of them, `[B, T]`."""
+        keys = ids_BS.to(torch.int32)[:, None, :, None]
+        ids_B1T1, _ = self.layers[-1].update(keys, keys[..., :0])
+        return ids_B1T1[:, 0, :, 0]
+
+
+class BovSmear(nn.Module):
+    """Adds to each token a gated share of the one before it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(SMEAR_CHANNELS, 1, bias=False)
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_BSC, previous_BSC):
+        """`previous_BSC` is the un-smeared token to the left, zero where there is none."""
+        return x_BSC + self.scale * torch.sigmoid(self.gate(x_BSC[..., :SMEAR_CHANNELS])) * previous_BSC
+
+
+class BovAttention(nn.Module):
+    """Causal attention within a window; where its values come from depends on `source`."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.source = layer, config.source_of(layer)
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.qk_scale = config.head_dim, config.qk_scale
+        kv_dim = self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        if self.source not in SOURCES_WITHOUT_PROJECTION:
+            self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        if self.source in SOURCES_WITH_TABLE and config.value_table == "per_layer":
+            self.value_table = nn.Embedding(config.vocab_size, kv_dim)
+        if self.source == "gated_value_embedding":
+            self.value_gate = nn.Linear(GATE_CHANNELS, self.num_kv_heads, bias=False)
+        # A fixed coefficient is a plain number, and no parameter.
+        is_sum = self.source in SOURCES_WITH_TWO_COEFFICIENTS
+        self.source_coefficient = self.projection_coefficient = 0.5 if is_sum else 1.0
+        if config.value_coefficient == "learned" and self.source not in SOURCES_WITHOUT_COEFFICIENT:
+            del self.source_coefficient
+            self.source_coefficient = nn.Parameter(torch.zeros(1) if is_sum else torch.ones(1))
+            if is_sum:
+                del self.projection_coefficient
+                self.projection_coefficient = nn.Parameter(torch.ones(1))
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x_BSC, context, cache):
+        """`context` is the pass's BovContext. Returns `[B, S, C]`."""
+        q_BHSD = self._heads(self.q_proj(x_BSC), self.num_heads)
+        k_BGSD = self._heads(self.k_proj(x_BSC), self.num_kv_heads)
+        q_BHSD, k_BGSD = (rms_norm(context.rotate(x)) * self.qk_scale for x in (q_BHSD, k_BGSD))
+        v_BGSD = self._values_to_cache(x_BSC, context, k_BGSD)
+        k_BGTD, v_BGTD = (k_BGSD, v_BGSD) if cache is None else cache.update(k_BGSD, v_BGSD, self.layer)
+        if self.layer == 0:
+            context.first_values_BGTD = v_BGTD
+
+        start, mask, is_causal = context.mask(self.layer)
+        k_BGTD = k_BGTD[:, :, start:]
+        if self.source == "bank":
+            v_BGTD = self.source_coefficient * self._lookup(context.ids_BT[:, start:], context)
+        elif self.source == "first_layer":
+            v_BGTD = self.source_coefficient * context.first_values_BGTD[:, :, start:]
+        else:
+            v_BGTD = v_BGTD[:, :, start:]
+        y_BHSD = F.scaled_dot_product_attention(
+            q_BHSD, k_BGTD, v_BGTD, mask, is_causal=is_causal, enable_gqa=self.num_heads != self.num_kv_heads
+        )
+        return self.o_proj(y_BHSD.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BSK, num_heads):
+        return x_BSK.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
+
+    def _lookup(self, ids_BT, context):
+        table = context.shared_table or self.value_table
+        return self._heads(table(ids_BT), self.num_kv_heads)
+
+    def _values_to_cache(self, x_BSC, context, k_BGSD):
+        """The new positions' values; zero wide where they can be had again without the residual stream."""
+        source, a, b = self.source, self.projection_coefficient, self.source_coefficient
+        if source in SOURCES_WITHOUT_PROJECTION:
+            return k_BGSD[..., :0]
+
+        def project(x):
+            return self._heads(self.v_proj(x), self.num_kv_heads)
+
+        if source == "projection":
+            return project(x_BSC)
+        if source == "scaled_projection":
+            return b * project(x_BSC)
+        if source == "embedding_projection":
+            return b * project(rms_norm(context.x0_BSC))
+        if source == "projection_plus_embedding":
+            return a * project(x_BSC) + b * project(rms_norm(context.x0_BSC))
+        if source == "projection_plus_first_layer":
+            return a * project(x_BSC) + b * context.first_values_BGTD[:, :, -x_BSC.size(1) :]
+        e_BGSD = self._lookup(context.ids_BT[:, -x_BSC.size(1) :], context)
+        if source == "projection_plus_bank":
+            return a * project(x_BSC) + b * e_BGSD
+        gate_BSG = 3 * torch.sigmoid(self.value_gate(x_BSC[..., :GATE_CHANNELS]))  # gated_value_embedding
+        return project(x_BSC) + gate_BSG.transpose(1, 2)[..., None] * e_BGSD
+
+
+class BovMLP(nn.Module):
+    """Two matrices with a squared ReLU between them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BSC):
+        return self.down_proj(F.relu(self.up_proj(x_BSC)).square())
+
+
+class BovDecoderLayer(nn.Module):
+    """Attention, then MLP, each on the normalised residual stream."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.self_attn = BovAttention(config, layer)
+        self.mlp = BovMLP(config)
+
+    def forward(self, x_BSC, context, cache):
+        x_BSC = x_BSC + self.self_attn(rms_norm(x_BSC), context, cache)
+        return x_BSC + self.mlp(rms_norm(x_BSC))
+
+
+class BovContext:
+    """What all layers of one forward pass share: ids, x0, layer 0's values, rotary angles and masks."""
+
+    def __init__(self, config, ids_BT, position_ids_BS, attention_mask_BT, dtype):
+        self.ids_BT, self.windows = ids_BT, config.windows
+        self.num_new, self.attention_mask_BT = position_ids_BS.size(1), attention_mask_BT
+        self.x0_BSC = self.first_values_BGTD = self.shared_table = None
+        self._masks = {}
+        # Computed here rather than kept in a buffer, which loading on the meta device would lose.
+        steps = torch.arange(0, config.head_dim, 2, device=ids_BT.device, dtype=torch.float32)
+        angles = position_ids_BS[:, None, :, None].float() / config.rotary_base ** (steps / config.head_dim)
+        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)  # [B, 1, S, D/2]
+
+    def rotate(self, x_BHSD):
+        """Half-split rotary embedding, in the opposite sense to Llama's."""
+        x1, x2 = x_BHSD.chunk(2, dim=-1)
+        return torch.cat([x1 * self.cos + x2 * self.sin, x2 * self.cos - x1 * self.sin], dim=-1)
+
+    def mask(self, layer):
+        """`(start, mask, is_causal)` of a layer: keys before `start` are out of every query's window."""
+        window = self.windows[layer]
+        if window not in self._masks:
+            self._masks[window] = self._make_mask(window)
+        return self._masks[window]
+
+    def _make_mask(self, window):
+        new, total = self.num_new, self.ids_BT.size(1)
+        start = max(0, total - new - window)
+        padded = self.attention_mask_BT is not None and not bool(self.attention_mask_BT[:, start:].all())
+        if not padded and total - start <= window + 1:
+            if new == 1:
+                return start, None, False
+            if new == total:
+                return start, None, True
+        position = torch.arange(start, total, device=self.ids_BT.device)
+        distance = position[-new:, None] - position
+        visible = ((distance >= 0) & (distance <= window))[None, None]
+        if padded:
+            # A padded position sees itself, so that no row of the softmax is empty; nobody else sees it.
+            visible = visible & self.attention_mask_BT[:, None, None, start:].bool() | (distance == 0)
+        return start, visible, False
+
+
+class BovPreTrainedModel(PreTrainedModel):
+    """Initial weights as in arXiv 2606.02780, except that tables start uniform rather than from the embedding."""
+
+    config_class = BovConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["BovDecoderLayer"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        bound = (3 / self.config.hidden_size) ** 0.5
+        if isinstance(module, BovAttention):
+            for name in ("q_proj", "k_proj", "v_proj", "value_table"):
+                if hasattr(module, name):
+                    getattr(module, name).weight.uniform_(-bound, bound)
+            if hasattr(module, "value_gate"):
+                module.value_gate.weight.uniform_(0, 0.02)
+            module.o_proj.weight.zero_()
+            if isinstance(module.source_coefficient, nn.Parameter):
+                module.source_coefficient.fill_(0.0 if module.source in SOURCES_WITH_TWO_COEFFICIENTS else 1.0)
+            if isinstance(module.projection_coefficient, nn.Parameter):
+                module.projection_coefficient.fill_(1.0)
+        elif isinstance(module, BovMLP):
+            module.up_proj.weight.uniform_(-0.4 * bound, 0.4 * bound)
+            module.down_proj.weight.zero_()
+        elif isinstance(module, BovSmear):
+            module.scale.zero_()
+        elif isinstance(module, BovModel):
+            module.embed_tokens.weight.normal_(0, 0.8)
+            if module.value_table is not None:
+                module.value_table.weight.uniform_(-bound, bound)
+        elif isinstance(module, BovForCausalLM):
+            module.lm_head.weight.normal_(0, 0.001)
+
+
+class BovModel(BovPreTrainedModel):
+    """The decoder without its output matrix."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.smear = BovSmear(config)
+        self.value_table = None
+        if config.has_shared_table:
+            self.value_table = nn.Embedding(config.vocab_size, config.num_key_value_heads * config.head_dim)
+        self.layers = nn.ModuleList(BovDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=None,
+        output_hidden_states=None,
+        **kwargs,
+    ):
+        """`input_ids` `[B, S]`; `attention_mask` `[B, T]`, 0 on padding; returns the normalised last state."""
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            raise ValueError("BovModel needs input_ids: values are looked up by token id, inputs_embeds cannot work")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be [batch, positions], found shape {tuple(attention_mask.shape)}")
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        cache = self._cache(past_key_values, use_cache)
+        new = input_ids.size(1)
+        ids_BT = input_ids if cache is None else cache.update_ids(input_ids)
+        past = ids_BT.size(1) - new
+        if position_ids is None:
+            position_ids = _positions(ids_BT, attention_mask)[:, past:]
+
+        x_BSC = rms_norm(self.embed_tokens(input_ids))
+        x_BSC = self.smear(x_BSC, self._previous(x_BSC, ids_BT, attention_mask))
+        context = BovContext(self.config, ids_BT, position_ids, attention_mask, x_BSC.dtype)
+        context.x0_BSC, context.shared_table = x_BSC, self.value_table
+        states = [x_BSC]
+        for layer in self.layers:
+            x_BSC = layer(x_BSC, context, cache)
+            states.append(x_BSC)
+        x_BSC = rms_norm(x_BSC)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x_BSC,
+            past_key_values=cache,
+            hidden_states=(*states[:-1], x_BSC) if output_hidden_states else None,
+        )
+
+    def _cache(self, past_key_values, use_cache):
+        if past_key_values is None:
+            return BovCache(self.config) if use_cache else None
+        if not isinstance(past_key_values, BovCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}, but this model needs a BovCache, which keeps "
+                "token ids in place of values: pass none, and one is made"
+            )
+        return past_key_values
+
+    def _previous(self, x_BSC, ids_BT, attention_mask_BT):
+        """The un-smeared token to the left of each new one; zero at the start of a row, and after padding."""
+        past = ids_BT.size(1) - x_BSC.size(1)
+        before_BSC = torch.zeros_like(x_BSC[:, :1])
+        if past:
+            before_BSC = rms_norm(self.embed_tokens(ids_BT[:, past - 1 : past]))
+        previous_BSC = torch.cat([before_BSC, x_BSC[:, :-1]], dim=1)
+        if attention_mask_BT is not None:
+            is_token_BT = F.pad(attention_mask_BT, (1, 0))[:, past:-1]
+            previous_BSC = previous_BSC * is_token_BT[..., None].to(x_BSC.dtype)
+        return previous_BSC
+
+
+def _positions(ids_BT, attention_mask_BT):
+    """Positions of all tokens, `[B, T]`, counted from each row's first token that is not padding."""
+    if attention_mask_BT is None:
+        return torch.arange(ids_BT.size(1), device=ids_BT.device).expand_as(ids_BT)
+    if attention_mask_BT.shape != ids_BT.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask_BT.shape)}, but there are tokens of shape "
+            f"{tuple(ids_BT.shape)}, cached ones included: it must cover those too"
+        )
+    return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class BovForCausalLM(BovPreTrainedModel, GenerationMixin):
+    """The decoder with its output matrix and soft cap."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = BovModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        output_hidden_states=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """Logits are fp32, after the soft cap. `labels` `[B, S]` are shifted here; -100 is left out of the loss."""
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            inputs_embeds=kwargs.pop("inputs_embeds", None),
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        x_BSC = outputs.last_hidden_state[:, keep] if not isinstance(keep, int) else outputs.last_hidden_state
+        cap = self.config.logit_softcap
+        logits = cap * torch.tanh(self.lm_head(x_BSC).float() / cap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Generation's own cache would store ids as floats: give it this model's."""
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "dynamic_full"):
+            raise ValueError(
+                f"cache_implementation={kind!r} cannot work with this model: its cache keeps token ids in place of the "
+                "bank layers' values and grows with them. Leave cache_implementation out."
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = BovCache(self.config)
