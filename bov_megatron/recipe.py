@@ -8,13 +8,12 @@ Imports nothing heavy: `plan` must start without torch.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
+from bov_megatron import recipe_loading
+from bov_megatron.recipe_loading import RecipeError as RecipeError  # callers import it from here
 
 VALUE_SOURCES = (
     "projection",
@@ -40,10 +39,6 @@ SOURCES_WITH_TWO_COEFFICIENTS = frozenset(
 SOURCES_WITHOUT_COEFFICIENT = frozenset({"projection", "gated_value_embedding"})
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be run. The message names the field, the value found and the remedy."""
-
-
 @dataclass
 class ValueConfig:
     """Where the target layers' attention values come from (PAPER: "Value sources")."""
@@ -67,8 +62,11 @@ class ModelConfig:
     """The decoder of the paper (PAPER: "The transformer around it")."""
 
     num_layers: int = 12
+    """Decoder layers."""
     hidden_size: int = 768
+    """Width of the residual stream; at least 24 (smear reads that many channels)."""
     num_attention_heads: int = 6
+    """Query heads."""
     num_query_groups: int | None = None
     """Key/value heads; `null` means one per attention head (no GQA)."""
     head_dim: int | None = None
@@ -78,16 +76,20 @@ class ModelConfig:
     vocab_size: int = 32768
     """True vocabulary size, special tokens included; padding for tensor parallelism is added apart."""
     sequence_length: int = 2048
+    """Tokens per training sample, and what the windows are computed from."""
     window_pattern: str = "SSSL"
     """Tiled over layers, the last layer always L. L sees sequence_length, S a quarter of it rounded up to 128."""
     rotary_base: float = 100000.0
+    """Base of the rotary position embedding's frequencies."""
     logit_softcap: float = 15.0
+    """Logits become `c * tanh(logits / c)` with this c."""
     qk_scale: float = 1.2
     """Factor on q and on k after their per-head norm."""
     core_attention: str = "auto"
     """`auto` (sdpa on CPU; on GPU flash through SDPA, FlexAttention for windows), `sdpa`, `flex` or
     `megatron` (Megatron's own local attention, for comparison)."""
     value: ValueConfig = field(default_factory=ValueConfig)
+    """Where the target layers' values come from; the fields are in the section `model.value`."""
 
     @property
     def kv_heads(self) -> int:
@@ -147,9 +149,13 @@ class ParallelConfig:
     """How the model is spread over ranks. What is left of the world is data parallel."""
 
     tensor_model_parallel_size: int = 1
+    """Ranks among which heads, feed-forward width and vocabulary rows (tables included) are split."""
     pipeline_model_parallel_size: int = 1
+    """Pipeline stages; layers are split evenly among them."""
     context_parallel_size: int = 1
+    """Ranks among which a sequence is split; only 1 is supported yet."""
     sequence_parallel: bool = False
+    """Split the activations between tensor-parallel regions along the sequence; needs tensor parallelism."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state and main weights over data-parallel ranks."""
     recompute: str = "none"
@@ -175,6 +181,7 @@ class TrainConfig:
     budget_flops: float | None = None
     """Training FLOPs to spend (PAPER: "Numbers to reproduce"); used when `steps` is null."""
     seed: int = 1234
+    """Seed of the initial weights, which depend on it and on parameter names alone."""
     precision: str = "bf16"
     """`bf16` (fp32 main weights and gradients) or `fp32`."""
     deterministic: bool = False
@@ -189,35 +196,55 @@ class OptimizerConfig:
     name: str = "muon"
     """`muon` (Muon for block matrices, AdamW for the rest) or `adamw` (AdamW for everything)."""
     matrix_lr: float = 0.02
+    """Block matrices (q, k, v, attention output, feed-forward, gate) under Muon."""
     embedding_lr: float = 0.3
+    """Token embedding; also × (hidden_size / 768)^-0.5."""
     output_lr: float = 0.008
+    """Output matrix; also × (hidden_size / 768)^-0.5."""
     table_lr: float = 0.15
+    """Value tables; also × (hidden_size / 768)^-0.5."""
     coefficient_lr: float = 0.5
     """gamma, and b: the coefficient of the source that is not the layer's own projection."""
     projection_coefficient_lr: float = 0.005
     """a: the coefficient of the layer's own projected values in a sum."""
     smear_lr: float = 0.2
+    """The smear's gate and scale."""
     weight_decay: float = 0.28
     """Muon's; follows a half cosine to 0."""
     embedding_weight_decay: float = 0.001
+    """Token embedding."""
     output_weight_decay: float = 0.01
+    """Output matrix."""
     table_weight_decay: float = 0.01
+    """Value tables."""
     projection_coefficient_weight_decay: float = 0.05
+    """a, the coefficient of the layer's own projected values in a sum."""
     adamw_matrix_lr: float = 0.0006
     """Block matrices when `name` is `adamw`."""
     adamw_matrix_weight_decay: float = 0.1
+    """Block matrices when `name` is `adamw`."""
     adamw_matrix_betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Two numbers; block matrices when `name` is `adamw`."""
     eps: float = 1e-10
+    """AdamW's epsilon."""
     warmup_steps: int = 40
+    """Steps over which the rate rises linearly from 0."""
     warmdown_ratio: float = 0.65
     """Share of the steps over which the rate falls linearly to `final_lr_fraction`."""
     final_lr_fraction: float = 0.05
+    """Share of the peak rate that is left at the last step."""
     momentum_start: float = 0.85
+    """Muon's momentum at step 0."""
     momentum_peak: float = 0.97
+    """Muon's momentum after `momentum_warmup_steps`."""
     momentum_final: float = 0.90
+    """Muon's momentum at the last step; it falls to this over the warmdown."""
     momentum_warmup_steps: int = 400
+    """Steps over which Muon's momentum rises from start to peak."""
     muon_beta2: float = 0.9
+    """Decay of the running row or column variance that normalises Muon's update (arXiv 2510.05491)."""
     newton_schulz_steps: int = 5
+    """Orthogonalisation steps of Muon (Polar Express, arXiv 2505.16932)."""
     clip_grad: float = 0.0
     """Maximum global gradient norm; 0 means no clipping."""
     reference_batch_tokens: int | None = 524288
@@ -250,13 +277,17 @@ class DataConfig:
     streams: list[StreamConfig] = field(default_factory=list)
     """Several weighted data sets, instead of `path`."""
     shuffle: bool = True
+    """Whether training samples are shuffled."""
     shuffle_seed: int = 9176
+    """Seed of the sample order; independent of `train.seed`."""
     shuffle_block_size: int = 65536
     """Samples among which order is random; a block spans whole shards."""
     num_canonical_nodes: int = 1
     """Parts of the data set that are read side by side, so that a node needs only some of the shards."""
     num_workers: int = 1
+    """Processes that read ahead on each rank; 0 reads in the training process."""
     prefetch_factor: int = 8
+    """Batches that each worker reads ahead."""
 
 
 @dataclass
@@ -278,6 +309,7 @@ class CheckpointConfig:
     interval: int = 1000
     """Steps between checkpoints; 0 means only at the end."""
     keep_last: int = 3
+    """Checkpoints kept; older ones are deleted."""
 
 
 @dataclass
@@ -289,6 +321,7 @@ class LoggingConfig:
     wandb: str = "offline"
     """`offline`, `online` or `disabled`."""
     wandb_project: str = "bov_megatron"
+    """Project that the run is logged to."""
     table_interval: int = 50
     """Steps between statistics of the value tables (row norms, share of rows touched)."""
     peak_flops: float | None = None
@@ -300,8 +333,9 @@ class Recipe:
     """A whole run."""
 
     name: str = "unnamed"
+    """Name of the run; the recipe file's name unless given."""
     output_dir: str = "runs/{name}"
-    """Run folder; `{name}` is replaced."""
+    """Run folder; `{name}` is replaced by the name."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -331,7 +365,7 @@ class Recipe:
 
     @staticmethod
     def from_dict(values: dict) -> Recipe:
-        recipe = _build(Recipe, values, "")
+        recipe = recipe_loading.build(Recipe, values)
         recipe.validate()
         return recipe
 
@@ -349,102 +383,11 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, its bases and `section.field=value` overrides; return it validated."""
-    values = _read_with_bases(Path(path), ())
-    for override in overrides:
-        _apply_override(values, override)
+    """Read a recipe file, its bases and `section.field=value` overrides; return it validated.
+
+    Raises RecipeError, whose message says which field, what was found and what to do.
+    """
+    values = recipe_loading.read_with_bases(path)
     values.setdefault("name", Path(path).stem)
+    recipe_loading.apply_overrides(values, overrides)
     return Recipe.from_dict(values)
-
-
-def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict:
-    path = path.resolve()
-    if path in seen:
-        raise RecipeError(f"base: {path.name} is its own base ({' -> '.join(p.name for p in (*seen, path))})")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        nearby = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise RecipeError(f"recipe {path} does not exist; in its folder: {', '.join(nearby) or 'nothing'}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"recipe {path} must be a mapping of sections, found {type(values).__name__}")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    values.setdefault("name", path.stem)
-    return _merge(_read_with_bases(path.parent / base, (*seen, path)), values)
-
-
-def _merge(base: dict, over: dict) -> dict:
-    merged = dict(base)
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _apply_override(values: dict, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override '{override}' is not of the form section.field=value")
-    *sections, last = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise RecipeError(f"override '{override}': '{section}' is a value, not a section")
-    values[last] = yaml.safe_load(text) if text else None
-
-
-def _build(cls: type, values: typing.Any, where: str) -> typing.Any:
-    """Make dataclass `cls` from a mapping, refusing unknown keys and wrong types by name."""
-    if not isinstance(values, dict):
-        raise RecipeError(f"{where.rstrip('.') or 'recipe'}: expected a mapping of fields, found {values!r}")
-    types_of = typing.get_type_hints(cls)
-    for key in values:
-        if key not in types_of:
-            raise RecipeError(f"unknown field '{where}{key}'{_nearest(key, where, types_of)}")
-    return cls(**{key: _convert(types_of[key], value, f"{where}{key}") for key, value in values.items()})
-
-
-def _nearest(key: str, where: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean '{where}{close[0]}'?"
-    return f"; {where.rstrip('.') or 'a recipe'} has: {', '.join(known)}"
-
-
-def _convert(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
-    """`value` as the annotated type, or a RecipeError that names the field."""
-    if dataclasses.is_dataclass(wanted):
-        return _build(wanted, value, where + ".")
-    if isinstance(wanted, types.UnionType):
-        options = typing.get_args(wanted)
-        if value is None and type(None) in options:
-            return None
-        for option in options:
-            if option is not type(None):
-                try:
-                    return _convert(option, value, where)
-                except RecipeError:
-                    continue
-        raise RecipeError(f"{where}={value!r}: expected {wanted}")
-    if typing.get_origin(wanted) is list:
-        if not isinstance(value, list):
-            raise RecipeError(f"{where}={value!r}: expected a list, e.g. {where}=[1,2]")
-        return [_convert(typing.get_args(wanted)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if wanted is float and isinstance(value, str):
-        try:  # YAML 1.1 reads 1e18 as a string
-            return float(value)
-        except ValueError:
-            pass
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if wanted is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
-        raise RecipeError(f"{where}={value!r}: expected {wanted.__name__}, found {type(value).__name__}")
-    return value
