@@ -1,0 +1,33 @@
+# Every target makes the environment first (.venv, from requirements*.txt), so each works on a fresh clone.
+#   make env PYTHON=/path/to/python3.12     another Python than the first fitting one
+#   make test ARGS="tests/model -x"         arguments for pytest; likewise for demo and bench
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+export BOV_VENV ?= $(CURDIR)/.venv
+PY = $(BOV_VENV)/bin/python
+ARGS ?=
+
+.PHONY: help env demo test lint format bench
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env:  ## create or update the virtual environment
+	@PYTHON="$(PYTHON)" tools/setup_env.sh
+
+demo: env  ## train BoV and baseline on this machine's text, export, evaluate, draw
+	$(PY) tools/demo.py $(ARGS)
+
+test: env  ## run the test suite
+	$(PY) -m pytest -q --durations=15 $(ARGS)
+
+lint: env  ## check style, without changing anything
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: env  ## apply the style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: env  ## measure this machine: training step, attention, loader, table lookups
+	$(PY) tools/bench.py $(ARGS)
