@@ -1,0 +1,146 @@
+"""Megatron self-attention that takes its values from a value source.
+
+Shapes: S sequence, B batch, H hidden, N this rank's query heads, G its query groups, D head dimension.
+Under sequence parallelism hidden states are `[S/T, B, H]`; queries, keys and values are whole sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.jit import jit_fuser
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from bov_megatron.model.norm import rms_norm
+from bov_megatron.model.value_sources import build_value_source
+
+
+@dataclass
+class Carried:
+    """What travels beside the hidden states, for the duration of one layer call (see value_sources.py)."""
+
+    tensor: Tensor | None
+
+
+class ValueSourceAttention(Attention):
+    """Self-attention: query and key from the residual stream, values from the layer's value source.
+
+    Mirrors megatron.core.transformer.attention.SelfAttention. `linear_qkv` holds query, key and (only where
+    the source needs `W_V · x`) value, interleaved by query group, as Megatron's does.
+
+    Args:
+        model: the recipe's model section.
+        source: this layer's value source.
+        vocab_size: padded vocabulary of the value tables.
+        keeps_values: whether this layer's values travel on to later layers (layer 0 of first-layer sources).
+    """
+
+    def __init__(
+        self,
+        config,
+        submodules,
+        layer_number,
+        model,
+        source,
+        vocab_size,
+        keeps_values=False,
+        attn_mask_type=AttnMaskType.causal,
+        cp_comm_type=None,
+        pg_collection=None,
+    ):
+        super().__init__(config, submodules, layer_number, attn_mask_type, "self", cp_comm_type, pg_collection)
+        self.model, self.keeps_values = model, keeps_values
+        self.value_source = build_value_source(
+            source, model, config.params_dtype, self.tp_group, vocab_size, config.sequence_parallel
+        )
+        dim, per_group = self.hidden_size_per_attention_head, model.num_attention_heads // model.kv_heads
+        self.split = (per_group * dim, dim) + ((dim,) if self.value_source.projects else ())
+        self.linear_qkv = self._column_parallel(submodules.linear_qkv, sum(self.split) * model.kv_heads)
+        if self.value_source.separate_projection:
+            self.linear_v = self._column_parallel(submodules.linear_qkv, self.kv_projection_size)
+
+    def _column_parallel(self, linear, output_size: int):
+        return linear(
+            self.config.hidden_size,
+            output_size,
+            config=self.config,
+            init_method=self.config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=self.tp_group,
+        )
+
+    def forward(
+        self, hidden_SBH: Tensor, attention_mask=None, key_value_states: Carried | None = None, rotary_pos_emb=None, **_
+    ) -> tuple[Tensor, None]:
+        """Attention output `[S, B, H]` (a chunk of it under sequence parallelism), and no bias.
+
+        Args:
+            key_value_states: what travels beside the hidden states; layer 0 of a first-layer source replaces
+                its tensor by its own values.
+            rotary_pos_emb: cosine and sine, `[2, S, 1, 1, D/2]`.
+        """
+        query, key, projected = self.get_query_key_value_tensors(hidden_SBH)
+        value = self.value_source(projected, hidden_SBH, key_value_states.tensor, self._project_values)
+        if self.keeps_values:
+            key_value_states.tensor = value
+        query = rotate_and_normalise(query, rotary_pos_emb, self.model.qk_scale)
+        key = rotate_and_normalise(key, rotary_pos_emb, self.model.qk_scale)
+        if self.checkpoint_core_attention and self.training:
+            mixed = tensor_parallel.checkpoint(self.core_attention, False, query, key, value, None)
+        else:
+            mixed = self.core_attention(query, key, value, None)
+        return self.linear_proj(mixed)
+
+    def get_query_key_value_tensors(self, hidden_SBH: Tensor, *_, **__) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Query `[S, B, N, D]`, key `[S, B, G, D]` and, where the value source needs it, projected value."""
+        mixed, _ = self.linear_qkv(hidden_SBH)
+        groups = mixed.unflatten(-1, (self.num_query_groups_per_partition, sum(self.split)))
+        query, key, *value = groups.split(self.split, dim=-1)
+        query = query.reshape(*query.shape[:2], -1, self.hidden_size_per_attention_head)
+        return query, key, value[0] if value else None
+
+    def _project_values(self, hidden_SBH: Tensor) -> Tensor:
+        values, _ = self.linear_v(hidden_SBH)
+        return values.unflatten(-1, (self.num_query_groups_per_partition, -1))
+
+
+@jit_fuser
+def rotate_and_normalise(x_SBND: Tensor, cos_sin: Tensor, scale: float) -> Tensor:
+    """Half-split rotary embedding, then RMSNorm per head, then `scale`.
+
+    The rotation sense is `y1 = x1·cos + x2·sin`, `y2 = -x1·sin + x2·cos`, opposite to the usual Llama code.
+    """
+    cos, sin = cos_sin[0].to(x_SBND.dtype), cos_sin[1].to(x_SBND.dtype)
+    first, second = x_SBND.chunk(2, dim=-1)
+    rotated = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+    return rms_norm(rotated) * scale
+
+
+def rotary_cos_sin(length: int, head_dim: int, base: float, device) -> Tensor:
+    """Cosine and sine of every position's angles in fp32, `[2, S, 1, 1, D/2]`."""
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), 1.0 / base ** (channels / head_dim))
+    return torch.stack((angles.cos(), angles.sin()))[:, :, None, None, :]
+
+
+class ValueSourceLayer(TransformerLayer):
+    """Megatron's transformer layer, handing `context` to self-attention instead of cross-attention."""
+
+    def _forward_attention(self, hidden_states, attention_mask=None, context=None, rotary_pos_emb=None, **_):
+        carried = Carried(context)
+        output, _ = self.self_attention(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            key_value_states=carried,
+            rotary_pos_emb=rotary_pos_emb,
+        )
+        return hidden_states + output, carried.tensor

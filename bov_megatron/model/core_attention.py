@@ -1,0 +1,121 @@
+"""Core attention with windows: scaled-dot-product attention instead of Megatron's matmul-softmax-matmul.
+
+A query at position i sees key j where `0 <= i - j <= window`.
+
+Shapes: S sequence, B batch, N this rank's query heads, G its query groups, D head dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+
+class SdpaCoreAttention(torch.nn.Module):
+    """torch's scaled_dot_product_attention; flash attention where torch has it for the device.
+
+    Full-causal layers take the causal kernel. Windowed layers attend block by block (see `windowed_sdpa`), or
+    through FlexAttention on a GPU.
+    """
+
+    def __init__(
+        self, config, layer_number, attn_mask_type, attention_type, window: int, kernel: str = "auto", **megatron_options
+    ):
+        super().__init__()
+        self.window = window
+        self.flex = kernel == "flex" or (kernel == "auto" and torch.cuda.is_available())
+
+    def forward(
+        self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask=None, **megatron_options
+    ) -> Tensor:
+        """Mixed values `[S, B, N·D]`. `attention_mask` is unused: causality and window are known."""
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+        length = query.size(2)
+        grouped = query.size(1) != key.size(1)
+        if self.window >= length - 1:
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        elif self.flex:
+            mixed = _flex_attention()(
+                query, key, value, block_mask=_flex_mask(self.window, length, query.device), enable_gqa=grouped
+            )
+        else:
+            mixed = windowed_sdpa(query, key, value, self.window)
+        return mixed.permute(2, 0, 1, 3).flatten(2)
+
+
+def windowed_sdpa(query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, window: int) -> Tensor:
+    """Exact causal window attention in blocks of `window` queries, each against its own and the previous block
+    of keys: work grows with S · 2·window instead of S². Returns `[B, N, S, D]`."""
+    batch, heads, length, dim = query_BNSD.shape
+    padding = -length % window
+    if padding:
+        query_BNSD, key_BGSD, value_BGSD = (F.pad(x, (0, 0, 0, padding)) for x in (query_BNSD, key_BGSD, value_BGSD))
+    blocks = (length + padding) // window
+
+    def with_previous_block(x: Tensor) -> Tensor:
+        previous = F.pad(x, (0, 0, window, 0))
+        return previous.unfold(2, 2 * window, window).transpose(-1, -2).transpose(1, 2).flatten(0, 1)
+
+    queries = query_BNSD.unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
+    mask = _block_mask(window, blocks, query_BNSD.device).repeat(batch, 1, 1, 1)
+    mixed = F.scaled_dot_product_attention(
+        queries,
+        with_previous_block(key_BGSD),
+        with_previous_block(value_BGSD),
+        attn_mask=mask,
+        enable_gqa=heads != key_BGSD.size(1),
+    )
+    mixed = mixed.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)
+    return mixed[:, :, :length]
+
+
+@functools.lru_cache(maxsize=8)
+def _block_mask(window: int, blocks: int, device: torch.device) -> Tensor:
+    """Visible keys of each block of queries, `[blocks, 1, window, 2·window]`: the first has no previous block."""
+    query = torch.arange(window, device=device).unsqueeze(1) + window
+    key = torch.arange(2 * window, device=device).unsqueeze(0)
+    visible = (key <= query) & (query - key <= window)
+    mask = visible.expand(blocks, 1, window, 2 * window).clone()
+    mask[0, :, :, :window] = False
+    return mask
+
+
+@functools.lru_cache(maxsize=1)
+def _flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if torch.cuda.is_available() else flex_attention
+
+
+@functools.lru_cache(maxsize=8)
+def _flex_mask(window: int, length: int, device: torch.device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(batch, head, query, key):
+        return (key <= query) & (query - key <= window)
+
+    return create_block_mask(visible, None, None, length, length, device=device)
+
+
+class MegatronCoreAttention(DotProductAttention):
+    """Megatron's own local attention with this layer's window, to compare with."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, window: int, kernel: str = "", **options):
+        super().__init__(config, layer_number, AttnMaskType.causal, attention_type, **options)
+        self.window = window
+
+    def forward(self, query, key, value, attention_mask=None, **options):
+        hidden = _hidden_keys(self.window, query.size(0), query.device)
+        return super().forward(query.contiguous(), key.contiguous(), value.contiguous(), hidden, **options)
+
+
+@functools.lru_cache(maxsize=8)
+def _hidden_keys(window: int, length: int, device: torch.device) -> Tensor:
+    """True where a key is out of sight, `[1, 1, S, S]`."""
+    distance = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)
+    return ((distance < 0) | (distance > window))[None, None]

@@ -1,0 +1,130 @@
+"""The paper's decoder on Megatron-core's GPTModel: smear, weightless norms, soft-capped logits, value sources.
+
+Shapes: B batch, S sequence, H hidden, V vocabulary (padded), T tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.jit import jit_fuser
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from torch import Tensor
+
+from bov_megatron.model.attention import rotary_cos_sin
+from bov_megatron.model.naming import tag_parameters
+from bov_megatron.model.norm import rms_norm
+from bov_megatron.model.spec import block_spec, transformer_config
+from bov_megatron.model.value_sources import new_table
+from bov_megatron.parameters import SMEAR_CHANNELS
+from bov_megatron.recipe import SOURCES_READING_EMBEDDING, SOURCES_WITH_TABLE, Recipe
+
+
+class Smear(torch.nn.Module):
+    """Mixes each token with the one before: `x[t] += scale · sigmoid(gate · x[t, :24]) · x[t-1]`, t ≥ 1.
+
+    Takes the whole sequence: it runs before sequence parallelism splits it, so no rank needs a neighbour's token.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        device = torch.cuda.current_device()
+        self.gate = torch.nn.Parameter(torch.empty(1, SMEAR_CHANNELS, dtype=dtype, device=device))
+        self.scale = torch.nn.Parameter(torch.empty(1, dtype=dtype, device=device))
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        gate = torch.sigmoid(F.linear(x_SBH[1:, :, :SMEAR_CHANNELS], self.gate))
+        return torch.cat((x_SBH[:1], x_SBH[1:] + self.scale * gate * x_SBH[:-1]))
+
+
+class BovModel(GPTModel):
+    """One pipeline stage of the decoder (or all of it).
+
+    Weights are uninitialised: call model.initialization.initialize_weights, or load a checkpoint.
+
+    Args:
+        recipe: the run; `recipe.model` says what to compute, `recipe.parallel` how it is laid out.
+        pre_process: whether this stage embeds tokens.
+        post_process: whether this stage makes logits.
+    """
+
+    def __init__(self, recipe: Recipe, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None):
+        config = transformer_config(recipe)
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block_spec(recipe, config, vp_stage),
+            vocab_size=recipe.padded_vocab_size(),
+            max_sequence_length=recipe.model.sequence_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            position_embedding_type="none",  # rotary angles come from rotary_cos_sin
+            scatter_embedding_sequence_parallel=False,  # smear needs whole sequences
+            vp_stage=vp_stage,
+        )
+        self.recipe = recipe
+        source = recipe.model.value.source
+        if pre_process:
+            self.smear = Smear(config.params_dtype)
+        shared = recipe.model.value.table == "shared" and source in SOURCES_WITH_TABLE
+        self.value_table = None
+        if shared:
+            self.value_table = new_table(recipe.model, config.params_dtype, self.pg_collection.tp, self.vocab_size)
+        tag_parameters(self)
+
+    def forward(self, ids_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """One micro-batch through this stage.
+
+        Args:
+            ids_BS: token ids, on every stage that hosts a bank, not only the first.
+            labels_BS: next tokens.
+
+        Returns:
+            Before the last stage: hidden states `[S, B, H]`. On the last: loss per token in nats `[B, S]`, or
+            without labels soft-capped fp32 logits of this rank's vocabulary `[B, S, V/T]`.
+        """
+        hidden = self._embed(ids_BS) if self.pre_process else None
+        model = self.recipe.model
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            context=self._carried(ids_BS, hidden),
+            rotary_pos_emb=rotary_cos_sin(ids_BS.size(1), model.kv_channels, model.rotary_base, ids_BS.device),
+        )
+        if not self.post_process:
+            return hidden
+        logits_SBV, _ = self.output_layer(hidden)
+        logits_SBV = self._hide_padding(soft_cap(logits_SBV, model.logit_softcap))
+        if labels_BS is None:
+            return logits_SBV.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels_BS, logits_SBV)
+
+    def _embed(self, ids_BS: Tensor) -> Tensor:
+        """The decoder's input x0, `[S, B, H]`, or this rank's chunk of it under sequence parallelism."""
+        x_SBH = self.smear(rms_norm(self.embedding(input_ids=ids_BS, position_ids=None)))
+        if self.config.sequence_parallel:
+            x_SBH = scatter_to_sequence_parallel_region(x_SBH, group=self.pg_collection.tp)
+        return x_SBH
+
+    def _carried(self, ids_BS: Tensor, x0: Tensor | None) -> Tensor | None:
+        """What travels beside the hidden states from the first layer on; see value_sources.py."""
+        source = self.recipe.model.value.source
+        if source in SOURCES_WITH_TABLE:
+            return ids_BS if self.value_table is None else self.value_table(ids_BS)
+        return x0 if source in SOURCES_READING_EMBEDDING else None
+
+    def _hide_padding(self, logits_SBV: Tensor) -> Tensor:
+        """Padding rows of the output matrix are no tokens: no probability, no gradient."""
+        first = parallel_state.get_tensor_model_parallel_rank() * logits_SBV.size(-1)
+        real = max(self.recipe.model.vocab_size - first, 0)
+        if real >= logits_SBV.size(-1):
+            return logits_SBV
+        padding = torch.arange(logits_SBV.size(-1), device=logits_SBV.device) >= real
+        return logits_SBV.masked_fill(padding, float("-inf"))
+
+
+@jit_fuser
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """`cap · tanh(logits / cap)` in fp32."""
+    return cap * torch.tanh(logits.float() / cap)

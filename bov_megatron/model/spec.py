@@ -1,0 +1,102 @@
+"""From a recipe to Megatron's configuration and layer specs."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from megatron.core.activations import squared_relu
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
+
+from bov_megatron.model.attention import ValueSourceAttention, ValueSourceLayer
+from bov_megatron.model.core_attention import MegatronCoreAttention, SdpaCoreAttention
+from bov_megatron.model.norm import WeightlessRMSNorm
+from bov_megatron.recipe import SOURCES_READING_FIRST_LAYER, ModelConfig, Recipe
+
+
+def transformer_config(recipe: Recipe) -> TransformerConfig:
+    """Megatron's configuration for the recipe's model and layout."""
+    model, layout = recipe.model, recipe.parallel
+    bf16 = recipe.train.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.kv_channels,
+        activation_func=squared_relu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        normalization="RMSNorm",
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=bf16,
+        deterministic_mode=recipe.train.deterministic,
+        recompute_granularity=None if layout.recompute == "none" else layout.recompute,
+        recompute_method="uniform" if layout.recompute == "full" else None,
+        recompute_num_layers=1 if layout.recompute == "full" else None,
+        perform_initialization=False,  # model/initialization.py does it, independent of the layout
+        use_cpu_initialization=not torch.cuda.is_available(),
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        persist_layer_norm=False,
+        cuda_graph_scope=[],  # the default warns that it is deprecated
+    )
+
+
+def block_spec(recipe: Recipe, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Specs of the layers that this rank's pipeline stage holds."""
+    first = get_transformer_layer_offset(config, vp_stage)
+    count = get_num_layers_to_build(config, vp_stage)
+    layers = [layer_spec(recipe.model, first + i, recipe.padded_vocab_size()) for i in range(count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WeightlessRMSNorm)
+
+
+def layer_spec(model: ModelConfig, layer: int, vocab_size: int) -> ModuleSpec:
+    """Spec of one layer (0-based) with its window and value source."""
+    attention = ModuleSpec(
+        module=ValueSourceAttention,
+        params={
+            "model": model,
+            "source": model.source_of(layer),
+            "vocab_size": vocab_size,
+            "keeps_values": layer == 0 and model.value.source in SOURCES_READING_FIRST_LAYER,
+        },
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=_core_attention(model, layer),
+            linear_proj=RowParallelLinear,
+        ),
+    )
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    return ModuleSpec(
+        module=ValueSourceLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=WeightlessRMSNorm,
+            self_attention=attention,
+            pre_mlp_layernorm=WeightlessRMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _core_attention(model: ModelConfig, layer: int):
+    cls = MegatronCoreAttention if model.core_attention == "megatron" else SdpaCoreAttention
+    return functools.partial(cls, window=model.windows()[layer], kernel=model.core_attention)

@@ -1,0 +1,58 @@
+"""Starting and ending the process groups of a run."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from bov_megatron.parallel import cpu
+from bov_megatron.recipe import Recipe
+
+
+def initialize(
+    recipe: Recipe, rank: int, world_size: int, local_rank: int = 0, init_method: str = "env://", timeout_minutes: int = 30
+) -> None:
+    """Join `world_size` ranks and build Megatron's groups for the recipe's layout.
+
+    Raises RecipeError where the layout doesn't divide the world. Seeds torch's generators by the recipe;
+    the model draws nothing from them (see model/initialization.py), Megatron's tracker insists on a seed.
+    """
+    recipe.data_parallel_size(world_size)
+    cpu.enable()
+    # Megatron overlaps the gradient's all-reduce with a matmul and relies on the order of launches.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Megatron-core 0.16.1 calls collectives under names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            cpu.backend(),
+            init_method=init_method,
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
+    layout = recipe.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    if recipe.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(recipe.train.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(recipe.train.seed)
+
+
+def shutdown() -> None:
+    """Leave all groups; a later `initialize` may build another layout."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
