@@ -1,0 +1,158 @@
+"""Memory of one rank and bytes of one checkpoint, from the recipe alone. docs/plan.md states the formulas.
+
+Shapes: b micro-batch, s sequence, d hidden size, t tensor-parallel size; elements are counted per rank.
+"""
+
+from __future__ import annotations
+
+from bov_megatron.parameters import ParameterSpec, parameter_specs
+from bov_megatron.recipe import SOURCES_READING_EMBEDDING, SOURCES_WITH_TABLE, Recipe
+
+MAIN_BYTES = 4
+"""fp32: main weights, main gradients, momentum and Adam's moments."""
+SPLIT_KINDS = frozenset({"matrix", "embedding", "output", "table"})
+"""Kinds that tensor parallelism splits; the others are copied on every rank."""
+VOCABULARY_KINDS = frozenset({"embedding", "output", "table"})
+"""Kinds with one row per token id, which are stored with padding rows."""
+
+
+def layers_of_stages(recipe: Recipe) -> list[range]:
+    """The 0-based layers that each pipeline stage holds."""
+    per_stage = recipe.model.num_layers // recipe.parallel.pipeline_model_parallel_size
+    return [range(first, first + per_stage) for first in range(0, recipe.model.num_layers, per_stage)]
+
+
+def memory_by_stage(recipe: Recipe, data_parallel_size: int) -> list[dict[str, int]]:
+    """Bytes on one rank of each pipeline stage at the peak of a step.
+
+    Keys: `weights`, `gradients`, `optimizer` (tables excluded), `tables` (all three of theirs), `activations` (kept for
+    backward, of all micro-batches in flight) and `logits`.
+    """
+    stages = layers_of_stages(recipe)
+    return [_stage_memory(recipe, stage, layers, data_parallel_size) for stage, layers in enumerate(stages)]
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Bytes of one checkpoint, the same for every layout up to padding rows: weights and optimizer state."""
+    weights, state = 0, 0
+    for spec in parameter_specs(recipe.model):
+        size = _stored_size(recipe, spec)
+        weights += size * weight_bytes(recipe)
+        state += size * optimizer_bytes(recipe, spec)
+    return weights + state
+
+
+def weight_bytes(recipe: Recipe) -> int:
+    """Bytes of one element of weights and activations."""
+    return 2 if recipe.train.precision == "bf16" else 4
+
+
+def optimizer_bytes(recipe: Recipe, spec: ParameterSpec) -> int:
+    """Optimizer bytes of one element: main weight (bf16 only), then momentum (Muon) or two moments (AdamW).
+
+    Muon's variance vector, one element per row or column, is left out: below a thousandth of the matrix.
+    """
+    main = MAIN_BYTES if recipe.train.precision == "bf16" else 0
+    muon = spec.kind == "matrix" and recipe.optimizer.name == "muon"
+    return main + MAIN_BYTES * (1 if muon else 2)
+
+
+def _stored_size(recipe: Recipe, spec: ParameterSpec) -> int:
+    """Elements as stored, padding rows included."""
+    rows_added = recipe.padded_vocab_size() - recipe.model.vocab_size if spec.kind in VOCABULARY_KINDS else 0
+    return spec.size + rows_added * spec.shape[-1]
+
+
+def _stage_memory(recipe: Recipe, stage: int, layers: range, data_parallel_size: int) -> dict[str, int]:
+    memory = dict.fromkeys(("weights", "gradients", "optimizer", "tables", "activations", "logits"), 0)
+    tensor, shards = recipe.parallel.tensor_model_parallel_size, 1
+    if recipe.parallel.use_distributed_optimizer:
+        shards = data_parallel_size
+    for spec in parameter_specs(recipe.model):
+        if not _is_on_stage(spec, stage, layers, recipe):
+            continue
+        size = _stored_size(recipe, spec) // (tensor if spec.kind in SPLIT_KINDS else 1)
+        parts = {
+            "weights": size * weight_bytes(recipe),
+            "gradients": size * MAIN_BYTES,
+            "optimizer": -(-size * optimizer_bytes(recipe, spec) // shards),
+        }
+        for part, count in parts.items():
+            memory["tables" if spec.kind == "table" else part] += count
+    memory["activations"] = _activations(recipe, stage, layers)
+    if stage == recipe.parallel.pipeline_model_parallel_size - 1:
+        memory["logits"] = _logits(recipe)
+    return memory
+
+
+def _is_on_stage(spec: ParameterSpec, stage: int, layers: range, recipe: Recipe) -> bool:
+    if spec.layer is not None:
+        return spec.layer in layers
+    if spec.kind == "output":
+        return stage == recipe.parallel.pipeline_model_parallel_size - 1
+    return stage == 0  # embedding, smear, and a shared table, which a pipeline refuses
+
+
+def _activations(recipe: Recipe, stage: int, layers: range) -> int:
+    """Bytes kept for backward by all micro-batches that a 1F1B schedule has in flight on this stage."""
+    parallel, train = recipe.parallel, recipe.train
+    in_flight = min(parallel.pipeline_model_parallel_size - stage, train.global_batch_size // train.micro_batch_size)
+    inside = [layer_activations(recipe, layer) for layer in layers]
+    if parallel.recompute == "full":
+        kept = len(layers) * _residual(recipe) + _carried(recipe)
+        one_layer = max(inside)
+    else:
+        kept, one_layer = sum(inside) + _carried(recipe), 0
+    if stage == 0:
+        kept += 3 * _tokens(recipe) * recipe.model.hidden_size * weight_bytes(recipe)  # embedded, normalised, smeared
+    return in_flight * kept + one_layer
+
+
+def layer_activations(recipe: Recipe, layer: int) -> int:
+    """Bytes that one layer keeps for the backward pass of one micro-batch, without recomputation of the layer.
+
+    Method of arXiv 2205.05198, for this decoder and attention that stores no score matrix.
+    """
+    m, tensor = recipe.model, recipe.parallel.tensor_model_parallel_size
+    query, kv = m.query_dim, m.kv_dim
+    split = 2 * (query + kv)  # q and k: before the norm, and as attention's inputs
+    split += kv + query  # v; attention's output, which its projection keeps
+    split += 2 * m.ffn_size  # relu(W_1 x) and its square
+    source = m.source_of(layer)
+    if source not in ("projection", "gated_value_embedding") and m.value.coefficient == "learned":
+        split += kv  # what the coefficient multiplies
+    if source == "gated_value_embedding":
+        split += kv  # the looked-up row that the gate multiplies
+    if source.startswith("projection_plus"):
+        split += kv  # the second addend
+    logsumexp = 0 if recipe.parallel.recompute == "selective" else 4 * m.num_attention_heads // tensor
+    per_token = split // tensor * weight_bytes(recipe) + logsumexp
+    return 4 * _residual(recipe) + _tokens(recipe) * per_token  # two residuals, two normalised inputs
+
+
+def _logits(recipe: Recipe) -> int:
+    """The logits as computed, and three fp32 tensors of their size: tanh, softmax, gradient."""
+    columns = recipe.padded_vocab_size() // recipe.parallel.tensor_model_parallel_size
+    return _tokens(recipe) * columns * (weight_bytes(recipe) + 3 * 4)
+
+
+def _carried(recipe: Recipe) -> int:
+    """Bytes of what travels beside the hidden states, once per micro-batch: x0, or a shared table's values."""
+    m = recipe.model
+    if m.value.source in SOURCES_READING_EMBEDDING:
+        return _residual(recipe)
+    if m.value.source in SOURCES_WITH_TABLE:
+        if m.value.table == "shared":
+            return _tokens(recipe) * m.kv_dim // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
+        return _tokens(recipe) * 8  # ids
+    return 0
+
+
+def _residual(recipe: Recipe) -> int:
+    """Bytes of one `[s, b, d]` tensor outside the tensor-parallel regions."""
+    split = recipe.parallel.tensor_model_parallel_size if recipe.parallel.sequence_parallel else 1
+    return _tokens(recipe) * recipe.model.hidden_size * weight_bytes(recipe) // split
+
+
+def _tokens(recipe: Recipe) -> int:
+    return recipe.train.micro_batch_size * recipe.model.sequence_length // recipe.parallel.context_parallel_size

@@ -1,0 +1,354 @@
+"""What a recipe must satisfy before anything is built. One function a topic; the first failure stops with a
+RecipeError that names the field, the value found and the remedy. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import string
+import typing
+
+from bov_megatron.parameters import SMEAR_CHANNELS
+from bov_megatron.recipe import (
+    SOURCES_READING_EMBEDDING,
+    SOURCES_READING_FIRST_LAYER,
+    SOURCES_WITH_TABLE,
+    TARGET_LAYERS,
+    VALUE_SOURCES,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+    TrainConfig,
+)
+from bov_megatron.recipe_loading import RecipeError, nearest
+
+COEFFICIENTS = ("learned", "fixed")
+TABLES = ("per_layer", "shared")
+TABLE_PARTITIONS = ("vocab", "head")
+LOOKUPS = ("reduce_scatter", "all_reduce", "all_to_all")
+CORE_ATTENTIONS = ("auto", "sdpa", "flex", "megatron")
+RECOMPUTES = ("none", "selective", "full")
+PRECISIONS = ("bf16", "fp32")
+OPTIMIZERS = ("muon", "adamw")
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise RecipeError at the first field that cannot work, whatever the world size."""
+    _check_naming(recipe)
+    _check_model_sizes(recipe.model)
+    _check_value(recipe.model)
+    _check_parallel_sizes(recipe.parallel)
+    _check_tensor_parallel(recipe.model, recipe.parallel)
+    _check_pipeline(recipe.model, recipe.parallel)
+    _check_sequence_split(recipe.model, recipe.parallel)
+    _check_train(recipe.train)
+    _check_optimizer(recipe.optimizer)
+    _check_data(recipe.data, recipe.train.global_batch_size)
+    _check_intervals(recipe)
+    _check_logging(recipe.logging)
+    _check_duration(recipe)
+
+
+def check_world_size(recipe: Recipe, world_size: int) -> int:
+    """Data-parallel ranks when the recipe runs on `world_size` ranks.
+
+    Raises RecipeError where the world cannot hold whole model copies or the batch does not divide.
+    """
+    p, train = recipe.parallel, recipe.train
+    model_parallel = p.model_parallel_size
+    if world_size < 1 or world_size % model_parallel:
+        raise RecipeError(
+            f"world size {world_size} is not a multiple of {model_parallel} (tensor {p.tensor_model_parallel_size} × "
+            f"pipeline {p.pipeline_model_parallel_size} × context {p.context_parallel_size}); start a multiple of "
+            f"{model_parallel} ranks, or change parallel.tensor_model_parallel_size or "
+            "parallel.pipeline_model_parallel_size"
+        )
+    data_parallel = world_size // model_parallel
+    per_pass = train.micro_batch_size * data_parallel
+    if train.global_batch_size % per_pass:
+        fitting = [m for m in _divisors(train.global_batch_size) if train.global_batch_size % (m * data_parallel) == 0]
+        remedy = (
+            f"train.micro_batch_size can be {', '.join(map(str, fitting))}"
+            if fitting
+            else f"train.global_batch_size must be a multiple of {data_parallel}"
+        )
+        raise RecipeError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
+            f"{train.micro_batch_size} × {data_parallel} data-parallel ranks = {per_pass}; {remedy}"
+        )
+    return data_parallel
+
+
+def _check_naming(recipe: Recipe) -> None:
+    if not recipe.name or recipe.name in (".", "..") or "/" in recipe.name or "\\" in recipe.name:
+        raise RecipeError(f"name={recipe.name!r}: must be usable as a folder name, without / or \\")
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(recipe.output_dir) if name is not None}
+    except ValueError as error:
+        raise RecipeError(f"output_dir={recipe.output_dir!r}: {error}; only {{name}} may stand in braces") from None
+    if not recipe.output_dir or fields - {"name"}:
+        raise RecipeError(f"output_dir={recipe.output_dir!r}: must be a path in which only {{name}} stands in braces")
+
+
+def _check_model_sizes(m: ModelConfig) -> None:
+    sizes = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "sequence_length")
+    optional = ("num_query_groups", "head_dim", "ffn_hidden_size")
+    for name in sizes + tuple(n for n in optional if getattr(m, n) is not None):
+        _at_least(f"model.{name}", getattr(m, name), 1)
+    for name in ("rotary_base", "logit_softcap", "qk_scale"):
+        _above_zero(f"model.{name}", getattr(m, name))
+    _at_least("model.hidden_size", m.hidden_size, SMEAR_CHANNELS, f"smear reads {SMEAR_CHANNELS} channels of a token")
+    if m.head_dim is None:
+        _divides(
+            ("model.hidden_size", m.hidden_size),
+            ("model.num_attention_heads", m.num_attention_heads),
+            "change one of them, or set model.head_dim",
+        )
+    if m.kv_channels % 2:
+        raise RecipeError(
+            f"model.head_dim={m.kv_channels}: must be even, rotary embedding turns pairs of channels; change "
+            "model.head_dim, model.hidden_size or model.num_attention_heads"
+        )
+    _divides(
+        ("model.num_attention_heads", m.num_attention_heads),
+        ("model.num_query_groups", m.kv_heads),
+        "each group serves equally many heads",
+    )
+    if not m.window_pattern or set(m.window_pattern) - set("SL"):
+        raise RecipeError(
+            f"model.window_pattern={m.window_pattern!r}: must be letters S (short window) and L (whole sequence), "
+            "e.g. SSSL; L alone means no windows"
+        )
+    _one_of("model.core_attention", m.core_attention, CORE_ATTENTIONS)
+
+
+def _check_value(m: ModelConfig) -> None:
+    v = m.value
+    _one_of("model.value.source", v.source, VALUE_SOURCES)
+    _one_of("model.value.coefficient", v.coefficient, COEFFICIENTS)
+    _one_of("model.value.table", v.table, TABLES)
+    _one_of("model.value.table_partition", v.table_partition, TABLE_PARTITIONS)
+    _one_of("model.value.lookup", v.lookup, LOOKUPS)
+    if isinstance(v.target_layers, str):
+        _one_of("model.value.target_layers", v.target_layers, TARGET_LAYERS, "or a list of 0-based layers")
+    else:
+        _check_explicit_targets(m)
+    if v.source != "projection" and not m.target_layers():
+        raise RecipeError(
+            f"model.value.target_layers={v.target_layers!r} selects no layer of {m.num_layers} for source "
+            f"'{v.source}'; select at least one, or use model.value.source=projection"
+        )
+
+
+def _check_explicit_targets(m: ModelConfig) -> None:
+    layers = m.value.target_layers
+    found = f"model.value.target_layers={layers}"
+    for layer in layers:
+        if not 0 <= layer < m.num_layers:
+            raise RecipeError(f"{found}: layer {layer} does not exist; layers are 0 to {m.num_layers - 1}")
+        if layers.count(layer) > 1:
+            raise RecipeError(f"{found}: layer {layer} is listed twice; list it once")
+    if 0 in layers and m.value.source in SOURCES_READING_FIRST_LAYER:
+        raise RecipeError(
+            f"{found}: layer 0 cannot be a target of source '{m.value.source}', which reads layer 0's own values; "
+            "leave 0 out"
+        )
+
+
+def _check_parallel_sizes(p: ParallelConfig) -> None:
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "make_vocab_size_divisible_by",
+    ):
+        _at_least(f"parallel.{name}", getattr(p, name), 1)
+    _one_of("parallel.recompute", p.recompute, RECOMPUTES)
+
+
+def _check_tensor_parallel(m: ModelConfig, p: ParallelConfig) -> None:
+    tp = ("parallel.tensor_model_parallel_size", p.tensor_model_parallel_size)
+    _divides(("model.num_attention_heads", m.num_attention_heads), tp, "each rank takes equally many heads")
+    _divides(
+        ("model.num_query_groups", m.kv_heads),
+        tp,
+        "each rank takes equally many key/value heads; fewer groups than ranks are not supported",
+    )
+    _divides(("model.ffn_hidden_size", m.ffn_size), tp, "each rank takes an equal share of the feed-forward width")
+
+
+def _check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
+    stages = p.pipeline_model_parallel_size
+    _divides(
+        ("model.num_layers", m.num_layers),
+        ("parallel.pipeline_model_parallel_size", stages),
+        "each stage takes equally many layers",
+    )
+    if stages == 1:
+        return
+    use_one = f"parallel.pipeline_model_parallel_size={stages}: use 1"
+    source = m.value.source
+    if source in SOURCES_READING_FIRST_LAYER or source in SOURCES_READING_EMBEDDING:
+        what = "layer 0's values" if source in SOURCES_READING_FIRST_LAYER else "the token embedding"
+        raise RecipeError(
+            f"model.value.source={source} reads {what}, which only the first pipeline stage has, and {use_one} (or a "
+            "source that needs token ids only, such as bank)"
+        )
+    if m.value.table == "shared" and source in SOURCES_WITH_TABLE:
+        raise RecipeError(
+            f"model.value.table=shared would put copies of one table on several stages whose gradients nobody sums, "
+            f"and {use_one} (or model.value.table=per_layer)"
+        )
+
+
+def _check_sequence_split(m: ModelConfig, p: ParallelConfig) -> None:
+    tp, cp = p.tensor_model_parallel_size, p.context_parallel_size
+    length = ("model.sequence_length", m.sequence_length)
+    if p.sequence_parallel:
+        if tp == 1:
+            raise RecipeError(
+                "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1, found 1: it splits "
+                "the sequence among tensor-parallel ranks; set parallel.sequence_parallel=false"
+            )
+        _divides(length, ("parallel.tensor_model_parallel_size", tp), "parallel.sequence_parallel splits the sequence")
+    if cp > 1:
+        if m.sequence_length % (2 * cp):
+            raise RecipeError(
+                f"model.sequence_length={m.sequence_length} is not a multiple of 2 × parallel.context_parallel_size="
+                f"{cp}; each rank takes two chunks. Use parallel.context_parallel_size=1"
+            )
+        raise RecipeError(f"parallel.context_parallel_size={cp} is not supported yet; use 1")
+
+
+def _check_train(t: TrainConfig) -> None:
+    _at_least("train.micro_batch_size", t.micro_batch_size, 1)
+    _at_least("train.global_batch_size", t.global_batch_size, 1)
+    _divides(
+        ("train.global_batch_size", t.global_batch_size),
+        ("train.micro_batch_size", t.micro_batch_size),
+        "a step is a whole number of micro-batches",
+    )
+    _one_of("train.precision", t.precision, PRECISIONS)
+    _at_least("train.seed", t.seed, 0)
+    if t.steps is not None:
+        _at_least("train.steps", t.steps, 1)
+    if t.budget_flops is not None:
+        _above_zero("train.budget_flops", t.budget_flops)
+    if t.steps is None and t.budget_flops is None:
+        raise RecipeError(
+            "train.steps and train.budget_flops are both null: the run has no end; set one, e.g. train.steps=1000"
+        )
+
+
+def _check_optimizer(o: OptimizerConfig) -> None:
+    _one_of("optimizer.name", o.name, OPTIMIZERS)
+    for name, value in vars(o).items():
+        if name.endswith(("_lr", "weight_decay")) or name in ("warmup_steps", "momentum_warmup_steps", "clip_grad"):
+            _at_least(f"optimizer.{name}", value, 0)
+    _above_zero("optimizer.eps", o.eps)
+    _at_least("optimizer.newton_schulz_steps", o.newton_schulz_steps, 1)
+    for name in ("warmdown_ratio", "final_lr_fraction"):
+        _within(f"optimizer.{name}", getattr(o, name), 1.0)
+    for name in ("momentum_start", "momentum_peak", "momentum_final", "muon_beta2"):
+        _within(f"optimizer.{name}", getattr(o, name), 1.0, open_end=True)
+    if len(o.adamw_matrix_betas) != 2:
+        raise RecipeError(f"optimizer.adamw_matrix_betas={o.adamw_matrix_betas}: must be two numbers, e.g. [0.9, 0.95]")
+    for beta in o.adamw_matrix_betas:
+        _within("optimizer.adamw_matrix_betas", beta, 1.0, open_end=True)
+    for name in ("reference_batch_tokens", "reference_parameters"):
+        if getattr(o, name) is not None:
+            _at_least(f"optimizer.{name}", getattr(o, name), 1, "null turns this scaling off")
+
+
+def _check_data(d: DataConfig, global_batch_size: int) -> None:
+    if d.path is not None and d.streams:
+        raise RecipeError(
+            f"data.path={d.path!r} and data.streams ({len(d.streams)}) are both set: data.path is short for a single "
+            "stream; set one of them to null or []"
+        )
+    if d.path == "":
+        raise RecipeError("data.path='': must name a folder; null means not set")
+    if d.remote is not None and d.path is None:
+        raise RecipeError(f"data.remote={d.remote!r} needs data.path, the local cache it is copied to")
+    paths = [stream.path for stream in d.streams]
+    for i, stream in enumerate(d.streams):
+        if not stream.path:
+            raise RecipeError(f"data.streams[{i}].path is empty: name a folder written by tools/prepare_data.py")
+        if paths.index(stream.path) != i:
+            raise RecipeError(f"data.streams[{i}].path={stream.path!r} is listed twice; give it one, larger weight")
+        _above_zero(f"data.streams[{i}].weight", stream.weight)
+    _at_least("data.shuffle_seed", d.shuffle_seed, 0)
+    for name in ("shuffle_block_size", "num_canonical_nodes", "prefetch_factor"):
+        _at_least(f"data.{name}", getattr(d, name), 1)
+    _at_least("data.num_workers", d.num_workers, 0)
+    _divides(
+        ("train.global_batch_size", global_batch_size),
+        ("data.num_canonical_nodes", d.num_canonical_nodes),
+        "each part of the data set gives a batch equally many samples",
+    )
+
+
+def _check_intervals(recipe: Recipe) -> None:
+    v = recipe.validation
+    _at_least("validation.interval", v.interval, 0)
+    _at_least("validation.tokens", v.tokens, recipe.model.sequence_length, "one sequence is the least to score")
+    if v.micro_batch_size is not None:
+        _at_least("validation.micro_batch_size", v.micro_batch_size, 1)
+    _at_least("checkpoint.interval", recipe.checkpoint.interval, 0)
+    _at_least("checkpoint.keep_last", recipe.checkpoint.keep_last, 1)
+
+
+def _check_logging(log: LoggingConfig) -> None:
+    _at_least("logging.interval", log.interval, 1)
+    _at_least("logging.table_interval", log.table_interval, 1)
+    _one_of("logging.wandb", log.wandb, WANDB_MODES)
+    if log.peak_flops is not None:
+        _above_zero("logging.peak_flops", log.peak_flops)
+
+
+def _check_duration(recipe: Recipe) -> None:
+    from bov_megatron.plan import flops_per_token, total_steps
+
+    if total_steps(recipe) < 1:
+        step = flops_per_token(recipe.model) * recipe.batch_tokens
+        raise RecipeError(
+            f"train.budget_flops={recipe.train.budget_flops:.3g} does not pay for one step ({step:.3g} FLOPs); raise "
+            "it, lower train.global_batch_size, or set train.steps"
+        )
+
+
+def _at_least(name: str, value: float, least: float, why: str = "") -> None:
+    if value < least:
+        raise RecipeError(f"{name}={value}: must be at least {least}" + (f" ({why})" if why else ""))
+
+
+def _above_zero(name: str, value: float) -> None:
+    if not value > 0:
+        raise RecipeError(f"{name}={value}: must be greater than 0")
+
+
+def _within(name: str, value: float, end: float, open_end: bool = False) -> None:
+    if not (0 <= value < end or (value == end and not open_end)):
+        raise RecipeError(f"{name}={value}: must lie between 0 and {end}" + (" (exclusive)" if open_end else ""))
+
+
+def _one_of(name: str, value: str, known: typing.Sequence[str], more: str = "") -> None:
+    if value not in known:
+        raise RecipeError(f"{name}={value!r} is unknown{nearest(value, known)}" + (f" {more}" if more else ""))
+
+
+def _divides(whole: tuple[str, int], part: tuple[str, int], why: str) -> None:
+    """Raise unless part's value divides whole's; the message offers the values of `part` that would."""
+    (name, size), (divisor_name, divisor) = whole, part
+    if size % divisor:
+        fitting = ", ".join(map(str, _divisors(size)[:12]))
+        raise RecipeError(
+            f"{name}={size} is not divisible by {divisor_name}={divisor}: {why}. {divisor_name} can be {fitting}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [i for i in range(1, number + 1) if number % i == 0]
