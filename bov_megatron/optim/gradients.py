@@ -1,0 +1,44 @@
+"""The global gradient norm, and clipping by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from bov_megatron.optim.managed_parameter import ManagedParameter
+from bov_megatron.optim.sharding import OptimizerProcessGroups, group_rank, group_size
+
+
+@torch.no_grad()
+def global_gradient_norm(parameters: Sequence[ManagedParameter], groups: OptimizerProcessGroups) -> float:
+    """L2 norm over every element of the model once, `nan` if any gradient is not finite.
+
+    Weights that tensor-parallel ranks replicate count on the first rank only. All ranks return the same number, bit
+    for bit, so that they decide alike: the last reduction, a maximum over data-parallel ranks, sees to it.
+    """
+    first = group_rank(groups.tensor) == 0
+    counted = [p.gradient() for p in parameters if (p.partition_dim >= 0 or first) and not p.counted_elsewhere]
+    device = parameters[0].parameter.device if parameters else torch.device("cpu")
+    squares = torch.nn.utils.get_total_norm(counted).to(device, torch.float64).square()
+    if group_size(groups.model) > 1:
+        dist.all_reduce(squares, group=groups.model)
+    finite = squares.isfinite()
+    verdict = torch.stack([torch.where(finite, squares, 0.0), (~finite).double()])
+    if group_size(groups.data) > 1:
+        dist.all_reduce(verdict, op=dist.ReduceOp.MAX, group=groups.data)
+    squares_value, not_finite = verdict.tolist()
+    return math.nan if not_finite else math.sqrt(squares_value)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[ManagedParameter], norm: float, maximum: float) -> None:
+    """Scale this rank's rows of every gradient, in place, such that the global norm is at most `maximum`."""
+    factor = maximum / (norm + 1e-6)
+    if factor >= 1:
+        return
+    mine = [p.gradient()[p.rows[0] : p.rows[1]] for p in parameters if p.main is not None]
+    if mine:
+        torch._foreach_mul_(mine, factor)

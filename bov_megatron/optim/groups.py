@@ -1,0 +1,51 @@
+"""Optimizer settings per parameter kind. Imports no torch.
+
+Rates and decays come from `plan.effective_rates`, which scales the recipe's by batch size and width; this adds which
+algorithm takes a kind, and AdamW's betas. Source: arXiv 2606.02780, "Optimisation", and its reference implementation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bov_megatron.parameters import KINDS
+from bov_megatron.plan import effective_rates
+from bov_megatron.recipe import Recipe
+
+BETAS = {
+    "embedding": (0.8, 0.995),
+    "table": (0.8, 0.995),
+    "output": (0.8, 0.96),
+    "coefficient": (0.96, 0.95),
+    "projection_coefficient": (0.8, 0.95),
+    "smear": (0.8, 0.95),
+}
+"""AdamW betas per kind; those of `matrix` are a recipe field, since only plain AdamW runs need them."""
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """Peak settings of all parameters of one kind; the schedules multiply `lr` (and Muon's `weight_decay`)."""
+
+    algorithm: str
+    """`muon` or `adamw`."""
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float] | None
+    """AdamW's. Muon has none: its momentum follows a schedule, its beta2 is `optimizer.muon_beta2`."""
+
+
+def group_settings(recipe: Recipe) -> dict[str, GroupSettings]:
+    """Settings of every kind in `parameters.KINDS`.
+
+    Muon takes `matrix`, and nothing but: a table is two-dimensional too, yet a lookup, not a linear map.
+    """
+    rates = effective_rates(recipe)
+    matrix_betas = (recipe.optimizer.adamw_matrix_betas[0], recipe.optimizer.adamw_matrix_betas[1])
+    settings = {}
+    for kind in KINDS:
+        by_muon = kind == "matrix" and recipe.optimizer.name == "muon"
+        betas = None if by_muon else BETAS.get(kind, matrix_betas)
+        algorithm = "muon" if by_muon else "adamw"
+        settings[kind] = GroupSettings(algorithm, rates[kind]["lr"], rates[kind]["weight_decay"], betas)
+    return settings

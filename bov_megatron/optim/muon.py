@@ -1,0 +1,103 @@
+"""Muon's update of one whole matrix, as pure functions. Nothing here knows about ranks.
+
+Steps, in the order of the reference: Nesterov momentum, orthogonalisation by Polar Express in bf16, NorMuon variance
+normalisation, cautious weight decay. Shapes: a matrix is `[R, C]` (rows = outputs, columns = inputs).
+
+Sources: Muon (kellerjordan.github.io/posts/muon); Polar Express, arXiv 2505.16932; NorMuon, arXiv 2510.05491;
+used together in arXiv 2606.02780. The published runs predate row equilibration and norm snapping ("MuonEq", "Muon+"),
+which later versions of their code base add: with either, the weights of the reference are not reproduced.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Quintic coefficients (a, b, c) of each Polar Express iteration: arXiv 2505.16932 for 5 iterations, safety factor
+# 2e-2, cushion 2. Later iterations repeat the last one.
+POLAR_EXPRESS_COEFFICIENTS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+NORM_MARGIN = 1.01
+"""Singular values start below 1 / this: iterations diverge above 1, and bf16 norms are rounded."""
+
+
+def nesterov(gradient: Tensor, momentum_buffer: Tensor, momentum: float) -> Tensor:
+    """Update `momentum_buffer` in place with `gradient`; return the look-ahead direction. Elementwise, any shape."""
+    momentum_buffer.lerp_(gradient, 1 - momentum)
+    return gradient.lerp(momentum_buffer, momentum)
+
+
+def polar_express(direction_RC: Tensor, steps: int = 5) -> Tensor:
+    """The orthogonal factor of a matrix, approximately: `[R, C]` -> `[R, C]` bf16, singular values near 1.
+
+    Iterates on the smaller Gram matrix. A zero matrix stays zero.
+    """
+    x_RC = direction_RC.bfloat16()
+    tall = x_RC.size(0) > x_RC.size(1)
+    x_RC = x_RC / (x_RC.norm() * NORM_MARGIN + 1e-6)
+    for i in range(steps):
+        a, b, c = POLAR_EXPRESS_COEFFICIENTS[min(i, len(POLAR_EXPRESS_COEFFICIENTS) - 1)]
+        gram = x_RC.mT @ x_RC if tall else x_RC @ x_RC.mT
+        polynomial = b * gram + c * (gram @ gram)
+        x_RC = a * x_RC + (x_RC @ polynomial if tall else polynomial @ x_RC)
+    return x_RC
+
+
+def second_moment_size(rows: int, columns: int) -> int:
+    """Length of a matrix's second-moment vector: one per row, or per column if the matrix is wider than tall."""
+    return max(rows, columns)
+
+
+def normalize_variance(update_RC: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
+    """NorMuon: even out the rows (columns, if wider than tall) of an orthogonalised update, keeping its norm.
+
+    `second_moment`, fp32 `[max(R, C)]`, is updated in place. Returns fp32 `[R, C]`.
+    """
+    rows, columns = update_RC.shape
+    along = 1 if rows >= columns else 0
+    update_RC = update_RC.float()
+    mean_square = update_RC.square().mean(dim=along)
+    second_moment.lerp_(mean_square, 1 - beta2)
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    # Both norms without the common factor sqrt(size of `along`), which cancels.
+    old_norm = mean_square.sum().sqrt()
+    new_norm = (mean_square * scale.square()).sum().sqrt()
+    scale = scale * (old_norm / new_norm.clamp_min(1e-10))
+    return update_RC * scale.unsqueeze(along)
+
+
+def shape_factor(rows: int, columns: int) -> float:
+    """Factor on the learning rate of an `[R, C]` matrix: tall matrices take longer steps."""
+    return max(1.0, rows / columns) ** 0.5
+
+
+def cautious_update_(weight: Tensor, update: Tensor, lr: float | Tensor, weight_decay: float) -> None:
+    """`weight -= lr * (update + weight_decay * weight)`, decaying only where `update` already shrinks the weight.
+
+    In place, elementwise, any shape; `lr` may be a tensor that broadcasts. Where the two disagree in sign the decay
+    would undo the update.
+    """
+    decay = torch.where(update * weight >= 0, weight, 0.0)
+    weight.sub_(lr * decay.mul_(weight_decay).add_(update))
+
+
+def split_fused(fused_RC: Tensor, split: tuple[int, ...]) -> list[Tensor]:
+    """The matrices inside a fused one whose rows are interleaved by query group, as in Megatron's `linear_qkv`.
+
+    `[groups * sum(split), C]` -> one `[groups * split[i], C]` per entry, each contiguous.
+    """
+    groups = fused_RC.size(0) // sum(split)
+    parts = fused_RC.view(groups, sum(split), -1).split(split, dim=1)
+    return [part.reshape(groups * part.size(1), -1) for part in parts]
+
+
+def fuse(pieces: list[Tensor], split: tuple[int, ...]) -> Tensor:
+    """Inverse of `split_fused`."""
+    groups = pieces[0].size(0) // split[0]
+    parts = [piece.view(groups, rows, -1) for piece, rows in zip(pieces, split, strict=True)]
+    return torch.cat(parts, dim=1).flatten(0, 1)
