@@ -70,10 +70,24 @@ def reference_scaling(recipe: Recipe) -> tuple[float, float, float]:
 
 
 def effective_rates(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Peak learning rate and weight decay of each optimizer kind after reference_scaling."""
-    from bov_megatron.optim.groups import group_settings  # imports this module; no torch
+    """Peak `lr` and `weight_decay` of each optimizer kind (keys: parameters.KINDS) after reference_scaling.
 
-    return {kind: {"lr": g.lr, "weight_decay": g.weight_decay} for kind, g in group_settings(recipe).items()}
+    The small decays of the kinds other than `matrix` are taken as they stand, as the reference does.
+    """
+    o = recipe.optimizer
+    lr_scale, width_scale, decay_scale = reference_scaling(recipe)
+    muon = o.name == "muon"
+    matrix_decay = o.weight_decay if muon else o.adamw_matrix_weight_decay
+    rates = {
+        "matrix": (o.matrix_lr if muon else o.adamw_matrix_lr, matrix_decay * decay_scale),
+        "embedding": (o.embedding_lr * width_scale, o.embedding_weight_decay),
+        "output": (o.output_lr * width_scale, o.output_weight_decay),
+        "table": (o.table_lr * width_scale, o.table_weight_decay),
+        "coefficient": (o.coefficient_lr, 0.0),
+        "projection_coefficient": (o.projection_coefficient_lr, o.projection_coefficient_weight_decay),
+        "smear": (o.smear_lr, 0.0),
+    }
+    return {kind: {"lr": lr * lr_scale, "weight_decay": decay} for kind, (lr, decay) in rates.items()}
 
 
 @dataclass
@@ -229,13 +243,11 @@ def format_plan(plan: Plan) -> str:
 
 
 def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
         size /= 1024
-    else:
-        unit = "TiB"
-    return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
+        units.pop(0)
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:.2f} {units[0]}"
 
 
 def _duration(seconds: float) -> str:

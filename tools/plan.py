@@ -24,9 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, e.g. train.steps=100")
     parser.add_argument("--json", action="store_true", help="machine-readable: every number, bytes and FLOPs unrounded")
     parser.add_argument("--world-size", type=int, help="ranks (GPUs) in all; default: one copy of the model")
-    parser.add_argument(
-        "--mfu", type=float, default=DEFAULT_MFU, help="assumed share of the peak (default %(default)s)"
-    )
+    parser.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="share of the peak to assume (%(default)s)")
     parser.add_argument(
         "--peak-flops",
         type=float,
