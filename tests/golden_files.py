@@ -134,13 +134,16 @@ def canonical_name(reference_name: str, model: ModelConfig) -> str:
     if match := re.fullmatch(r"value_embeds\.(\d+)\.weight", reference_name):
         return table_name(model, int(match[1]))
     layer, rest = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", reference_name).groups()
-    return f"model.layers.{layer}." + {
-        "attn.c_q.weight": "self_attn.q_proj.weight",
-        "attn.c_k.weight": "self_attn.k_proj.weight",
-        "attn.c_v.weight": "self_attn.v_proj.weight",
-        "attn.c_proj.weight": "self_attn.o_proj.weight",
-        "attn.gamma_v": "self_attn.source_coefficient",
-        "attn.ve_gate.weight": "self_attn.value_gate.weight",
-        "mlp.c_fc.weight": "mlp.up_proj.weight",
-        "mlp.c_proj.weight": "mlp.down_proj.weight",
-    }[rest]
+    return (
+        f"model.layers.{layer}."
+        + {
+            "attn.c_q.weight": "self_attn.q_proj.weight",
+            "attn.c_k.weight": "self_attn.k_proj.weight",
+            "attn.c_v.weight": "self_attn.v_proj.weight",
+            "attn.c_proj.weight": "self_attn.o_proj.weight",
+            "attn.gamma_v": "self_attn.source_coefficient",
+            "attn.ve_gate.weight": "self_attn.value_gate.weight",
+            "mlp.c_fc.weight": "mlp.up_proj.weight",
+            "mlp.c_proj.weight": "mlp.down_proj.weight",
+        }[rest]
+    )
