@@ -72,7 +72,7 @@ def _missing(path: Path, children: tuple[Path, ...]) -> str:
     if with_extension.is_file():
         return f"recipe {path} does not exist{wanted_by}; did you mean {with_extension.name}?"
     close = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     return f"recipe {path} does not exist{wanted_by}{hint} In its folder: {_listing(path.parent)}"
 
 
