@@ -1,0 +1,149 @@
+"""The Megatron-core engine: builds the model on this rank and executes steps.
+
+Shapes: B micro-batch, T sequence length. Micro-batches are token ids `[B, T+1]`: inputs `[:, :-1]`, targets
+`[:, 1:]`. Every rank that shares a data-parallel rank is given the same micro-batches, on every pipeline stage:
+a stage that hosts a bank looks values up by token id.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from bov_megatron.model.decoder import BovModel
+from bov_megatron.model.initialization import initialize_weights
+from bov_megatron.optim.optimizer import BovOptimizer
+from bov_megatron.parallel import cpu
+from bov_megatron.plan import total_steps
+from bov_megatron.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; the same on every rank."""
+
+    loss: float
+    """Mean cross-entropy of the global batch, nats per token, before the update."""
+    gradient_norm: float
+    updated: bool
+    """False if gradients were not finite: weights and optimizer state are then untouched."""
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """Validation sums over all data-parallel ranks; the same on every rank."""
+
+    nats: float
+    bytes: int
+    tokens: int
+    """Targets that count: special tokens count neither nats nor bytes."""
+
+
+class MegatronEngine:
+    """Model, gradients and optimizer of one rank, on Megatron-core's data-parallel wrapper and schedules.
+
+    Call parallel.process_groups.initialize first. Weights are initialised from the recipe's seed.
+
+    Args:
+        recipe: the run.
+        with_optimizer: False for evaluation or conversion only.
+    """
+
+    def __init__(self, recipe: Recipe, with_optimizer: bool = True):
+        self.recipe = recipe
+        self.model = BovModel(
+            recipe,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+        )
+        initialize_weights(self.model)
+        self.wrapped, self.optimizer = None, None
+        if with_optimizer:
+            settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+            self.wrapped = DistributedDataParallel(self.model.config, settings, self.model)
+            self.model.config.no_sync_func = self.wrapped.no_sync
+            self.model.config.finalize_model_grads_func = finalize_model_grads
+            self.optimizer = BovOptimizer([self.wrapped], recipe, total_steps(recipe))
+
+    def train_step(self, micro_batches: Sequence[Tensor]) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one optimizer step.
+
+        Args:
+            micro_batches: this data-parallel rank's share of the global batch, each `[B, T+1]`.
+        """
+        loss = self.forward_backward(micro_batches)
+        update = self.optimizer.step()
+        return StepResult(loss, update.grad_norm, update.applied)
+
+    def forward_backward(self, micro_batches: Sequence[Tensor]) -> float:
+        """Leave the global batch's mean gradient in `main_grad`; return its mean loss in nats per token."""
+        self.wrapped.train()
+        self.wrapped.zero_grad_buffer()
+
+        def mean_loss(labels_BT: Tensor, loss_BT: Tensor):
+            loss = loss_BT.mean()
+            # The schedule divides `loss` by the number of micro-batches in place: keep a copy.
+            return loss, loss.detach().clone()
+
+        losses = self._run(self.wrapped, micro_batches, mean_loss, forward_only=False)
+        return self._sum_over_data_parallel(losses, 1)[0] / (
+            len(micro_batches) * parallel_state.get_data_parallel_world_size()
+        )
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[Tensor], bytes_per_token: Tensor, counted: Sequence[Tensor]) -> ScoreResult:
+        """Nats and bytes of held-out micro-batches, without gradients.
+
+        Args:
+            micro_batches: this data-parallel rank's, each `[B, T+1]`; every rank passes equally many.
+            bytes_per_token: UTF-8 bytes of each token id, 0 for special tokens, `[vocab_size]`.
+            counted: per micro-batch, True for the rows that count `[B]` (padding rows don't).
+        """
+        self.model.eval()
+        masks = iter(counted)
+
+        def sums(labels_BT: Tensor, loss_BT: Tensor):
+            sizes = bytes_per_token[labels_BT] * next(masks).to(labels_BT.device)[:, None]
+            nats = (loss_BT.double() * (sizes > 0)).sum()
+            return loss_BT.mean(), torch.stack([nats, sizes.sum().double(), (sizes > 0).sum().double()])
+
+        results = self._run(self.model, micro_batches, sums, forward_only=True)
+        nats, size, tokens = self._sum_over_data_parallel(results, 3)
+        return ScoreResult(nats, int(size), int(tokens))
+
+    def _run(self, model, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
+        """Megatron's schedule over the micro-batches; what `loss_function(labels, losses)` gave beside the loss."""
+
+        def forward_step(iterator, chunk):
+            ids = next(iterator).to(cpu.device(), non_blocking=True)
+            labels = ids[:, 1:].contiguous()
+            return chunk(ids[:, :-1].contiguous(), labels), functools.partial(loss_function, labels)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[model],
+            num_microbatches=len(micro_batches),
+            seq_length=self.recipe.model.sequence_length,
+            micro_batch_size=micro_batches[0].size(0),
+            forward_only=forward_only,
+        )
+
+    def _sum_over_data_parallel(self, results: list[Tensor], width: int) -> list[float]:
+        """Sum of the last stage's results over micro-batches and data-parallel ranks, on every rank."""
+        total = torch.zeros(width, dtype=torch.float64, device=cpu.device())
+        if results:
+            total += torch.stack(results).double().reshape(-1, width).sum(0)
+            dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return total.tolist()

@@ -1,0 +1,77 @@
+"""Every parallel layout computes what one process computes: losses of two steps and all gradients."""
+
+import functools
+
+import pytest
+
+from bov_megatron.recipe import VALUE_SOURCES, ValueConfig
+from tests.parity import small_model, small_recipe, train_on_layout, worst_gradient
+
+TP2, TP4, PP2 = {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 4}, {"pipeline_model_parallel_size": 2}
+SP, FULL, SELECTIVE = {"sequence_parallel": True}, {"recompute": "full"}, {"recompute": "selective"}
+LAYOUTS = {
+    "tp2": (2, TP2),
+    "tp4": (4, TP4),
+    "tp2-sp": (2, {**TP2, **SP}),
+    "pp2": (2, PP2),
+    "pp2-tp2": (4, {**PP2, **TP2}),
+    "pp2-tp2-sp-full": (4, {**PP2, **TP2, **SP, **FULL}),
+    "pp2-full": (2, {**PP2, **FULL}),
+    "full": (1, FULL),
+    "selective": (1, SELECTIVE),
+    "tp2-selective": (2, {**TP2, **SELECTIVE}),
+    "dp2": (2, {}),
+    "dp2-replicated-optimizer": (2, {"use_distributed_optimizer": False}),
+    "dp2-tp2": (4, TP2),
+    "dp2-pp2": (4, PP2),
+}
+
+
+@functools.lru_cache(maxsize=32)
+def one_process(source: str, **value):
+    return train_on_layout(small_recipe(small_model(value=ValueConfig(source=source, **value))), 1)
+
+
+def check(source: str, world_size: int, layout: dict, micro_batch_size: int = 1, **value):
+    losses, gradients = train_on_layout(
+        small_recipe(small_model(value=ValueConfig(source=source, **value)), micro_batch_size, **layout), world_size
+    )
+    value.pop("lookup", None), value.pop("table_partition", None)
+    expected_losses, expected_gradients = one_process(source, **value)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    error, worst = worst_gradient(gradients, expected_gradients)
+    assert error < 1e-5, f"gradient of {worst} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bank_in_every_layout(layout):
+    check("bank", *LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2-tp2", "dp2"])
+def test_projection(layout):
+    check("projection", *LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("source", [s for s in VALUE_SOURCES if s not in ("projection", "bank")])
+def test_every_value_source_over_tensor_parallel_ranks(source):
+    check(source, *LAYOUTS["tp2-sp"])
+
+
+@pytest.mark.parametrize("source", [s for s in VALUE_SOURCES if s not in ("projection", "bank")])
+def test_every_value_source_recomputed(source):
+    check(source, *LAYOUTS["full"])
+
+
+@pytest.mark.parametrize("value", [{"lookup": "all_reduce"}, {"lookup": "all_to_all"}, {"table_partition": "head"}])
+def test_lookup_variants(value):
+    check("bank", *LAYOUTS["tp4"], **value)
+
+
+@pytest.mark.parametrize("source", ["bank", "projection_plus_bank", "gated_value_embedding"])
+def test_shared_table(source):
+    check(source, *LAYOUTS["tp2-sp"], table="shared")
+
+
+def test_micro_batch_of_two():
+    check("bank", *LAYOUTS["tp2"], micro_batch_size=2)
