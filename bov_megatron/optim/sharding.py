@@ -114,6 +114,7 @@ class WeightGatherer:
         self.parameters = list(parameters)
         self.assignments = list(assignments)
         shared = [i for i, assignment in enumerate(assignments) if not assignment.replicated]
+        self.replicated = [i for i, assignment in enumerate(assignments) if assignment.replicated]
         by_dtype: dict[torch.dtype, list[int]] = {}
         for i in shared:
             by_dtype.setdefault(parameters[i].dtype, []).append(i)
@@ -147,6 +148,9 @@ class WeightGatherer:
     @torch.no_grad()
     def gather(self, main: Sequence[Tensor | None]) -> None:
         """Write all ranks' rows into the parameters; `main[i]` holds this rank's rows of parameter i, any dtype."""
+        for i in self.replicated:
+            if main[i].data_ptr() != self.parameters[i].data_ptr():
+                self.parameters[i].copy_(main[i])
         me = group_rank(self.group)
         for bucket in self.buckets:
             size = max(sum(self._numel(i, rank) for i in indices) for rank, indices in enumerate(bucket))

@@ -1,0 +1,104 @@
+"""Every layout takes the step that one process takes."""
+
+import functools
+
+import pytest
+import torch
+
+from tests.distributed import run_ranks
+from tests.optim.sharded_model import advance, assemble, local_result, recipe, single_process, start_rank
+
+STEPS = 4
+
+
+@functools.cache
+def expected(bf16: bool = False, **optimizer):
+    return single_process(recipe(bf16=bf16, **optimizer), STEPS)
+
+
+def rank_weights(rank, world_size, recipe):
+    model, optimizer = start_rank(rank, world_size, recipe)
+    norms = advance(model, optimizer, STEPS)
+    rows = {p.qualified_name.split(".")[-1]: p.rows for p in optimizer.parameters}
+    return local_result(model) | {"norms": norms, "rows": rows}
+
+
+def run(recipe, world_size):
+    results = run_ranks(rank_weights, world_size, recipe)
+    assert len({tuple(result["norms"]) for result in results}) == 1, "ranks must agree on the norm bit for bit"
+    return assemble(results, recipe.parallel.tensor_model_parallel_size), results
+
+
+def worst(found, wanted):
+    assert found.keys() == wanted.keys()
+    return max(float((found[k].float() - wanted[k].float()).norm() / wanted[k].float().norm()) for k in wanted)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("data", [2, 3, 4])
+def test_data_parallel_sharding_changes_no_bit(data, bf16):
+    weights, results = run(recipe(bf16=bf16), data)
+    wanted, norms = expected(bf16)
+    assert worst(weights, wanted) == 0
+    assert results[0]["norms"] == norms
+    # Sharded in truth: a matrix has one owner, the table is split, small tensors are everybody's.
+    rows = [result["rows"] for result in results]
+    assert sorted(stop - start for start, stop in (r["up"] for r in rows)) == [0] * (data - 1) + [512]
+    assert all(a["table"][1] == b["table"][0] for a, b in zip(rows, rows[1:], strict=False))
+    assert all(r["gamma"] == (0, 1) for r in rows)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor": 2},
+        {"tensor": 4},
+        {"tensor": 2, "bf16": True},
+        {"tensor": 2, "world": 4},
+        {"tensor": 2, "world": 4, "sharded": False},
+        {"tensor": 2, "pipeline": 2},
+        {"tensor": 2, "name": "adamw"},
+        {"tensor": 2, "world": 4, "name": "adamw", "clip_grad": 0.5},
+    ],
+    ids=str,
+)
+def test_layout_equals_one_process(layout):
+    layout = dict(layout)
+    tensor, pipeline, bf16 = layout["tensor"], layout.get("pipeline", 1), layout.get("bf16", False)
+    world = layout.pop("world", tensor * pipeline)
+    optimizer = {key: layout[key] for key in ("name", "clip_grad") if key in layout}
+    weights, results = run(recipe(**layout), world)
+    wanted, norms = expected(bf16, **optimizer)
+    assert results[0]["norms"] == pytest.approx(norms, rel=1e-6)
+    # The norm is summed in another order, so clipped gradients may differ in their last bit.
+    assert worst(weights, wanted) <= (1e-6 if "clip_grad" in layout else 0)
+    if "clip_grad" in layout:
+        assert worst(weights, expected(bf16, name="adamw")[0]) > 1e-2
+
+
+def test_balance_spreads_cost():
+    from bov_megatron.optim.sharding import balance
+
+    costs = [8, 1, 1, 4, 4, 2, 2, 2]
+    owners = balance(costs, 3)
+    loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(3)]
+    assert max(loads) == 8 and sum(loads) == sum(costs)
+
+
+def rank_refuses(rank, world_size, recipe):
+    model, optimizer = start_rank(rank, world_size, recipe)
+    advance(model, optimizer, 1)
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    state = [tensor.clone() for _, _, tensor in optimizer.state_tensors()]
+    model.set_gradients(1)
+    if rank == world_size - 1 and model.tensor_rank == 1:  # one rank of one stage alone sees it
+        next(model.parameters()).main_grad.view(-1)[3] = float("inf")
+    result = optimizer.step()
+    unchanged = all(torch.equal(before[key], parameter) for key, parameter in model.named_parameters())
+    unchanged &= all(torch.equal(a, t) for a, (_, _, t) in zip(state, optimizer.state_tensors(), strict=True))
+    return result.applied, unchanged, optimizer.step_count
+
+
+def test_all_ranks_refuse_a_gradient_that_is_not_finite():
+    assert run_ranks(rank_refuses, 4, recipe(tensor=2, pipeline=1)) == [(False, True, 1)] * 4
+    assert run_ranks(rank_refuses, 4, recipe(tensor=2, pipeline=2)) == [(False, True, 1)] * 4
