@@ -6,7 +6,13 @@ Shapes: b micro-batch, s sequence, d hidden size, t tensor-parallel size; elemen
 from __future__ import annotations
 
 from bov_megatron.parameters import ParameterSpec, parameter_specs
-from bov_megatron.recipe import SOURCES_READING_EMBEDDING, SOURCES_WITH_TABLE, Recipe
+from bov_megatron.recipe import (
+    SOURCES_READING_EMBEDDING,
+    SOURCES_READING_FIRST_LAYER,
+    SOURCES_WITH_TABLE,
+    SOURCES_WITH_TWO_COEFFICIENTS,
+    Recipe,
+)
 
 MAIN_BYTES = 4
 """fp32: main weights, main gradients, momentum and Adam's moments."""
@@ -118,16 +124,26 @@ def layer_activations(recipe: Recipe, layer: int) -> int:
     split = 2 * (query + kv)  # q and k: before the norm, and as attention's inputs
     split += kv + query  # v; attention's output, which its projection keeps
     split += 2 * m.ffn_size  # relu(W_1 x) and its square
-    source = m.source_of(layer)
-    if source not in ("projection", "gated_value_embedding") and m.value.coefficient == "learned":
-        split += kv  # what the coefficient multiplies
-    if source == "gated_value_embedding":
-        split += kv  # the looked-up row that the gate multiplies
-    if source.startswith("projection_plus"):
-        split += kv  # the second addend
+    split += _source_activations(recipe, layer)
     logsumexp = 0 if recipe.parallel.recompute == "selective" else 4 * m.num_attention_heads // tensor
     per_token = split // tensor * weight_bytes(recipe) + logsumexp
-    return 4 * _residual(recipe) + _tokens(recipe) * per_token  # two residuals, two normalised inputs
+    inputs = 4  # two residuals, two normalised inputs
+    if m.source_of(layer) in SOURCES_READING_EMBEDDING:
+        inputs += 1  # the normalised embedding that is projected
+    return inputs * _residual(recipe) + _tokens(recipe) * per_token
+
+
+def _source_activations(recipe: Recipe, layer: int) -> int:
+    """Elements per token that a value source keeps besides the values it returns, over all tensor-parallel ranks."""
+    m = recipe.model
+    source = m.source_of(layer)
+    if source == "gated_value_embedding":
+        return m.kv_dim  # the looked-up row that the gate multiplies
+    if source == "projection" or m.value.coefficient == "fixed":
+        return 0  # multiplying by a constant and adding keep nothing
+    addends = 2 if source in SOURCES_WITH_TWO_COEFFICIENTS else 1
+    reused = source in SOURCES_READING_FIRST_LAYER  # layer 0 has kept it already
+    return (addends - reused) * m.kv_dim  # what the coefficients multiply
 
 
 def _logits(recipe: Recipe) -> int:
