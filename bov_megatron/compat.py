@@ -1,0 +1,35 @@
+"""Making third-party packages importable where their binary parts don't match."""
+
+from __future__ import annotations
+
+import sys
+
+_TORCHVISION_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+
+def register_missing_torchvision_ops() -> None:
+    """Let torchvision's CUDA wheel import beside a CPU build of torch. Call before `streaming` or `transformers`.
+
+    On such a pair torchvision's compiled operators don't load, and its import then fails with "operator
+    torchvision::nms does not exist", which takes both packages down. Declaring the two schemas is enough: nothing
+    here calls them. Does nothing with a CUDA or ROCm torch, without torchvision, or when called again. A child
+    process that doesn't inherit this one's memory must call it too.
+    """
+    import importlib.util
+
+    import torch
+
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        return
+    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
+        return
+    if hasattr(torch.ops.torchvision, "nms"):
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in _TORCHVISION_SCHEMAS:
+        library.define(schema)
+    # A Library takes its operators away when collected; torch.ops lives as long as the process does.
+    torch.ops.torchvision._bov_megatron_library = library

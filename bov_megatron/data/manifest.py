@@ -1,0 +1,82 @@
+"""`manifest.json`: what a data set is. Written last, so its presence says that the data set is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bov_megatron.data.errors import DataError
+from bov_megatron.data.files import json_bytes, write_atomically
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+COLUMN = "tokens"
+
+
+@dataclass
+class SplitManifest:
+    """Counts of one split. `bytes` are UTF-8 bytes of the documents' text."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    """Tokens stored, `<|bos|>` included: samples * (sequence_length + 1)."""
+    dropped_tokens: int = 0
+    """Remainder that didn't fill a sample; less than one sample per split."""
+    samples: int = 0
+    shards: int = 0
+    index_sha256: str = ""
+
+
+@dataclass
+class Manifest:
+    """What a data set holds and what it was made with."""
+
+    sequence_length: int
+    vocab_size: int
+    dtype: str
+    """`uint16` or `uint32`."""
+    bos_token_id: int
+    tokenizer_hash: str
+    tokenizer_files: list[str]
+    """Files of the `tokenizer` folder."""
+    splits: dict[str, SplitManifest]
+    validation_fraction: float
+    seed: int
+    """Of the choice of held-out documents."""
+    inputs: list[str] = field(default_factory=list)
+    validation_inputs: list[str] = field(default_factory=list)
+    empty_documents: int = 0
+    invalid_documents: int = 0
+    """Documents left out because they weren't valid UTF-8."""
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        write_atomically(folder / MANIFEST_NAME, json_bytes(dataclasses.asdict(self)))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a data set's manifest; raises DataError where there is none or it isn't ours."""
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise DataError(f"data set {folder} does not exist; prepare it with tools/prepare_data.py")
+    if not path.is_file():
+        raise DataError(
+            f"data set {folder} has no {MANIFEST_NAME}, so it is not complete; "
+            "run tools/prepare_data.py again with the same arguments to finish it"
+        )
+    try:
+        values = json.loads(path.read_bytes())
+        if values.get("format_version") != FORMAT_VERSION:
+            raise DataError(
+                f"{path}: format_version {values.get('format_version')}, this program reads {FORMAT_VERSION}; "
+                "prepare the data again"
+            )
+        values["splits"] = {name: SplitManifest(**split) for name, split in values["splits"].items()}
+        return Manifest(**values)
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a data set's manifest: {error}") from None

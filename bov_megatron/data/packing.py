@@ -1,0 +1,197 @@
+"""Turning documents into packed samples in MDS shards: what one worker does with one unit.
+
+Documents are joined as `<|bos|> document <|bos|> document …` and cut every `sequence_length + 1` tokens: a sample is
+`sequence_length` inputs with their labels. What remains at a unit's end (less than a sample) is its *tail*; the tails
+of all units are packed together at the end of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from bov_megatron.data.corpus import Unit, read_documents
+from bov_megatron.data.files import json_bytes, write_atomically
+from bov_megatron.data.manifest import COLUMN, SPLITS
+from bov_megatron.data.tokenizer import Encoder, load_encoder
+
+HASH = "xxh64"
+BATCH_BYTES = 1 << 20
+"""Text handed to the tokenizer at once."""
+HELD_OUT_NAME = "documents.jsonl"
+
+
+@dataclass(frozen=True)
+class PackingOptions:
+    """What shapes the shards; part of a run's identity."""
+
+    tokenizer: str
+    tokenizer_hash: str
+    sequence_length: int
+    shard_bytes: int
+    text_field: str
+    invalid_utf8: str
+    validation_fraction: float
+    seed: int
+    keep_held_out_text: bool
+
+
+@dataclass
+class PackedSplit:
+    """What a unit gave to one split. `shards` are index entries with names relative to the split's folder."""
+
+    documents: int = 0
+    bytes: int = 0
+    samples: int = 0
+    shards: list[dict] = field(default_factory=list)
+    tail: list[int] = field(default_factory=list)
+
+
+@dataclass
+class PackedUnit:
+    """A unit's marker: its presence in the work folder says that the unit's shards are in place."""
+
+    splits: dict[str, PackedSplit]
+    empty_documents: int = 0
+    invalid_documents: int = 0
+
+    def write(self, path: Path) -> None:
+        write_atomically(path, json_bytes(asdict(self)))
+
+    @staticmethod
+    def read(path: Path) -> PackedUnit:
+        values = json.loads(path.read_bytes())
+        splits = {name: PackedSplit(**split) for name, split in values.pop("splits").items()}
+        return PackedUnit(splits, **values)
+
+
+class SampleWriter:
+    """Packs token arrays into MDS shards of one folder."""
+
+    def __init__(self, folder: Path, sequence_length: int, dtype: str, shard_bytes: int) -> None:
+        from bov_megatron.compat import register_missing_torchvision_ops
+
+        register_missing_torchvision_ops()
+        from streaming import MDSWriter
+
+        self.folder = folder
+        self.length = sequence_length + 1
+        self.dtype = dtype
+        self.samples = 0
+        self.tail = np.empty(0, dtype=dtype)
+        columns = {COLUMN: f"ndarray:{dtype}:{self.length}"}
+        self._writer = MDSWriter(columns=columns, out=str(folder), hashes=[HASH], size_limit=shard_bytes, max_workers=1)
+
+    def add(self, arrays: Iterable[np.ndarray]) -> None:
+        """Append tokens; writes every sample they fill."""
+        tokens = np.concatenate([self.tail, *arrays])
+        count = len(tokens) // self.length
+        for row in tokens[: count * self.length].reshape(count, self.length):
+            self._writer.write({COLUMN: row})
+        self.samples += count
+        self.tail = tokens[count * self.length :].copy()
+
+    def finish(self, name: str) -> list[dict]:
+        """Flush; returns the shards' index entries, named as files of the sub-folder `name`."""
+        self._writer.finish()
+        index = self.folder / "index.json"
+        shards = json.loads(index.read_bytes())["shards"]
+        index.unlink()
+        for shard in shards:
+            shard["raw_data"]["basename"] = f"{name}/{shard['raw_data']['basename']}"
+        return shards
+
+
+def is_held_out(document: bytes, fraction: float, seed: int) -> bool:
+    """Whether a document belongs to the held-out split: by its content, so that copies never straddle the splits."""
+    import xxhash
+
+    return xxhash.xxh64_intdigest(document, seed=seed) < fraction * 2.0**64
+
+
+def unit_name(number: int) -> str:
+    return f"unit-{number:06d}"
+
+
+def pack_unit(number: int, unit: Unit, options: PackingOptions, out: Path, work: Path) -> PackedUnit:
+    """Tokenize and pack one unit, put its shards in place, then leave its marker in `work`.
+
+    Safe to kill at any moment and to run again: shards are written under another name and renamed, the marker is last.
+    """
+    name = unit_name(number)
+    temporary = work / f"{name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    encoder = load_encoder(options.tokenizer)
+    packed = PackedUnit({})
+    writers = {
+        split: SampleWriter(temporary / split, options.sequence_length, encoder.dtype, options.shard_bytes)
+        for split in SPLITS
+    }
+    counts = {split: PackedSplit() for split in SPLITS}
+    for batch in _batches(unit, options, packed):
+        for split in SPLITS:
+            documents = [data for data, of_split in batch if of_split == split]
+            if documents:
+                writers[split].add(_with_bos(documents, encoder))
+                counts[split].documents += len(documents)
+                counts[split].bytes += sum(map(len, documents))
+                if split == "val" and options.keep_held_out_text:
+                    _append_held_out(temporary / split / HELD_OUT_NAME, documents)
+    for split, writer in writers.items():
+        counts[split].shards = writer.finish(name)
+        counts[split].samples = writer.samples
+        counts[split].tail = writer.tail.tolist()
+        _put_in_place(temporary / split, out / split / name)
+    shutil.rmtree(temporary)
+    packed.splits = counts
+    packed.write(work / f"{name}.json")
+    return packed
+
+
+def _batches(unit: Unit, options: PackingOptions, packed: PackedUnit) -> Iterator[list[tuple[bytes, str]]]:
+    """The unit's documents with their splits, about BATCH_BYTES at a time; counts what is left out."""
+    batch, size = [], 0
+    for segment in unit.segments:
+        for document in read_documents(segment, options.text_field, options.invalid_utf8):
+            if document.data is None:
+                packed.invalid_documents += 1
+            elif not document.data:
+                packed.empty_documents += 1
+            else:
+                held_out = is_held_out(document.data, options.validation_fraction, options.seed)
+                batch.append((document.data, unit.split or ("val" if held_out else "train")))
+                size += len(document.data)
+                if size >= BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _with_bos(documents: list[bytes], encoder: Encoder) -> Iterator[np.ndarray]:
+    bos = np.array([encoder.bos_token_id], dtype=encoder.dtype)
+    for ids in encoder.encode([document.decode() for document in documents]):
+        yield bos
+        yield ids
+
+
+def _append_held_out(path: Path, documents: list[bytes]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        for document in documents:
+            file.write(json.dumps({"text": document.decode()}, ensure_ascii=False) + "\n")
+
+
+def _put_in_place(source: Path, target: Path) -> None:
+    """Rename a finished folder; what an earlier, killed attempt left there holds the same and goes away."""
+    if not any(source.iterdir()):
+        return
+    if target.exists():
+        shutil.rmtree(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(source, target)

@@ -1,0 +1,281 @@
+"""The tokenizer: training a byte-level BPE, encoding documents, its identity, and bytes per token."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bov_megatron.data.corpus import find_files, make_units, read_documents
+from bov_megatron.data.errors import DataError
+from bov_megatron.data.files import sha256_hex, write_atomically
+
+BOS_TOKEN = "<|bos|>"
+BYTES_PER_TOKEN_NAME = "bytes_per_token.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# GPT-4's pattern, with numbers in groups of at most two digits instead of three: better for small vocabularies.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+PIECE_CHARACTERS = 1 << 18
+"""Longer documents are encoded in pieces of about this size, cut where no token can span."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A byte-level tokenizer as far as packing needs it. `fast` is a tokenizers.Tokenizer."""
+
+    folder: Path
+    fast: object
+    vocab_size: int
+    """Highest id + 1."""
+    bos_token_id: int
+    hash: str
+
+    @property
+    def dtype(self) -> str:
+        """Smallest of the two storage types that holds every id."""
+        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, as 1-D arrays of `dtype`, without `<|bos|>`.
+
+        Text that spells a special token is encoded as the characters it is: a document can't forge a border.
+        """
+        pieces = [split_at_lines(text) for text in texts]
+        encoded = self.fast.encode_batch_fast(list(itertools.chain(*pieces)), add_special_tokens=False)
+        ids = iter(np.array(encoding.ids, dtype=self.dtype) for encoding in encoded)
+        return [np.concatenate(list(itertools.islice(ids, len(of_text)))) for of_text in pieces]
+
+
+def split_at_lines(text: str, size: int = PIECE_CHARACTERS) -> list[str]:
+    """Cut a long text after a line break that is followed by a letter, a digit or a mark, every `size` characters.
+
+    Byte-level pre-tokenizers never join across such a place, so encoding the pieces gives the ids of the whole;
+    encoding one huge text would take some hundred bytes of memory for each of its own.
+    """
+    pieces, begin = [], 0
+    while len(text) - begin > size:
+        cut = text.find("\n", begin + size)
+        while 0 <= cut < len(text) - 1 and text[cut + 1].isspace():
+            cut = text.find("\n", cut + 1)
+        if cut < 0 or cut + 1 >= len(text):
+            break
+        pieces.append(text[begin : cut + 1])
+        begin = cut + 1
+    return [*pieces, text[begin:]]
+
+
+def load_encoder(folder: str | Path) -> Encoder:
+    """Open a tokenizer folder in Hugging Face's format (tokenizer.json); cached per process.
+
+    Raises DataError where the folder isn't one, has no beginning-of-sequence token or isn't byte-level.
+    """
+    path = Path(folder).expanduser() / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"--tokenizer {folder}: no tokenizer.json there; train one with tools/train_tokenizer.py")
+    return _load_encoder(str(path.parent), path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _load_encoder(folder: str, _modified: int) -> Encoder:
+    from tokenizers import Tokenizer
+
+    path = Path(folder) / "tokenizer.json"
+    try:
+        fast = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises the base class
+        raise DataError(f"{path} is not a valid tokenizer: {error}") from None
+    fast.no_padding()
+    fast.no_truncation()
+    fast.encode_special_tokens = True
+    bos = _special_token(Path(folder), "bos_token") or _special_token(Path(folder), "eos_token")
+    bos_id = fast.token_to_id(bos) if bos else None
+    if bos_id is None:
+        raise DataError(f"{folder}: the tokenizer has no bos_token or eos_token to separate documents with")
+    vocab_size = max(fast.get_vocab(with_added_tokens=True).values()) + 1
+    encoder = Encoder(Path(folder), fast, vocab_size, bos_id, tokenizer_hash(folder))
+    bytes_per_token(encoder)
+    return encoder
+
+
+def _special_token(folder: Path, name: str) -> str | None:
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / file).is_file():
+            token = json.loads((folder / file).read_bytes()).get(name)
+            if token:
+                return token["content"] if isinstance(token, dict) else token
+    return None
+
+
+def tokenizer_hash(folder: str | Path) -> str:
+    """Identity of a tokenizer: SHA-256 of what decides the ids in tokenizer.json.
+
+    Formatting, padding and truncation settings don't count, so a copy saved again by another library is the same.
+    """
+    values = json.loads((Path(folder) / "tokenizer.json").read_bytes())
+    for key in ("version", "padding", "truncation", "post_processor"):
+        values.pop(key, None)
+    return sha256_hex(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
+
+
+def bytes_per_token(encoder: Encoder) -> np.ndarray:
+    """UTF-8 bytes of every id, int64 `[vocab_size]`; 0 for special tokens and for ids that aren't used.
+
+    Each character of a byte-level token stands for one byte, so the alphabet is inverted. Decoding single ids gives
+    wrong numbers: an id that is part of a character decodes to U+FFFD, three bytes.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = set(ByteLevel.alphabet())
+    added = encoder.fast.get_added_tokens_decoder()
+    lengths = np.zeros(encoder.vocab_size, dtype=np.int64)
+    for token, index in encoder.fast.get_vocab(with_added_tokens=True).items():
+        if index in added:
+            lengths[index] = 0 if added[index].special else len(added[index].content.encode())
+        elif alphabet.issuperset(token):
+            lengths[index] = len(token)
+        else:
+            raise DataError(
+                f"{encoder.folder}: token {token!r} (id {index}) is not byte-level, so its bytes can't be counted; "
+                "use a byte-level BPE, e.g. from tools/train_tokenizer.py"
+            )
+    return lengths
+
+
+def load_bytes_per_token(folder: str | Path) -> np.ndarray:
+    """Read `bytes_per_token.json` of a tokenizer folder: int64 `[vocab_size]`, see `bytes_per_token`."""
+    path = Path(folder) / BYTES_PER_TOKEN_NAME
+    if not path.is_file():
+        return bytes_per_token(load_encoder(folder))
+    return np.array(json.loads(path.read_bytes()), dtype=np.int64)
+
+
+def copy_tokenizer(encoder: Encoder, out: Path) -> list[str]:
+    """Copy the tokenizer's own files, with its bytes per token, to `out`; returns their names."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = [name for name in TOKENIZER_FILES if (encoder.folder / name).is_file()]
+    for name in names:
+        shutil.copyfile(encoder.folder / name, out / name)
+    write_atomically(out / BYTES_PER_TOKEN_NAME, _lengths_json(bytes_per_token(encoder)))
+    return [*names, BYTES_PER_TOKEN_NAME]
+
+
+def _lengths_json(lengths: np.ndarray) -> bytes:
+    return (json.dumps(lengths.tolist(), separators=(",", ":")) + "\n").encode()
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    out: str | Path,
+    vocab_size: int = 32768,
+    max_bytes: int = 2_000_000_000,
+    text_field: str = "text",
+    invalid_utf8: str = "error",
+    progress: bool = True,
+    overwrite: bool = False,
+) -> Encoder:
+    """Train a byte-level BPE and save it as a PreTrainedTokenizerFast, with bytes per token.
+
+    Reads at most `max_bytes` of text, taken evenly over the inputs. The same inputs give the same tokenizer. `<|bos|>`
+    opens every document and so also ends the one before: it is the eos and pad token too, and id 0.
+    Raises DataError for bad inputs, and where the text is too small for `vocab_size`.
+    """
+    out = Path(out).expanduser()
+    if vocab_size < 257:
+        raise DataError(f"--vocab-size {vocab_size}: a byte-level BPE needs at least 257 (256 bytes and {BOS_TOKEN})")
+    if (out / "tokenizer.json").exists() and not overwrite:
+        raise DataError(f"--out {out} holds a tokenizer already; pass --overwrite to replace it")
+    # A piece at a time: the trainer only counts words, and pieces keep every word whole.
+    pieces = (piece for text in training_texts(inputs, max_bytes, text_field, invalid_utf8)
+              for piece in split_at_lines(text))  # fmt: skip
+    fast = _train_bpe(pieces, vocab_size, progress)
+    found = fast.get_vocab_size(with_added_tokens=True)
+    if found < vocab_size:
+        raise DataError(
+            f"--vocab-size {vocab_size}: the text has only {found - 257} pairs worth merging, which makes {found}; "
+            f"give more text, or --vocab-size {found} or less"
+        )
+    _save(fast, out)
+    encoder = load_encoder(out)
+    write_atomically(out / BYTES_PER_TOKEN_NAME, _lengths_json(bytes_per_token(encoder)))
+    return encoder
+
+
+def training_texts(inputs: Sequence[str], max_bytes: int, text_field: str, invalid_utf8: str) -> Iterator[str]:
+    """Documents for training: of every unit of the inputs, the first share of `max_bytes` that falls to it."""
+    units = make_units(find_files(inputs))
+    total = sum(unit.text_bytes for unit in units)
+    share = min(1.0, max_bytes / max(total, 1))
+    empty = True
+    for unit in units:
+        left = int(unit.text_bytes * share) if share < 1 else None
+        for segment in unit.segments:
+            for document in read_documents(segment, text_field, invalid_utf8):
+                if left is not None and left <= 0:
+                    break
+                data = document.data or b""
+                if left is not None:
+                    data, left = data[:left], left - len(data)
+                if data:
+                    empty = False
+                    yield data.decode(errors="ignore")
+    if empty:
+        raise DataError(f"the input holds no text: {' '.join(map(str, inputs))}")
+
+
+def _train_bpe(texts: Iterator[str], vocab_size: int, progress: bool):
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    # Other settings of the environment (e.g. after a fork) must not slow training down to one thread.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    fast = Tokenizer(models.BPE(byte_fallback=False, unk_token=None, fuse_unk=False))
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=progress,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[BOS_TOKEN],
+    )
+    fast.train_from_iterator(texts, trainer)
+    return fast
+
+
+def _save(fast, out: Path) -> None:
+    from bov_megatron.compat import register_missing_torchvision_ops
+
+    register_missing_torchvision_ops()
+    from transformers import PreTrainedTokenizerFast
+
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        bos_token=BOS_TOKEN,
+        eos_token=BOS_TOKEN,
+        pad_token=BOS_TOKEN,
+        clean_up_tokenization_spaces=False,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    wrapped.save_pretrained(out)
