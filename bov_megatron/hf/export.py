@@ -142,7 +142,12 @@ def _write_tokenizer(tokenizer_dir: str | Path, model: ModelConfig, out: Path) -
 
     if not (Path(tokenizer_dir) / "tokenizer.json").is_file():
         raise ExportError(f"tokenizer {tokenizer_dir}: no tokenizer.json there; give a Hugging Face tokenizer folder")
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(tokenizer_dir),
+        local_files_only=True,
+        # Stored with the tokenizer: `generate` refuses the token_type_ids that it would give by default.
+        model_input_names=["input_ids", "attention_mask"],
+    )
     if tokenizer.bos_token is None:
         raise ExportError(f"tokenizer {tokenizer_dir} has no bos_token, which opens documents; set one in its files")
     if len(tokenizer) > model.vocab_size:
@@ -246,7 +251,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
-inputs = tokenizer(tokenizer.bos_token + "The", return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer(tokenizer.bos_token + "The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 

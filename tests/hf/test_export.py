@@ -58,6 +58,7 @@ def test_loads_and_generates_without_this_package(tmp_path, tokenizer_dir):
         torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"])
     found = model.generate(expected["ids"], max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert torch.equal(found, expected["generated"])
+    model.generate(**tokenizer(tokenizer.bos_token + "def", return_tensors="pt"), max_new_tokens=2)
     model.save_pretrained("again")
     again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
     assert torch.equal(again(expected["ids"]).logits, model(expected["ids"]).logits)

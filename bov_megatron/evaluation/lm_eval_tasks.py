@@ -1,0 +1,140 @@
+"""lm-eval on an exported model: its own tasks and local YAML tasks.
+
+lm-eval is imported inside functions: it takes seconds to start.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bov_megatron.evaluation.bits_per_byte import EvaluationError
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+logger = logging.getLogger(__name__)
+
+
+def run_tasks(
+    model_dir: str | Path,
+    tasks: Sequence[str],
+    *,
+    tasks_dir: str | Path | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    dtype: str = "auto",
+    bos: bool = True,
+) -> dict:
+    """Evaluate the export in `model_dir`; returns what `summarize` makes of lm-eval's results.
+
+    Args:
+        tasks: names (of `tasks_dir` or lm-eval's own, groups and tags too) or paths of YAML files.
+        tasks_dir: folder searched for local YAML tasks. lm-eval's own, which take it half a minute to index, are looked
+            at only if a name isn't found here.
+        limit: examples per task; below 1 a share of them.
+        device: `cpu`, `cuda`, …; `None` means a GPU if there is one.
+        dtype: `auto` is what the export is stored as.
+        bos: start prompts with `<|bos|>`, as documents in training do.
+
+    Raises EvaluationError for unknown tasks.
+    """
+    manager, names = find_tasks(tasks, tasks_dir)
+    import torch
+    from lm_eval import simple_evaluate
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    results = simple_evaluate(
+        model=load_model(model_dir, batch_size=batch_size, device=device, dtype=dtype, bos=bos),
+        tasks=names,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        log_samples=False,
+        bootstrap_iters=1000,
+    )
+    return summarize(results)
+
+
+def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None) -> tuple[TaskManager, list[str]]:
+    """The task manager that knows `tasks`, and the tasks as it is to be asked for them."""
+    from bov_megatron.compat import register_missing_torchvision_ops
+
+    register_missing_torchvision_ops()
+    from lm_eval.tasks import TaskManager
+
+    if not tasks:
+        raise EvaluationError("--tasks names no task")
+    if tasks_dir is not None and not Path(tasks_dir).is_dir():
+        raise EvaluationError(f"--tasks-dir {tasks_dir} is not a folder")
+    for task in tasks:
+        if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
+            raise EvaluationError(f"--tasks {task}: there is no such file")
+    names = [str(Path(task).resolve()) if Path(task).is_file() else task for task in tasks]
+    include = None if tasks_dir is None else str(Path(tasks_dir).resolve())
+    manager = TaskManager(include_path=include, include_defaults=False)
+    unknown = _unknown(names, manager)
+    if unknown:
+        logger.info("%s: not among the local tasks; indexing lm-eval's own, about half a minute", ", ".join(unknown))
+        manager = TaskManager(include_path=include, include_defaults=True)
+        unknown = _unknown(names, manager)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=5)
+        hint = f"did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists lm-eval's own"
+        raise EvaluationError(f"--tasks {unknown[0]}: neither a local task nor one of lm-eval's; {hint}")
+    return manager, names
+
+
+def _unknown(names: Sequence[str], manager: TaskManager) -> list[str]:
+    return [name for name in names if not Path(name).is_file() and not manager.match_tasks([name])]
+
+
+def load_model(model_dir: str | Path, *, batch_size: int, device: str, dtype: str, bos: bool) -> HFLM:
+    """lm-eval's Hugging Face model over the export."""
+    from lm_eval.models.huggingface import HFLM
+
+    class ExportedModel(HFLM):
+        """Starts prompts with `<|bos|>`. lm-eval's `add_bos_token` leaves that to the tokenizer, and doubles it in
+        rolling tasks, where lm-eval itself puts it before the text."""
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            context_ids, continuation_ids = super()._encode_pair(context, continuation)
+            return ([self.prefix_token_id] if bos else []) + context_ids, continuation_ids
+
+        def tok_batch_encode(self, strings: list[str], *arguments, **options):
+            prefix = self.tokenizer.bos_token if bos else ""
+            return super().tok_batch_encode([prefix + string for string in strings], *arguments, **options)
+
+    return ExportedModel(
+        pretrained=str(model_dir),
+        trust_remote_code=True,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        add_bos_token=False,
+    )
+
+
+def summarize(results: dict) -> dict:
+    """lm-eval's results as `{"scores": {task: {metric: value}}, "samples", …}`; errors are `<metric>_stderr`."""
+    table: dict[str, dict[str, float]] = {}
+    for task, values in results["results"].items():
+        table[task] = {
+            # lm-eval's keys are "acc,none" and "acc_stderr,none": the metric, and the filter if there is one.
+            key.removesuffix(",none").replace(",", "_"): value
+            for key, value in values.items()
+            if isinstance(value, int | float) and "," in key
+        }
+    return {
+        "scores": table,
+        "samples": {task: count["effective"] for task, count in results["n-samples"].items()},
+        "num_fewshot": results["n-shot"],
+        "versions": {name: version(name) for name in ("lm_eval", "transformers", "torch")},
+    }

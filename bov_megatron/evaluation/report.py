@@ -1,0 +1,75 @@
+"""Everything asked of one export, in one report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bov_megatron.evaluation.bits_per_byte import EvaluationError, read_packed_samples, score_samples
+
+
+def evaluate(
+    model_dir: str | Path,
+    *,
+    tasks: Sequence[str] = (),
+    tasks_dir: str | Path | None = None,
+    packed: str | Path | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    dtype: str = "auto",
+    bos: bool = True,
+) -> dict:
+    """Scores of the export in `model_dir`: lm-eval's `tasks`, and bits per byte on the MDS folder `packed`.
+
+    Returns `{"model", "scores": {task: {metric: value}}, "samples": {task: count}, …}`, ready for JSON; the packed
+    samples appear as the task `packed`. Other arguments as in `lm_eval_tasks.run_tasks`. Raises EvaluationError.
+    """
+    if not (Path(model_dir) / "config.json").is_file():
+        raise EvaluationError(f"{model_dir} has no config.json; give a folder written by tools/convert.py to-hf")
+    report: dict = {"model": str(model_dir), "scores": {}, "samples": {}}
+    if tasks:
+        from bov_megatron.evaluation.lm_eval_tasks import run_tasks
+
+        report |= run_tasks(
+            model_dir, tasks, tasks_dir=tasks_dir, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size,
+            device=device, dtype=dtype, bos=bos,
+        )  # fmt: skip
+    if packed is not None:
+        count = None if limit is None else int(limit)
+        score = score_packed(model_dir, packed, limit=count, batch_size=batch_size, device=device, dtype=dtype)
+        report["scores"]["packed"] = score
+        report["samples"]["packed"] = score.pop("samples")
+    return report
+
+
+def score_packed(
+    model_dir: str | Path,
+    folder: str | Path,
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> dict:
+    """Bits per byte of the export on the first `limit` samples of an MDS folder, with the totals it comes from."""
+    from bov_megatron.compat import register_missing_torchvision_ops
+
+    register_missing_torchvision_ops()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from bov_megatron.data.tokenizer import load_bytes_per_token
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(str(model_dir), trust_remote_code=True, dtype=dtype).to(device).eval()
+    samples = list(read_packed_samples(folder, limit))
+    total = score_samples(model, samples, load_bytes_per_token(model_dir), batch_size)
+    return {
+        "bits_per_byte": total.value,
+        "nats": total.nats,
+        "bytes": total.bytes,
+        "tokens": total.tokens,
+        "samples": len(samples),
+    }
