@@ -40,12 +40,11 @@ def memory_by_stage(recipe: Recipe, data_parallel_size: int) -> list[dict[str, i
 
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Bytes of one checkpoint, the same for every layout up to padding rows: weights and optimizer state."""
-    weights, state = 0, 0
+    total = 0
     for spec in parameter_specs(recipe.model):
         size = _stored_size(recipe, spec)
-        weights += size * weight_bytes(recipe)
-        state += size * optimizer_bytes(recipe, spec)
-    return weights + state
+        total += size * weight_bytes(recipe) + optimizer_bytes(recipe, spec, size)
+    return total
 
 
 def weight_bytes(recipe: Recipe) -> int:
@@ -53,14 +52,13 @@ def weight_bytes(recipe: Recipe) -> int:
     return 2 if recipe.train.precision == "bf16" else 4
 
 
-def optimizer_bytes(recipe: Recipe, spec: ParameterSpec) -> int:
-    """Optimizer bytes of one element: main weight (bf16 only), then momentum (Muon) or two moments (AdamW).
-
-    Muon's variance vector, one element per row or column, is left out: below a thousandth of the matrix.
-    """
+def optimizer_bytes(recipe: Recipe, spec: ParameterSpec, size: int) -> int:
+    """Optimizer bytes of `size` elements of a parameter: main weights (bf16 only), then momentum and one variance per
+    row (column, if there are more) under Muon, or two moments under AdamW."""
     main = MAIN_BYTES if recipe.train.precision == "bf16" else 0
-    muon = spec.kind == "matrix" and recipe.optimizer.name == "muon"
-    return main + MAIN_BYTES * (1 if muon else 2)
+    if spec.kind == "matrix" and recipe.optimizer.name == "muon":
+        return size * (main + MAIN_BYTES) + max(spec.shape) * MAIN_BYTES
+    return size * (main + 2 * MAIN_BYTES)
 
 
 def _stored_size(recipe: Recipe, spec: ParameterSpec) -> int:
@@ -81,7 +79,7 @@ def _stage_memory(recipe: Recipe, stage: int, layers: range, data_parallel_size:
         parts = {
             "weights": size * weight_bytes(recipe),
             "gradients": size * MAIN_BYTES,
-            "optimizer": -(-size * optimizer_bytes(recipe, spec) // shards),
+            "optimizer": -(-optimizer_bytes(recipe, spec, size) // shards),
         }
         for part, count in parts.items():
             memory["tables" if spec.kind == "table" else part] += count

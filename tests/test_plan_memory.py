@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from bov_megatron.plan_memory import layer_activations, memory_by_stage
+from bov_megatron.plan_memory import checkpoint_bytes, layer_activations, memory_by_stage
 from bov_megatron.recipe import VALUE_SOURCES, ModelConfig, Recipe, ValueConfig
 from tests.distributed import run_ranks
 
@@ -36,6 +36,24 @@ def kept_for_backward(rank, world_size, recipe_dict):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(ids, ids)
     return sum(size for size, _ in kept.values())
+
+
+def stored_bytes(rank, world_size, recipe_dict):
+    """This rank's bytes of weights, main gradients and optimizer state after one step."""
+    import torch
+
+    from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.parallel import process_groups
+
+    recipe = Recipe.from_dict(recipe_dict)
+    process_groups.initialize(recipe, rank, world_size)
+    engine = MegatronEngine(recipe)
+    shape = (recipe.train.micro_batch_size, recipe.model.sequence_length + 1)
+    engine.train_step([torch.randint(0, recipe.model.vocab_size, shape)])
+    weights = sum(parameter.nbytes for parameter in engine.model.parameters())
+    gradients = sum(parameter.main_grad.nbytes for parameter in engine.model.parameters())
+    state = [*engine.optimizer.state_tensors(), *engine.optimizer.second_moments()]
+    return weights, gradients, sum(entry[-1].nbytes for entry in state)
 
 
 def make_recipe(layers: int, source: str = "projection", **layout) -> Recipe:
@@ -91,3 +109,24 @@ def test_full_recomputation_keeps_layer_inputs_only():
     assert (kept(4) - kept(2)) / 2 == pytest.approx(residual, rel=0.05)
     planned = [memory_by_stage(make_recipe(n, "bank", recompute="full"), 1)[0]["activations"] for n in (4, 2)]
     assert (planned[0] - planned[1]) / 2 == residual
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_gradients_and_optimizer_state_are_what_the_plan_says(precision):
+    recipe = make_recipe(2, "bank")
+    recipe.train.precision = precision
+    weights, gradients, state = run_ranks(stored_bytes, 1, recipe.to_dict())[0]
+    planned = memory_by_stage(recipe, 1)[0]
+    stored = planned["weights"] + planned["gradients"] + planned["optimizer"] + planned["tables"]
+    assert weights + gradients + state == stored
+    assert weights + state == checkpoint_bytes(recipe)
+
+
+def test_distributed_optimizer_divides_the_state():
+    recipe = make_recipe(4, "bank", tensor_model_parallel_size=2)
+    recipe.train.micro_batch_size = 1
+    ranks = run_ranks(stored_bytes, 4, recipe.to_dict())
+    planned = memory_by_stage(recipe, 2)[0]
+    stored = planned["weights"] + planned["gradients"] + planned["optimizer"] + planned["tables"]
+    for rank in ranks:  # whole matrices have one owner each, so shares are not quite equal
+        assert sum(rank) == pytest.approx(stored, rel=0.02)
