@@ -1,5 +1,8 @@
 """Saved under one layout, loaded under another: the next steps are those of a run that never stopped."""
 
+import multiprocessing
+import queue
+
 import pytest
 import torch
 
@@ -16,7 +19,10 @@ def full_state(model, optimizer):
 
 def rank_saves(rank, world_size, recipe, folder):
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    multiprocessing.current_process()._config["daemon"] = False  # the writer forks
+    filesystem_async._results_queue = queue.Queue()  # its default: one more process per rank that imports torch, 7 s
     model, optimizer = start_rank(rank, world_size, recipe)
     advance(model, optimizer, SAVED_AT)
     state = full_state(model, optimizer)
