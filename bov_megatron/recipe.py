@@ -41,12 +41,14 @@ SOURCES_WITHOUT_COEFFICIENT = frozenset({"projection", "gated_value_embedding"})
 
 @dataclass
 class ValueConfig:
-    """Where the target layers' attention values come from (PAPER: "Value sources")."""
+    """Where the target layers' attention values come from (arXiv 2606.02780)."""
 
     source: str = "projection"
-    """One of VALUE_SOURCES."""
+    """`projection`, `bank`, `embedding_projection`, `first_layer`, `scaled_projection`, `projection_plus_first_layer`,
+    `projection_plus_embedding`, `projection_plus_bank` or `gated_value_embedding`."""
     target_layers: str | list[int] = "last_third"
-    """One of TARGET_LAYERS, or explicit 0-based layer indices. Ignored for `projection`."""
+    """`last_third`, `every`, `every_second`, `second_half`, `last_two_thirds`, or a list of 0-based layers. Ignored
+    for `projection`; layer 0 is left out where the source reads it."""
     coefficient: str = "learned"
     """`learned`, or `fixed` (1 for a single source, 0.5 + 0.5 for a sum)."""
     table: str = "per_layer"
@@ -59,7 +61,7 @@ class ValueConfig:
 
 @dataclass
 class ModelConfig:
-    """The decoder of the paper (PAPER: "The transformer around it")."""
+    """The decoder of arXiv 2606.02780."""
 
     num_layers: int = 12
     """Decoder layers."""
@@ -70,9 +72,9 @@ class ModelConfig:
     num_query_groups: int | None = None
     """Key/value heads; `null` means one per attention head (no GQA)."""
     head_dim: int | None = None
-    """`null` means hidden_size / num_attention_heads."""
+    """Channels of a head, even; `null` means hidden_size / num_attention_heads."""
     ffn_hidden_size: int | None = None
-    """`null` means 4 * hidden_size."""
+    """Width of the feed-forward layer; `null` means 4 * hidden_size."""
     vocab_size: int = 32768
     """True vocabulary size, special tokens included; padding for tensor parallelism is added apart."""
     sequence_length: int = 2048
@@ -179,7 +181,7 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps; `null` means as many as `budget_flops` pays for."""
     budget_flops: float | None = None
-    """Training FLOPs to spend (PAPER: "Numbers to reproduce"); used when `steps` is null."""
+    """Training FLOPs to spend, as `plan` counts them; used when `steps` is null."""
     seed: int = 1234
     """Seed of the initial weights, which depend on it and on parameter names alone."""
     precision: str = "bf16"
@@ -190,7 +192,7 @@ class TrainConfig:
 
 @dataclass
 class OptimizerConfig:
-    """Muon + AdamW (PAPER: "Optimisation"). Learning rates and decays are given at the reference batch and
+    """Muon + AdamW (arXiv 2606.02780). Learning rates and decays are given at the reference batch and
     width; `bov_megatron.optim.groups` scales them by the batch-size rule and by (hidden_size / 768)^-0.5."""
 
     name: str = "muon"
@@ -318,6 +320,8 @@ class LoggingConfig:
 
     interval: int = 1
     """Steps between lines of metrics.jsonl."""
+    print_interval: int = 10
+    """Steps between printed lines where output is not a terminal."""
     wandb: str = "offline"
     """`offline`, `online` or `disabled`."""
     wandb_project: str = "bov_megatron"

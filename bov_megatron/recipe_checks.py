@@ -302,8 +302,8 @@ def _check_intervals(recipe: Recipe) -> None:
 
 
 def _check_logging(log: LoggingConfig) -> None:
-    _at_least("logging.interval", log.interval, 1)
-    _at_least("logging.table_interval", log.table_interval, 1)
+    for name in ("interval", "print_interval", "table_interval"):
+        _at_least(f"logging.{name}", getattr(log, name), 1)
     _one_of("logging.wandb", log.wandb, WANDB_MODES)
     if log.peak_flops is not None:
         _above_zero("logging.peak_flops", log.peak_flops)
