@@ -119,6 +119,12 @@ class MegatronEngine:
         nats, size, tokens = self._sum_over_data_parallel(results, 3)
         return ScoreResult(nats, int(size), int(tokens))
 
+    def load_state(self, model_state: dict, optimizer_state: dict | None) -> None:
+        """Take loaded weights and, with an optimizer, its state (see training/checkpoint.py)."""
+        self.model.load_state_dict(model_state)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(optimizer_state)
+
     def _run(self, model, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
         """Megatron's schedule over the micro-batches; what `loss_function(labels, losses)` gave beside the loss."""
 

@@ -1,0 +1,206 @@
+"""What happens around training steps. The trainer knows none of it: it calls each callback, on every rank, in order."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from bov_megatron.training import checkpoint
+from bov_megatron.training.statistics import coefficient_values, table_statistics
+
+if TYPE_CHECKING:
+    from bov_megatron.training.trainer import Trainer
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Callback:
+    """Base of all callbacks; every method is called on every rank."""
+
+    def start(self, trainer: Trainer) -> None:
+        """Before the first step; `trainer.step` steps are done already."""
+
+    def after_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """After each optimizer step. `record` is the step's line of metrics; a callback may add to it for those
+        that come after."""
+
+    def finish(self, trainer: Trainer) -> None:
+        """After the last step; not called when training raises."""
+
+
+class Validation(Callback):
+    """Adds `validation_bits_per_byte` every `validation.interval` steps and at the end."""
+
+    def __init__(self, loader, interval: int):
+        self.loader, self.interval = loader, interval
+
+    def after_step(self, trainer, record):
+        if trainer.is_due(self.interval):
+            started = time.perf_counter()
+            record["validation_bits_per_byte"] = trainer.validate(self.loader)
+            record["validation_seconds"] = time.perf_counter() - started
+
+
+class ValueStatistics(Callback):
+    """Adds gamma of each bank layer, and every `interval` steps the tables' row norms and touched rows."""
+
+    def __init__(self, interval: int):
+        self.interval = interval
+
+    def after_step(self, trainer, record):
+        if trainer.is_due(self.interval):
+            record.update(coefficient_values(trainer.engine))
+            record.update(table_statistics(trainer.engine))
+
+
+class MetricsFile(Callback):
+    """One JSON object a step in RUN/metrics.jsonl. A resumed run first drops the lines after its checkpoint."""
+
+    def __init__(self, run_dir: Path, interval: int):
+        self.path, self.interval, self.file = run_dir / METRICS_FILE, interval, None
+
+    def start(self, trainer):
+        if dist.get_rank() != 0:
+            return
+        kept = [line for line in read_lines(self.path) if line["step"] <= trainer.step]
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(part, self.path)
+        self.file = self.path.open("a")
+
+    def after_step(self, trainer, record):
+        if self.file and (trainer.is_due(self.interval) or "validation_bits_per_byte" in record):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+
+    def finish(self, trainer):
+        if self.file:
+            self.file.close()
+
+
+class Progress(Callback):
+    """A progress bar on a terminal, plain lines otherwise; rank 0 only."""
+
+    def __init__(self, plain_interval: int, stream=sys.stderr):
+        self.plain_interval, self.stream, self.bar = plain_interval, stream, None
+
+    def start(self, trainer):
+        if dist.get_rank() == 0 and self.stream.isatty():
+            self.bar = tqdm(
+                total=trainer.total_steps,
+                initial=trainer.step,
+                desc=trainer.recipe.name,
+                unit="step",
+                file=self.stream,
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+            )
+
+    def after_step(self, trainer, record):
+        if dist.get_rank() != 0:
+            return
+        left = (trainer.total_steps - record["step"]) * trainer.throughput.mean_seconds
+        rates = f"{record['tokens_per_second']:,.0f} tok/s"
+        if "mfu" in record:
+            rates += f" · MFU {record['mfu']:.1%}"
+        text = f"loss {record['loss']:.4f} · {rates} · {_clock(left)} left"
+        if "validation_bits_per_byte" in record:
+            self._print(f"step {record['step']}: validation {record['validation_bits_per_byte']:.4f} bits per byte")
+        if not record["updated"]:
+            self._print(f"step {record['step']}: gradient norm is not finite, weights left as they were")
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        elif trainer.is_due(self.plain_interval) or record["step"] == 1:
+            self._print(f"step {record['step']}/{trainer.total_steps} · {text}")
+
+    def finish(self, trainer):
+        if self.bar is not None:
+            self.bar.close()
+
+    def _print(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+
+class Wandb(Callback):
+    """Weights & Biases, offline unless told otherwise; rank 0 only."""
+
+    def __init__(self, run_dir: Path, mode: str, project: str):
+        self.run_dir, self.mode, self.project, self.run = run_dir, mode, project, None
+
+    def start(self, trainer):
+        if dist.get_rank() != 0 or self.mode == "disabled":
+            return
+        import wandb
+
+        self.run = wandb.init(
+            project=self.project,
+            name=trainer.recipe.name,
+            id=_run_id(self.run_dir),
+            resume="allow",
+            dir=self.run_dir,
+            mode=self.mode,
+            config=trainer.recipe.to_dict(),
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        )
+
+    def after_step(self, trainer, record):
+        if self.run is not None:
+            # A resumed offline run starts to count at 0 again: the step must be said with every line.
+            numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+            self.run.log(numbers, step=record["step"])
+
+    def finish(self, trainer):
+        if self.run is not None:
+            self.run.finish()
+
+
+class Checkpoints(Callback):
+    """Saves every `interval` steps and at the end. Comes last: whatever the step wrote is then on disk."""
+
+    def __init__(self, run_dir: Path, interval: int, keep_last: int):
+        self.run_dir, self.interval, self.keep_last = run_dir, interval, keep_last
+
+    def after_step(self, trainer, record):
+        if trainer.is_due(self.interval):
+            checkpoint.save(trainer.engine, self.run_dir, trainer.step, self.keep_last, trainer.checkpoint_extra)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; a last line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _run_id(run_dir: Path) -> str:
+    """The same wandb run for every start of a run folder."""
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        path.write_text(os.urandom(4).hex())
+    return path.read_text()
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,185 @@
+"""Checkpoints of a run: atomic folders, newest first, any layout of ranks.
+
+    RUN/checkpoints/step_00000200/     one complete checkpoint (Megatron's torch_dist format)
+    RUN/checkpoints/step_00000400.saving/   one being written; never read, removed by the next save
+
+A checkpoint is written beside its final name by all ranks, flushed to disk, and renamed in one operation: a crash
+at any moment leaves either the complete new checkpoint or the previous ones as they were.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.base import StrategyAction, get_default_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+
+from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.recipe import Recipe, RecipeError
+
+FORMAT_VERSION = 1
+CHECKPOINTS, SAVING = "checkpoints", ".saving"
+_NAME = re.compile(r"step_(\d{8})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read or doesn't belong to this run; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint says besides weights and optimizer state."""
+
+    step: int
+    """Optimizer steps done."""
+    recipe: dict
+    """The resolved recipe of the run that saved it."""
+    extra: dict[str, Any]
+    """Whatever `save` was given, e.g. the data's fingerprint."""
+
+
+def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints of a run as (step, folder), oldest first."""
+    folder = run_dir / CHECKPOINTS
+    found = [(int(match[1]), path) for path in folder.glob("step_*") if (match := _NAME.fullmatch(path.name))]
+    return sorted(found)
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = list_checkpoints(run_dir)
+    return found[-1][1] if found else None
+
+
+def save(engine: MegatronEngine, run_dir: Path, step: int, keep_last: int, extra: dict[str, Any]) -> Path:
+    """Write the checkpoint of `step`; collective. Every rank writes its own share, replicas are divided among the
+    data-parallel ranks. Then all but the newest `keep_last` are removed."""
+    final = run_dir / CHECKPOINTS / f"step_{step:08d}"
+    saving = final.with_name(final.name + SAVING)
+    if dist.get_rank() == 0:
+        for leftover in final.parent.glob(f"*{SAVING}"):
+            shutil.rmtree(leftover)
+        saving.mkdir(parents=True)
+    dist.barrier()
+    state = _sharded_state(engine)
+    state["run"] = {"version": FORMAT_VERSION, "step": step, "recipe": engine.recipe.to_dict(), "extra": extra}
+    strategy = FullyParallelSaveStrategyWrapper(
+        get_default_strategy(StrategyAction.SAVE_SHARDED, "torch_dist", 1),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    dist_checkpointing.save(state, str(saving), strategy, content_metadata=_metadata())
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _publish(saving, final)
+        for _, old in list_checkpoints(run_dir)[: -keep_last or None]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load(engine: MegatronEngine, path: Path) -> Loaded:
+    """Read weights, and optimizer state if the engine has an optimizer, into this layout; collective.
+
+    Raises CheckpointError where `path` is no complete checkpoint or has another model.
+    """
+    stored = read_run(path)
+    check_same_model(stored["recipe"], engine.recipe, path)
+    state = _sharded_state(engine)
+    strategy = FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(path)),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    loaded = dist_checkpointing.load(state, str(path), strategy)
+    engine.load_state(loaded["model"], loaded.get("optimizer"))
+    return Loaded(stored["step"], stored["recipe"], stored["extra"])
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Step, recipe and extra of a checkpoint, without its tensors and without process groups."""
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+    except Exception as error:  # Megatron raises its own types here, and torch's for a damaged file
+        raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
+    if "run" not in common:
+        raise CheckpointError(f"{path} is a Megatron checkpoint, but no run of bov_megatron wrote it")
+    return common["run"]
+
+
+def check_same_model(stored: dict, recipe: Recipe, path: Path) -> None:
+    """Refuse a checkpoint whose model has other tensors than the recipe's."""
+    layout_only = {"core_attention", "value.table_partition", "value.lookup"}
+    _compare(stored["model"], recipe.to_dict()["model"], "model", layout_only, path)
+
+
+def check_same_data_order(stored: dict, recipe: Recipe, path: Path) -> None:
+    """Refuse to go on where the recipe would see other samples, or the same in another order."""
+    now = recipe.to_dict()
+    remedy = "resuming would reorder the data: restore the value, or start another run with name=…"
+    _compare(stored["train"], now["train"], "train", set(now["train"]) - {"global_batch_size"}, path, remedy)
+    free = {"num_workers", "prefetch_factor", "path", "remote"}
+    streams = {"streams": [_order_of(s) for s in stored["data"]["streams"]]}
+    streams_now = {"streams": [_order_of(s) for s in now["data"]["streams"]]}
+    _compare({**stored["data"], **streams}, {**now["data"], **streams_now}, "data", free, path, remedy)
+
+
+def _order_of(stream: dict) -> float:
+    """A stream may move to another folder; its weight may not change."""
+    return stream["weight"]
+
+
+def _compare(stored: dict, now: dict, where: str, free: set[str], path: Path, remedy: str | None = None) -> None:
+    for key, value in now.items():
+        name = f"{where}.{key}"
+        if name.removeprefix("model.") in free or key in free:
+            continue
+        if isinstance(value, dict):
+            _compare(stored.get(key, {}), value, name, free, path, remedy)
+        elif stored.get(key) != value:
+            raise RecipeError(
+                f"{name}={value!r}, but the checkpoint {path} was saved with {stored.get(key)!r}; "
+                + (remedy or "use the recipe stored with it, or start another run with name=…")
+            )
+
+
+def _sharded_state(engine: MegatronEngine) -> dict[str, Any]:
+    model = engine.model.sharded_state_dict(metadata=_metadata())
+    state: dict[str, Any] = {"model": model}
+    if engine.optimizer is not None:
+        state["optimizer"] = engine.optimizer.sharded_state_dict(model)
+    return state
+
+
+def _metadata() -> dict[str, Any]:
+    """Megatron changes what it is given: a fresh copy each time. Layers differ in their tensors, so each is stored
+    under its own number."""
+    return {"non_homogeneous_layers": True, "singleton_local_shards": False}
+
+
+def _publish(saving: Path, final: Path) -> None:
+    """Flush what was written and give it its final name, in this order."""
+    for file in saving.rglob("*"):
+        _flush(file)
+    _flush(saving)
+    if final.exists():  # the same step saved twice, e.g. the last step falling on the interval
+        shutil.rmtree(final)
+    saving.rename(final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,117 @@
+"""One run from recipe to last checkpoint: what `python -m bov_megatron.train` does on each rank."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import torch
+import torch.distributed as dist
+import yaml
+from megatron.core import parallel_state
+
+from bov_megatron.data.loader import TrainLoader, ValidationLoader
+from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.parallel import process_groups
+from bov_megatron.parallel.launch import World
+from bov_megatron.recipe import Recipe
+from bov_megatron.training import checkpoint
+from bov_megatron.training.callbacks import Checkpoints, MetricsFile, Progress, Validation, ValueStatistics, Wandb
+from bov_megatron.training.trainer import Trainer
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def train(recipe: Recipe, world: World) -> None:
+    """Train `recipe` on this rank of `world`; continue from the newest checkpoint in its run folder, if any.
+
+    Raises RecipeError, DataError or CheckpointError with the remedy where the run cannot start.
+    """
+    process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
+    try:
+        with _trainer(recipe) as trainer:
+            trainer.fit()
+    finally:
+        process_groups.shutdown()
+
+
+@contextlib.contextmanager
+def _trainer(recipe: Recipe):
+    """Everything a run consists of, put together."""
+    engine = MegatronEngine(recipe)
+    start = _resume(engine)
+    loaders = _open_data(recipe, start)
+    with loaders[0] as train_loader:
+        validation_loader = loaders[1]
+        _announce(recipe, start, train_loader)
+        yield Trainer(
+            engine,
+            train_loader,
+            [
+                Validation(validation_loader, recipe.validation.interval),
+                ValueStatistics(recipe.logging.table_interval),
+                Progress(recipe.logging.print_interval),
+                Wandb(recipe.run_dir, recipe.logging.wandb, recipe.logging.wandb_project),
+                MetricsFile(recipe.run_dir, recipe.logging.interval),
+                Checkpoints(recipe.run_dir, recipe.checkpoint.interval, recipe.checkpoint.keep_last),
+            ],
+            bytes_per_token=_padded(validation_loader.bytes_per_token(), recipe.model.vocab_size),
+            start_step=start.step if start else 0,
+            checkpoint_extra={"tokenizer_hash": train_loader.tokenizer_hash},
+        )
+
+
+def _resume(engine: MegatronEngine) -> checkpoint.Loaded | None:
+    """Load the newest checkpoint of the run folder. All ranks take the one that rank 0 found."""
+    found = [checkpoint.latest_checkpoint(engine.recipe.run_dir) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] is None:
+        return None
+    loaded = checkpoint.load(engine, found[0])
+    checkpoint.check_same_data_order(loaded.recipe, engine.recipe, found[0])
+    return loaded
+
+
+def _open_data(recipe: Recipe, start: checkpoint.Loaded | None) -> tuple[TrainLoader, ValidationLoader]:
+    common = {
+        "sequence_length": recipe.model.sequence_length,
+        "vocab_size": recipe.model.vocab_size,
+        "data_parallel_rank": parallel_state.get_data_parallel_rank(),
+        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+        "tokenizer_hash": start.extra["tokenizer_hash"] if start else None,
+    }
+    train_loader = TrainLoader(
+        recipe.data,
+        global_batch_size=recipe.train.global_batch_size,
+        micro_batch_size=recipe.train.micro_batch_size,
+        start_step=start.step if start else 0,
+        **common,
+    )
+    validation_loader = ValidationLoader(
+        recipe.data,
+        tokens=recipe.validation.tokens,
+        micro_batch_size=recipe.validation.micro_batch_size or recipe.train.micro_batch_size,
+        **common,
+    )
+    return train_loader, validation_loader
+
+
+def _announce(recipe: Recipe, start: checkpoint.Loaded | None, loader: TrainLoader) -> None:
+    """Store the resolved recipe with the run, and say what begins; rank 0 only."""
+    if dist.get_rank() != 0:
+        return
+    recipe.run_dir.mkdir(parents=True, exist_ok=True)
+    (recipe.run_dir / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    layout = recipe.parallel
+    ranks = (
+        f"{dist.get_world_size()} ranks: tensor {layout.tensor_model_parallel_size} × pipeline "
+        f"{layout.pipeline_model_parallel_size} × context {layout.context_parallel_size} × data "
+        f"{parallel_state.get_data_parallel_world_size()}"
+    )
+    begins = f"resuming after step {start.step}" if start else "from the beginning"
+    print(f"{recipe.name}: {recipe.model.value.source}, {ranks}; {recipe.run_dir}; {begins}", file=sys.stderr, flush=True)
+
+
+def _padded(bytes_per_token: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Ids that the tokenizer doesn't have count no bytes."""
+    return torch.nn.functional.pad(bytes_per_token, (0, vocab_size - bytes_per_token.numel()))

@@ -1,0 +1,60 @@
+"""Tokens per second, model FLOPs utilisation, time left."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import torch
+
+from bov_megatron.plan import flops_per_token
+from bov_megatron.recipe import Recipe
+
+PEAK_BF16_FLOPS = {
+    # Dense bf16 peaks without sparsity, from NVIDIA's data sheets.
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
+"""Peak FLOP/s by a part of the device's name."""
+
+
+def peak_flops(recipe: Recipe) -> float | None:
+    """Peak FLOP/s of this rank's device: `logging.peak_flops`, or the table's, or None where unknown (a CPU)."""
+    if recipe.logging.peak_flops or not torch.cuda.is_available():
+        return recipe.logging.peak_flops
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+
+
+class Throughput:
+    """Rates over a sliding window of steps; what isn't a training step (saving, validation) is left out.
+
+    MFU counts executed FLOPs: a bank layer has no value projection, and a lookup counts 0.
+    """
+
+    def __init__(self, recipe: Recipe, world_size: int, window: int = 20):
+        self.batch_tokens = recipe.batch_tokens
+        self.flops = flops_per_token(recipe.model) * recipe.batch_tokens
+        peak = peak_flops(recipe)
+        self.world_peak = peak * world_size if peak else None
+        self.seconds: deque[float] = deque(maxlen=window)
+        self.started = 0.0
+
+    def start(self) -> None:
+        """A step begins."""
+        self.started = time.perf_counter()
+
+    def stop(self) -> dict[str, float]:
+        """A step has ended: `step_seconds` of this one, `tokens_per_second` and `mfu` of the window."""
+        seconds = time.perf_counter() - self.started
+        self.seconds.append(seconds)
+        rates = {"step_seconds": seconds, "tokens_per_second": self.batch_tokens / self.mean_seconds}
+        if self.world_peak:
+            rates["mfu"] = self.flops / self.mean_seconds / self.world_peak
+        return rates
+
+    @property
+    def mean_seconds(self) -> float:
+        return sum(self.seconds) / len(self.seconds)
