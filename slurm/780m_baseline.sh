@@ -1,0 +1,17 @@
+#!/bin/bash
+# Train the 780M baseline, which projects its values. From the repository's root:
+#   sbatch slurm/780m_baseline.sh                                     2 nodes of 8 GPUs
+#   sbatch --nodes=4 slurm/780m_baseline.sh train.steps=20            sbatch's flags before, the recipe's fields after
+# docs/slurm.md lists everything that can be set.
+#SBATCH --job-name=780m_baseline
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=6
+#SBATCH --mem=0
+#SBATCH --time=12:00:00
+#SBATCH --output=logs/slurm-%x-%j.out
+#SBATCH --open-mode=append
+# Slurm runs a copy of this file, so only the folder that the job starts in leads to the repository.
+[[ -f slurm/launch.sh ]] || { echo "no slurm/launch.sh in $PWD: sbatch --chdir=REPOSITORY, or call it there" >&2; exit 2; }
+exec bash slurm/launch.sh recipes/780m_baseline.yaml "$@"

@@ -1,0 +1,109 @@
+#!/bin/bash
+# Run one training job on the nodes of this Slurm allocation: launch.sh RECIPE [section.field=value ...]
+#
+# The scripts beside it call it with their recipe; docs/slurm.md lists the variables it reads. One task is one rank.
+# Tasks find their rank, world and master through bov_megatron/parallel/launch.py, from Slurm's own variables.
+set -euo pipefail
+
+die() {
+    printf 'launch.sh: %s\n' "$*" >&2
+    exit 2
+}
+
+# Where rank 0 listens. Slurm's address of the first node comes first, since its name need not resolve (NodeName is
+# Slurm's own affair); then the name; then this host, which is the first node whenever sbatch started us.
+find_master() {
+    local node address candidate
+    node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    address=$(scontrol show node "$node" 2>/dev/null | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p' | head -n 1)
+    for candidate in "$address" "$node" "$(hostname -f 2>/dev/null)" "$(hostname)"; do
+        if [[ -n $candidate ]] && getent hosts "$candidate" >/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "none of '$address', '$node' and '$(hostname)' resolves: set MASTER_ADDR to an address of the first node"
+}
+
+commit() {
+    local id
+    if id=$(git rev-parse --short=12 HEAD 2>/dev/null); then
+        if [[ -n $(git status --porcelain --untracked-files=no 2>/dev/null) ]]; then
+            id+=" with uncommitted changes"
+        fi
+        echo "$id"
+    else
+        echo "unknown (no git here)"
+    fi
+}
+
+# Run a command in the background and pass signals to this job on to its ranks. In the background, because a shell
+# that waits for a foreground command runs its traps only after that command has ended. Through scancel, because a
+# SIGTERM to srun itself kills all ranks at once, without their hearing a signal.
+run_with_signals() {
+    local pid status name
+    "$@" &
+    pid=$!
+    for name in TERM INT USR1 USR2; do
+        # shellcheck disable=SC2064  # name is meant to be expanded now
+        trap "echo 'launch.sh: passing SIG$name on to the ranks' >&2
+              scancel --signal=$name $SLURM_JOB_ID || true" "$name"
+    done
+    while kill -0 "$pid" 2>/dev/null; do
+        wait "$pid" || true # returns early at every trapped signal
+    done
+    status=0
+    wait "$pid" || status=$? # bash remembers how it ended
+    return "$status"
+}
+
+[[ $# -ge 1 ]] || die "usage: launch.sh RECIPE [section.field=value ...], called by the scripts beside it"
+[[ -n ${SLURM_JOB_ID:-} ]] || die "not in a Slurm job: submit one of the scripts beside it, e.g. sbatch slurm/780m_bov.sh"
+[[ -n ${SLURM_NTASKS:-} ]] || die "the number of ranks is unknown: give sbatch or salloc --ntasks-per-node"
+[[ -d bov_megatron ]] || die "$PWD is not the repository's root"
+
+recipe=${BOV_RECIPE:-$1}
+overrides=("${@:2}")
+python=${BOV_PYTHON:-${BOV_VENV:-$PWD/.venv}/bin/python}
+[[ -f $recipe ]] || die "recipe $recipe does not exist${BOV_RECIPE:+ (from BOV_RECIPE)}"
+command -v "$python" >/dev/null || die "$python does not exist: run 'make env' on a machine that shares this \
+folder, or set BOV_VENV or BOV_PYTHON"
+if [[ -n ${BOV_OUTPUT_DIR:-} && " ${overrides[*]-}" != *" output_dir="* ]]; then # the command line's wins
+    overrides+=("output_dir=$BOV_OUTPUT_DIR/{name}")
+fi
+
+MASTER_ADDR=${MASTER_ADDR:-$(find_master)}
+export MASTER_ADDR
+# Not torchrun's variables, which a login script may have left half set: ranks are Slurm's.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK
+# srun of Slurm 22.05 and later no longer takes --cpus-per-task from sbatch: ranks would share one core.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export PYTHONUNBUFFERED=1
+# sbatch --export=NONE, which some sites make the default, would otherwise hide all of this from the ranks.
+srun=(srun --export=ALL)
+if [[ -n ${BOV_SRUN_ARGS:-} ]]; then
+    read -ra extra <<<"$BOV_SRUN_ARGS"
+    srun+=("${extra[@]}")
+fi
+
+cat <<INFO
+job       $SLURM_JOB_ID ($SLURM_JOB_NAME), $(date --iso-8601=seconds)
+recipe    $recipe ${overrides[*]-}
+world     $SLURM_NTASKS ranks on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), rank 0 at $MASTER_ADDR
+folder    $PWD
+commit    $(commit)
+python    $python ($("$python" --version 2>&1 || true))
+INFO
+
+# What the job is about to cost, for the record. A recipe that cannot run on this many ranks ends the job here, with
+# one error instead of one per rank.
+"${srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 \
+    "$python" tools/plan.py --world-size "$SLURM_NTASKS" "$recipe" ${overrides[@]+"${overrides[@]}"}
+
+# A rank that fails takes the others with it: they would wait for it in a collective until that times out.
+# --label begins each line with its rank, as tracebacks of all ranks arrive at once.
+run_with_signals "${srun[@]}" --kill-on-bad-exit=1 --label \
+    "$python" -m bov_megatron.train "$recipe" ${overrides[@]+"${overrides[@]}"}
