@@ -193,7 +193,8 @@ def format_plan(plan: Plan) -> str:
         if count
     ]
     memory = [(f"  {part}", _size(size)) for part, size in p.memory_per_rank.items() if size]
-    layout = f"{p.world_size} ranks = tensor {p.tensor_model_parallel_size} × pipeline {p.pipeline_model_parallel_size}"
+    ranks = "1 rank" if p.world_size == 1 else f"{p.world_size} ranks"
+    layout = f"{ranks} = tensor {p.tensor_model_parallel_size} × pipeline {p.pipeline_model_parallel_size}"
     estimate = p.time_estimate
     sections = [
         ("Parameters", f"{p.parameters:,}", kinds),
