@@ -234,7 +234,7 @@ class OptimizerConfig:
     warmdown_ratio: float = 0.65
     """Share of the steps over which the rate falls linearly to `final_lr_fraction`."""
     final_lr_fraction: float = 0.05
-    """Share of the peak rate that is left at the last step."""
+    """Share of the peak rate that the warmdown ends at."""
     momentum_start: float = 0.85
     """Muon's momentum at step 0."""
     momentum_peak: float = 0.97

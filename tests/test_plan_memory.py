@@ -9,15 +9,21 @@ from bov_megatron.recipe import VALUE_SOURCES, ModelConfig, Recipe, ValueConfig
 from tests.distributed import run_ranks
 
 
-def kept_for_backward(rank, world_size, recipe_dict):
-    """Bytes of distinct tensors, parameters excluded, that the forward pass of one micro-batch keeps."""
+def kept_for_backward(rank, world_size, *recipe_dicts):
+    """Per recipe, all of one layout: bytes that the forward pass of one micro-batch keeps."""
+    from bov_megatron.parallel import process_groups
+
+    recipes = [Recipe.from_dict(values) for values in recipe_dicts]
+    process_groups.initialize(recipes[0], rank, world_size)
+    return [_kept(recipe) for recipe in recipes]
+
+
+def _kept(recipe: Recipe) -> int:
+    """Bytes of distinct tensors, parameters excluded, that autograd saves."""
     import torch
 
     from bov_megatron.model.decoder import BovModel
-    from bov_megatron.parallel import process_groups
 
-    recipe = Recipe.from_dict(recipe_dict)
-    process_groups.initialize(recipe, rank, world_size)
     model = BovModel(recipe)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -83,32 +89,25 @@ CASES += [("projection", "tp2-sp", "learned"), ("projection_plus_bank", "one", "
 
 @pytest.mark.parametrize(("source", "layout", "coefficient"), CASES)
 def test_layer_keeps_what_the_plan_says(source, layout, coefficient):
-    def recipe(layers):
-        made = make_recipe(layers, source, **LAYOUTS[layout])
-        made.model.value.coefficient = coefficient
-        return made
-
-    def kept(layers):
-        return run_ranks(
-            kept_for_backward, recipe(layers).parallel.tensor_model_parallel_size, recipe(layers).to_dict()
-        )
-
-    planned = layer_activations(recipe(4), 1)
+    recipes = [make_recipe(layers, source, **LAYOUTS[layout]) for layers in (2, 4)]
+    for recipe in recipes:
+        recipe.model.value.coefficient = coefficient
+    tensor = recipes[0].parallel.tensor_model_parallel_size
+    planned = layer_activations(recipes[1], 1)
     if source == "projection" or (source in KEEPING_PROJECTED_VALUES and coefficient == "learned"):
         # Uncompiled, rotation copies q and k while their fused projection lives on: the kept values are a view into it.
-        planned += 2 * 256 * 2 * 128 * 4 // recipe(4).parallel.tensor_model_parallel_size
-    measured = (kept(4)[0] - kept(2)[0]) / 2
-    assert measured == pytest.approx(planned, rel=0.02)
+        planned += 2 * 256 * 2 * 128 * 4 // tensor
+    two, four = run_ranks(kept_for_backward, tensor, *(recipe.to_dict() for recipe in recipes))[0]
+    assert (four - two) / 2 == pytest.approx(planned, rel=0.02)
 
 
 def test_full_recomputation_keeps_layer_inputs_only():
-    def kept(layers):
-        return run_ranks(kept_for_backward, 1, make_recipe(layers, "bank", recompute="full").to_dict())[0]
-
+    recipes = [make_recipe(layers, "bank", recompute="full") for layers in (2, 4)]
+    two, four = run_ranks(kept_for_backward, 1, *(recipe.to_dict() for recipe in recipes))[0]
     residual = 2 * 256 * 128 * 4
-    assert (kept(4) - kept(2)) / 2 == pytest.approx(residual, rel=0.05)
-    planned = [memory_by_stage(make_recipe(n, "bank", recompute="full"), 1)[0]["activations"] for n in (4, 2)]
-    assert (planned[0] - planned[1]) / 2 == residual
+    assert (four - two) / 2 == pytest.approx(residual, rel=0.05)
+    planned = [memory_by_stage(recipe, 1)[0]["activations"] for recipe in recipes]
+    assert (planned[1] - planned[0]) / 2 == residual
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
