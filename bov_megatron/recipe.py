@@ -50,7 +50,8 @@ class ValueConfig:
     """`last_third`, `every`, `every_second`, `second_half`, `last_two_thirds`, or a list of 0-based layers. Ignored
     for `projection`; layer 0 is left out where the source reads it."""
     coefficient: str = "learned"
-    """`learned`, or `fixed` (1 for a single source, 0.5 + 0.5 for a sum)."""
+    """`learned`, or `fixed` (1 for a single source, 0.5 + 0.5 for a sum). Ignored where a source has none: `projection`
+    and `gated_value_embedding`."""
     table: str = "per_layer"
     """`per_layer`, or `shared`: one table for all target layers."""
     table_partition: str = "vocab"
