@@ -1,8 +1,11 @@
-"""Making third-party packages importable where their binary parts don't match."""
+"""Making third-party packages importable where their binary parts don't match, and quieter where they repeat
+themselves once a rank."""
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 
 _TORCHVISION_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -33,3 +36,11 @@ def register_missing_torchvision_ops() -> None:
         library.define(schema)
     # A Library takes its operators away when collected; torch.ops lives as long as the process does.
     torch.ops.torchvision._bov_megatron_library = library
+
+
+def quiet_megatron_imports() -> None:
+    """Silence what Megatron-core 0.16.1 says on every rank: that optional packages are absent, which this project
+    does without, and that torch 2.13 deprecates names it calls. Call before importing it."""
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*", category=UserWarning)
+    warnings.filterwarnings("ignore", message=r"`(torch\.distributed\..*|load_state_dict)` is deprecated")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

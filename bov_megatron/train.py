@@ -6,9 +6,7 @@ The same under `srun`: rank and world size are taken from Slurm where torchrun's
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import warnings
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
 
+    from bov_megatron.compat import quiet_megatron_imports
     from bov_megatron.parallel.launch import LaunchError, detect_world, export_world
     from bov_megatron.recipe import RecipeError, load_recipe
 
@@ -35,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         recipe.data_parallel_size(world.world_size)
         export_world(world)
-        _quiet_imports()
+        quiet_megatron_imports()
 
         from bov_megatron.data.errors import DataError
         from bov_megatron.training import run
@@ -54,12 +53,6 @@ def _refuse(error: Exception, rank: str) -> int:
     if rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     return 2
-
-
-def _quiet_imports() -> None:
-    """Megatron warns, once a rank, about optional packages that this project does without."""
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*", category=UserWarning)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 if __name__ == "__main__":

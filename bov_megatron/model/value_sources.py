@@ -47,6 +47,10 @@ class ValueSource(torch.nn.Module):
     projects = True
     separate_projection = False
 
+    def __init__(self, tp_group):
+        super().__init__()
+        self.tp_group = tp_group
+
     def forward(self, projected_SBGD: Tensor | None, hidden_SBH: Tensor, carried: Tensor, project: Project) -> Tensor:
         """Values `[S, B, G, D]`.
 
@@ -58,13 +62,29 @@ class ValueSource(torch.nn.Module):
         """
         return projected_SBGD
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Megatron's default for a module of torch's would store every parameter below it as replicated, a
+        tensor-parallel rank's rows of the table in the place of all rows."""
+        own: dict[str, Tensor] = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        state = make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            {"gate": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for name, table in self.named_children():
+            state.update(table.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
+        return state
+
 
 class _Scaled(ValueSource):
     """A source whose value is multiplied by gamma: one learned scalar of the layer, or 1."""
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype, tp_group):
-        super().__init__()
-        self.tp_group = tp_group
+        super().__init__(tp_group)
         learned = model.value.coefficient == "learned"
         self.source_coefficient = _scalar(dtype) if learned else None
 
@@ -160,8 +180,8 @@ class GatedValueEmbedding(ValueSource):
     """`V + 3 · sigmoid(G · x[:12]) · E_l[id]`, one gate per query group"""
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int, sequence_parallel: bool):
-        super().__init__()
-        self.tp_group, self.sequence_parallel = tp_group, sequence_parallel
+        super().__init__(tp_group)
+        self.sequence_parallel = sequence_parallel
         groups = model.kv_heads // tp_group.size()
         self.gate = torch.nn.Parameter(torch.empty(groups, GATE_CHANNELS, dtype=dtype, device=torch.cuda.current_device()))
         self.table = layer_table(model, dtype, tp_group, vocab_size)
@@ -177,19 +197,6 @@ class GatedValueEmbedding(ValueSource):
         embedded_SBGD = carried if self.table is None else self.table(carried)
         return projected_SBGD + gate_SBG.unsqueeze(-1) * embedded_SBGD
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        state = make_sharded_tensors_for_checkpoint(
-            {"gate": self.gate},
-            prefix,
-            {"gate": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        if self.table is not None:
-            state.update(self.table.sharded_state_dict(f"{prefix}table.", sharded_offsets, metadata))
-        return state
-
 
 def build_value_source(
     source: str, model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int, sequence_parallel: bool
@@ -202,7 +209,7 @@ def build_value_source(
         sequence_parallel: whether hidden states arrive as this rank's chunk of the sequence.
     """
     if source == "projection":
-        return ValueSource()
+        return ValueSource(tp_group)
     if source == "gated_value_embedding":
         return GatedValueEmbedding(model, dtype, tp_group, vocab_size, sequence_parallel)
     if source in SOURCES_WITH_TABLE:

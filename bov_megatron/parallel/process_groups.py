@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import warnings
 
 import torch
 import torch.distributed as dist
@@ -26,8 +25,6 @@ def initialize(
     cpu.enable()
     # Megatron overlaps the gradient's all-reduce with a matmul and relies on the order of launches.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Megatron-core 0.16.1 calls collectives under names that torch 2.13 deprecates.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():

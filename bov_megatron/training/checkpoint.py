@@ -62,6 +62,18 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
+def find(run_dir: Path, step: int | None = None) -> Path:
+    """The checkpoint of `step` (None: the newest) in a run folder; `run_dir` may also be a checkpoint's own folder."""
+    if _NAME.fullmatch(run_dir.name) and step is None:
+        return run_dir
+    found = dict(list_checkpoints(run_dir))
+    if not found:
+        raise CheckpointError(f"{run_dir} holds no complete checkpoint (looked for {CHECKPOINTS}/step_*)")
+    if step is not None and step not in found:
+        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
+    return found[max(found) if step is None else step]
+
+
 def save(engine: MegatronEngine, run_dir: Path, step: int, keep_last: int, extra: dict[str, Any]) -> Path:
     """Write the checkpoint of `step`; collective. Every rank writes its own share, replicas are divided among the
     data-parallel ranks. Then all but the newest `keep_last` are removed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 
 import torch
@@ -19,7 +20,7 @@ from bov_megatron.training import checkpoint
 from bov_megatron.training.callbacks import Checkpoints, MetricsFile, Progress, Validation, ValueStatistics, Wandb
 from bov_megatron.training.trainer import Trainer
 
-RECIPE_FILE = "recipe.yaml"
+RECIPE_FILE, TOKENIZER_FOLDER = "recipe.yaml", "tokenizer"
 
 
 def train(recipe: Recipe, world: World) -> None:
@@ -101,6 +102,8 @@ def _announce(recipe: Recipe, start: checkpoint.Loaded | None, loader: TrainLoad
     if dist.get_rank() != 0:
         return
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
+    # The run folder is enough to convert it, wherever the data goes.
+    shutil.copytree(loader.data_sets[0].tokenizer_folder, recipe.run_dir / TOKENIZER_FOLDER, dirs_exist_ok=True)
     (recipe.run_dir / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     layout = recipe.parallel
     ranks = (

@@ -1,0 +1,119 @@
+"""From a run's checkpoint, written by any layout of ranks, to a Hugging Face folder, with logits compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bov_megatron.hf.export import ExportError, export
+from bov_megatron.recipe import ParallelConfig, Recipe
+
+PARITY_TOLERANCE = 1e-4
+"""Largest relative error of the logits, both models computing in fp32 from the same stored weights."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted."""
+
+    out_dir: Path
+    checkpoint: Path
+    step: int
+    parity: float | None
+    """Relative error of the exported model's logits against the Megatron model's; None if not checked."""
+
+
+def to_hf(
+    run_dir: Path,
+    out_dir: Path,
+    *,
+    step: int | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer_dir: Path | None = None,
+    check_parity: bool = True,
+    overwrite: bool = False,
+) -> Conversion:
+    """Export a run's checkpoint as a Hugging Face model.
+
+    One process loads the whole model, whatever the layout of ranks that saved it, onto the CPU or its GPU.
+
+    Args:
+        run_dir: run folder (the newest checkpoint, or that of `step`), or one checkpoint's folder.
+        dtype: of the stored weights; None means what the run computed in.
+        tokenizer_dir: None means the one kept with the run.
+        check_parity: compare the exported model's logits with the Megatron model's, and keep the export only if
+            they agree to PARITY_TOLERANCE.
+
+    Raises CheckpointError or ExportError with the remedy.
+    """
+    from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.parallel import process_groups
+    from bov_megatron.training import checkpoint
+
+    path = checkpoint.find(run_dir, step)
+    stored = checkpoint.read_run(path)
+    run_recipe = Recipe.from_dict(stored["recipe"])
+    if dtype is None:
+        dtype = torch.bfloat16 if run_recipe.train.precision == "bf16" else torch.float32
+    recipe = dataclasses.replace(
+        run_recipe, parallel=ParallelConfig(), train=dataclasses.replace(run_recipe.train, precision="fp32")
+    )
+    tokenizer_dir = tokenizer_dir or path.parent.parent / "tokenizer"
+    with tempfile.TemporaryDirectory() as folder:
+        process_groups.initialize(recipe, 0, 1, init_method=f"file://{folder}/rendezvous")
+        try:
+            engine = MegatronEngine(recipe, with_optimizer=False)
+            checkpoint.load(engine, path)
+            out_dir = export(
+                _canonical_tensors(engine),
+                recipe.model,
+                tokenizer_dir,
+                out_dir,
+                dtype=dtype,
+                recipe=stored["recipe"],
+                overwrite=overwrite,
+            )
+            parity = _parity(engine, out_dir, dtype) if check_parity else None
+        finally:
+            process_groups.shutdown()
+    return Conversion(out_dir, path, stored["step"], parity)
+
+
+def _canonical_tensors(engine) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of an unsharded engine, unfused and unpadded, one at a time."""
+    from bov_megatron.model.naming import full_from_gathered, local_parameters
+
+    for local in local_parameters(engine.model):
+        yield from full_from_gathered(local, local.parameter.detach()).items()
+
+
+@torch.no_grad()
+def _parity(engine, out_dir: Path, dtype: torch.dtype) -> float:
+    """Relative error of the exported model's logits on random ids, longer than the short windows.
+
+    The Megatron model is rounded to the exported dtype first: what is compared is the computation, in fp32.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from bov_megatron.parallel import cpu
+
+    model = engine.recipe.model
+    for parameter in engine.model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.vocab_size, (1, min(model.sequence_length, 1024)), generator=generator)
+    expected = engine.model.eval()(ids.to(cpu.device())).cpu()[..., : model.vocab_size]
+    exported = AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True, dtype=torch.float32).eval()
+    error = ((exported(ids).logits - expected).norm() / expected.norm()).item()
+    if not error <= PARITY_TOLERANCE:
+        raise ExportError(
+            f"the exported model's logits differ from the Megatron model's by {error:.1e} (relative; at most "
+            f"{PARITY_TOLERANCE:.0e} is rounding): do not use {out_dir}. Please report the recipe"
+        )
+    return error
