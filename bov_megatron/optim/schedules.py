@@ -20,7 +20,7 @@ def lr_multiplier(step: int, total_steps: int, config: OptimizerConfig) -> float
     warmdown_steps = _warmdown_steps(total_steps, config)
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    if step <= total_steps - warmdown_steps:
+    if warmdown_steps == 0 or step <= total_steps - warmdown_steps:
         return 1.0
     remaining = max(0, total_steps - step) / warmdown_steps
     return remaining + (1 - remaining) * config.final_lr_fraction

@@ -51,7 +51,9 @@ def weights() -> list[Weight]:
         Weight("out", (HIDDEN, query), "matrix", 1, layer(0, "o")),
         Weight("gate", (GROUPS, 12), "matrix", 0, "model.layers.0.self_attn.value_gate.weight"),
         Weight("qk", (query + kv, HIDDEN), "matrix", 0, (layer(1, "q"), layer(1, "k")), SPLIT_QKV[:2], stage=1),
-        Weight("table", (VOCAB, kv), "table", names="model.layers.1.self_attn.value_table.weight", stage=1, **vocabulary),
+        Weight(
+            "table", (VOCAB, kv), "table", names="model.layers.1.self_attn.value_table.weight", stage=1, **vocabulary
+        ),
         Weight("gamma", (1,), "coefficient", -1, "model.layers.1.self_attn.source_coefficient", stage=1),
         Weight("a", (1,), "projection_coefficient", -1, "model.layers.1.self_attn.projection_coefficient", stage=1),
         Weight("up", (4 * HIDDEN, HIDDEN), "matrix", 0, "model.layers.1.mlp.up_proj.weight", stage=1),
@@ -70,7 +72,9 @@ def recipe(tensor: int = 1, pipeline: int = 1, sharded: bool = True, bf16: bool 
     )
     value = ValueConfig(source="projection_plus_bank")
     model = ModelConfig(num_layers=2, hidden_size=HIDDEN, vocab_size=VOCAB, num_attention_heads=8, value=value)
-    config = OptimizerConfig(warmup_steps=2, momentum_warmup_steps=4, reference_batch_tokens=None)
+    config = OptimizerConfig(
+        warmup_steps=2, momentum_warmup_steps=4, reference_batch_tokens=None, reference_parameters=None
+    )
     return Recipe(
         model=model,
         parallel=parallel,
@@ -108,7 +112,7 @@ class ShardedModel(nn.Module):
             self.register_parameter(key, parameter)
 
     def set_gradients(self, step: int) -> None:
-        """As after Megatron's DDP: fp32 in `main_grad`, the same on all data-parallel ranks; growing, so clipping shows."""
+        """As after Megatron's DDP: fp32 `main_grad`, the same on all data-parallel ranks. It grows, so clipping shows."""
         for key, weight in self.weights.items():
             gradient = local(whole(weight, seed=100 + step), weight, self.tensor_size, self.tensor_rank)
             getattr(self, key).main_grad = gradient * (1 + step) ** 2

@@ -13,7 +13,7 @@ from tests.golden_files import TRAJECTORY_NAMES, load_golden
 
 
 def golden_recipe(golden) -> Recipe:
-    """The reference's settings. Its smear rate is 0.2 whatever the scalars' is; its tables take half the embedding's."""
+    """The reference's settings. Its smear rate is 0.2 whatever the scalars' rate; tables take half the embedding's."""
     s = golden.trajectory.schedule
     optimizer = OptimizerConfig(
         matrix_lr=s["matrix_lr"],

@@ -1,0 +1,176 @@
+"""The optimizer on one process: what it reads, refuses, and leaves alone."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bov_megatron.optim.optimizer import BovOptimizer
+from tests.optim.sharded_model import TOTAL_STEPS, ShardedModel, advance, recipe, weights
+
+
+def make(bf16=False, **optimizer):
+    model = ShardedModel(1, 0, None, torch.bfloat16 if bf16 else torch.float32)
+    return model, BovOptimizer([model], recipe(bf16=bf16, **optimizer), TOTAL_STEPS)
+
+
+def test_every_weight_moves_by_its_kind_s_algorithm():
+    model, optimizer = make()
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    advance(model, optimizer, 1)
+    lr = {kind: settings.lr / 2 for kind, settings in optimizer.settings.items()}  # first of two warmup steps
+    for key, parameter in model.named_parameters():
+        kind, moved = model.weights[key].kind, parameter.detach() - before[key]
+        assert moved.abs().max() > 0, key
+        if kind != "matrix":  # AdamW's first step is lr in every element, but for decay
+            decay = optimizer.settings[kind].weight_decay * lr[kind] * before[key]
+            step = (moved + decay)[: model.weights[key].shape[0]].abs()
+            torch.testing.assert_close(step, torch.full_like(step, lr[kind]), rtol=1e-3, atol=1e-6)
+    assert {m.managed.kind for m in optimizer.muon.matrices} == {"matrix"}
+    assert {p.kind for p in optimizer.adamw_parameters} == {w.kind for w in weights()} - {"matrix"}
+
+
+def test_adamw_follows_its_formula_over_steps():
+    model, optimizer = make(eps=1e-8)
+    settings = optimizer.settings["embedding"]
+    weight = model.embedding.detach().double().clone()
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    for step in range(1, 4):
+        model.set_gradients(step - 1)
+        gradient = model.embedding.main_grad.double()
+        result = optimizer.step()
+        lr = settings.lr * result.lr_multiplier
+        (beta1, beta2), decay = settings.betas, settings.weight_decay
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient**2
+        weight *= 1 - lr * decay
+        weight -= lr * (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + 1e-8)
+        torch.testing.assert_close(model.embedding.detach().double(), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_rows_of_the_vocabulary_stay_zero():
+    for bf16 in (False, True):
+        model, optimizer = make(bf16=bf16)
+        advance(model, optimizer, 5)
+        for key, weight in model.weights.items():
+            if weight.vocabulary:
+                padding = getattr(model, key)[weight.shape[0] :]
+                assert padding.numel() and not padding.any(), key
+
+
+def test_bf16_weights_follow_fp32_main_weights():
+    model, optimizer = make(bf16=True, matrix_lr=1e-5, embedding_lr=1e-6)
+    before = model.embedding.detach().clone()
+    advance(model, optimizer, 8)
+    mains = {p.qualified_name: p.main for p in optimizer.parameters}
+    for key, parameter in model.named_parameters():
+        assert mains[f"0.{key}"].dtype == torch.float32
+        assert torch.equal(parameter, mains[f"0.{key}"].bfloat16()), key
+    # Steps far below bf16's resolution accumulate in the main weights, not in the weights.
+    changed = (mains["0.embedding"] - before.float()).abs() > 0
+    assert changed[: len(changed) // 2].float().mean() > 0.99
+    assert torch.equal(model.embedding, before) or (model.embedding != before).float().mean() < 0.1
+
+
+def test_reload_takes_weights_written_from_outside():
+    model, optimizer = make(bf16=True)
+    with torch.no_grad():
+        model.up.fill_(0.5)
+    optimizer.reload_model_params()
+    model.set_gradients(0)
+    optimizer.step()
+    assert (model.up - 0.5).abs().max() < 0.1, "one step from the weights written, not from the old ones"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    model, optimizer = make(bf16=True)
+    advance(model, optimizer, 1)
+    before = [tensor.clone() for tensor in all_tensors(model, optimizer)]
+    model.set_gradients(1)
+    model.gamma.main_grad.fill_(bad)
+    result = optimizer.step()
+    assert not result.applied and math.isnan(result.grad_norm) and optimizer.step_count == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, all_tensors(model, optimizer), strict=True))
+    advance(model, optimizer, 1)
+    assert optimizer.step_count == 2
+
+
+def all_tensors(model, optimizer):
+    state = [tensor for _, _, tensor in optimizer.state_tensors()] + [t for *_, t in optimizer.second_moments()]
+    return [parameter.detach() for parameter in model.parameters()] + state
+
+
+def test_norm_and_clipping_are_torch_s():
+    model, optimizer = make(clip_grad=0.25)
+    model.set_gradients(0)
+    copies = [nn.Parameter(torch.zeros_like(p)) for p in model.parameters()]
+    for copy, parameter in zip(copies, model.parameters(), strict=True):
+        copy.grad = parameter.main_grad.clone()
+    norm = nn.utils.clip_grad_norm_(copies, 0.25)
+    result = optimizer.step()
+    assert result.grad_norm == pytest.approx(float(norm), rel=1e-6)
+    for copy, parameter in zip(copies, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.main_grad, copy.grad)
+
+
+def test_grad_serves_where_there_is_no_main_grad():
+    one, other = make(), make()
+    one[0].set_gradients(0)
+    other[0].set_gradients(0)
+    for parameter in other[0].parameters():
+        parameter.grad = parameter.main_grad
+        del parameter.main_grad
+    one[1].step()
+    other[1].step()
+    for a, b in zip(one[0].parameters(), other[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+    other[1].zero_grad()
+    assert all(parameter.grad is None for parameter in other[0].parameters())
+    with pytest.raises(RuntimeError, match="0.embedding has no gradient"):
+        other[1].step()
+
+
+def attributes(shape=(8, 4), dtype=torch.float32, **values):
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    for name, value in values.items():
+        setattr(module.weight, name, value)
+    return module
+
+
+NAMED = {"kind": "matrix", "canonical_name": "model.w"}
+
+
+@pytest.mark.parametrize(
+    "module, message",
+    [
+        (attributes(canonical_name="w"), r"0\.weight: attribute kind=None; set it to one of matrix, "),
+        (attributes(kind="scalar", canonical_name="w"), "kind='scalar'"),
+        (attributes(kind="matrix"), "canonical_name is missing"),
+        (attributes(**NAMED, fused_split=(2, 1)), r"fused_split=\(2, 1\) needs as many canonical names"),
+        (attributes(kind="matrix", canonical_name=("q", "k"), fused_split=(2, 1)), "8 rows do not divide into groups"),
+        (attributes((), kind="coefficient", canonical_name="gamma"), r"needs shape \[1\]"),
+        (attributes((8,), **NAMED), "needs 2 dimensions"),
+        (attributes(dtype=torch.float16, **NAMED), "float16; train in float32 or bfloat16"),
+    ],
+)
+def test_parameters_that_do_not_say_what_they_are_are_refused(module, message):
+    with pytest.raises(ValueError, match=message):
+        BovOptimizer([module], recipe(), TOTAL_STEPS)
+
+
+def test_state_of_another_model_is_refused():
+    model, optimizer = make()
+    good = {"step": 3, "state": {f"{n}/{p.qualified_name}": t for n, p, t in optimizer.state_tensors()}}
+    with pytest.raises(ValueError, match="optimizer state lacks 'second_moment/0.qkv/"):
+        optimizer.load_state_dict(good)
+    name = "exp_avg/0.embedding"
+    good["state"] |= {f"second_moment/{p.qualified_name}/{c}": t for _, p, c, t in optimizer.second_moments()}
+    good["state"][name] = good["state"][name][:-1]
+    with pytest.raises(ValueError, match=r"'exp_avg/0.embedding': found \(560, 128\), need \(561, 128\)"):
+        optimizer.load_state_dict(good)
+    assert optimizer.step_count == 0
+    with pytest.raises(ValueError, match="no tensor for parameter 0.qkv"):
+        optimizer.sharded_state_dict({})
