@@ -25,7 +25,7 @@ class SplitManifest:
     tokens: int = 0
     """Tokens stored, `<|bos|>` included: samples * (sequence_length + 1)."""
     dropped_tokens: int = 0
-    """Remainder that didn't fill a sample; less than one sample per split."""
+    """Remainder that didn't fill a sample, less than one per split (borders put between units' tails included)."""
     samples: int = 0
     shards: int = 0
     index_sha256: str = ""

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ SPLIT_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 PIECE_CHARACTERS = 1 << 18
-"""Longer documents are encoded in pieces of about this size, cut where no token can span."""
+"""Longer documents are encoded in pieces of about this size."""
+CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
+"""Before a single space between letters, or after a single line break between characters."""
 
 
 @dataclass(frozen=True)
@@ -58,27 +61,22 @@ class Encoder:
 
         Text that spells a special token is encoded as the characters it is: a document can't forge a border.
         """
-        pieces = [split_at_lines(text) for text in texts]
+        pieces = [split_at_words(text) for text in texts]
         encoded = self.fast.encode_batch_fast(list(itertools.chain(*pieces)), add_special_tokens=False)
         ids = iter(np.array(encoding.ids, dtype=self.dtype) for encoding in encoded)
         return [np.concatenate(list(itertools.islice(ids, len(of_text)))) for of_text in pieces]
 
 
-def split_at_lines(text: str, size: int = PIECE_CHARACTERS) -> list[str]:
-    """Cut a long text after a line break that is followed by a letter, a digit or a mark, every `size` characters.
+def split_at_words(text: str, size: int = PIECE_CHARACTERS) -> list[str]:
+    """Cut a long text at places where byte-level pre-tokenizers never join, every `size` characters or a little more.
 
-    Byte-level pre-tokenizers never join across such a place, so encoding the pieces gives the ids of the whole;
-    encoding one huge text would take some hundred bytes of memory for each of its own.
+    Encoding the pieces gives the ids of the whole; encoding one huge text would take some hundred bytes of memory for
+    each of its own. Cutting after any line break would not do: what follows decides how a run of them is split.
     """
     pieces, begin = [], 0
-    while len(text) - begin > size:
-        cut = text.find("\n", begin + size)
-        while 0 <= cut < len(text) - 1 and text[cut + 1].isspace():
-            cut = text.find("\n", cut + 1)
-        if cut < 0 or cut + 1 >= len(text):
-            break
-        pieces.append(text[begin : cut + 1])
-        begin = cut + 1
+    while len(text) - begin > size and (cut := CUT.search(text, begin + size)):
+        pieces.append(text[begin : cut.start()])
+        begin = cut.start()
     return [*pieces, text[begin:]]
 
 
@@ -204,7 +202,7 @@ def train_tokenizer(
         raise DataError(f"--out {out} holds a tokenizer already; pass --overwrite to replace it")
     # A piece at a time: the trainer only counts words, and pieces keep every word whole.
     pieces = (piece for text in training_texts(inputs, max_bytes, text_field, invalid_utf8)
-              for piece in split_at_lines(text))  # fmt: skip
+              for piece in split_at_words(text))  # fmt: skip
     fast = _train_bpe(pieces, vocab_size, progress)
     found = fast.get_vocab_size(with_added_tokens=True)
     if found < vocab_size:

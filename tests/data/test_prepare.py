@@ -1,0 +1,250 @@
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from bov_megatron.compat import register_missing_torchvision_ops
+from bov_megatron.data.errors import DataError
+from bov_megatron.data.manifest import read_manifest
+from bov_megatron.data.tokenizer import load_bytes_per_token
+from tests.data.conftest import SEQUENCE_LENGTH, prepare
+
+TOOL = Path(__file__).resolve().parents[2] / "tools/prepare_data.py"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def stored_tokens(folder: Path, split: str) -> np.ndarray:
+    """A split's samples as mosaicml-streaming's own reader gives them: `[samples, T + 1]`."""
+    register_missing_torchvision_ops()
+    from streaming import LocalDataset
+
+    data_set = LocalDataset(local=str(folder), split=split)
+    return np.stack([data_set[i]["tokens"] for i in range(len(data_set))])
+
+
+def documents_of(library: Path, *folders: str) -> list[str]:
+    paths = [
+        path
+        for name in folders
+        for path in sorted((library / name).rglob("*"))
+        if path.suffix in (".py", ".txt", ".rst")
+    ]
+    return [path.read_text(encoding="utf-8") for path in paths if "__pycache__" not in path.parts]
+
+
+def test_shards_hold_the_documents_in_order(library, tokenizer_folder, tmp_path):
+    """One unit, nothing held out: stored is <|bos|> document <|bos|> document …, by another tokenizer API."""
+    from transformers import AutoTokenizer
+
+    manifest = prepare([library / "email"], tokenizer_folder, tmp_path / "d", unit_bytes=10**9, validation_fraction=0.0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "d" / "tokenizer")
+    texts = [text for text in documents_of(library, "email") if text]
+    expected = [i for text in texts for i in [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]]
+    found = stored_tokens(tmp_path / "d", "train").ravel()
+    assert found.dtype == np.uint16 and found.tolist() == expected[: len(found)]
+    split = manifest.splits["train"]
+    # The unit's tail begins inside a document and so got a border of its own.
+    assert len(expected) - len(found) == split.dropped_tokens - 1 < SEQUENCE_LENGTH
+    assert split.tokens == len(found) == split.samples * (SEQUENCE_LENGTH + 1)
+    assert split.documents == len(texts) and split.bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_nothing_is_lost_between_units(data_folder, library):
+    """All tokens but less than a sample per split are stored, over many units, and the bytes they stand for add up."""
+    manifest = read_manifest(data_folder)
+    lengths = load_bytes_per_token(data_folder / "tokenizer")
+    assert len(list((data_folder / "train").glob("unit-*"))) > 5
+    stored = 0
+    for name, split in manifest.splits.items():
+        tokens = stored_tokens(data_folder, name)
+        assert tokens.shape == (split.samples, SEQUENCE_LENGTH + 1) and split.dropped_tokens < SEQUENCE_LENGTH + 1
+        size = int(lengths[tokens].sum())
+        assert 0 <= split.bytes - size <= split.dropped_tokens * lengths.max()
+        stored += size
+    texts = documents_of(library, "email", "asyncio")
+    assert sum(split.bytes for split in manifest.splits.values()) == sum(len(text.encode()) for text in texts)
+    assert manifest.empty_documents == sum(not text for text in texts)
+
+
+def test_held_out_documents_are_not_trained_on(library, tokenizer_folder, tmp_path):
+    prepare(
+        [library / "email"], tokenizer_folder, tmp_path / "d", validation_fraction=0.3, keep_held_out_text=True,
+        unit_bytes=10**9,
+    )  # fmt: skip
+    lines = (tmp_path / "d/val/documents.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    held_out = [json.loads(line)["text"] for line in lines]
+    texts = [text for text in documents_of(library, "email") if text]
+    tokenizer = Tokenizer.from_file(str(tmp_path / "d/tokenizer/tokenizer.json"))
+    assert 0 < len(held_out) < len(texts) and set(held_out) < set(texts)
+    for split, documents in (("val", held_out), ("train", [t for t in texts if t not in set(held_out)])):
+        decoded = tokenizer.decode(stored_tokens(tmp_path / "d", split).ravel().tolist(), skip_special_tokens=True)
+        assert decoded.encode()[:-4] == "".join(documents).encode()[: len(decoded.encode()) - 4]
+
+
+def test_validation_inputs_are_held_out_whole(library, tokenizer_folder, tmp_path):
+    manifest = prepare([library / "email"], tokenizer_folder, tmp_path / "d", validation=[str(library / "json")])
+    assert manifest.splits["val"].bytes == sum(len(text.encode()) for text in documents_of(library, "json"))
+    assert manifest.splits["train"].bytes == sum(len(text.encode()) for text in documents_of(library, "email"))
+
+
+def test_workers_do_not_change_the_data_set(library, tokenizer_folder, data_folder, tmp_path):
+    inputs = [library / "email", library / "asyncio"]
+    prepare(inputs, tokenizer_folder, tmp_path / "d", workers=3, validation_fraction=0.1, shard_bytes=20_000)
+    assert tree(tmp_path / "d") == tree(data_folder)
+
+
+def in_another_process(*arguments, **options):
+    """Start prepare() in a process of its own, which exits with 2 and its message in `stderr.txt` on a DataError."""
+
+    def run():
+        try:
+            prepare(*arguments, **options)
+        except DataError as error:
+            (arguments[2].parent / "stderr.txt").write_text(str(error))
+            os._exit(2)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    deadline = time.monotonic() + 120
+    while len(list((arguments[2] / ".work").glob("unit-*.json"))) < 3 and process.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return process
+
+
+def test_killed_in_the_middle_then_run_again_equals_undisturbed(library, tokenizer_folder, tmp_path):
+    inputs = [str(library / name) for name in ("email", "asyncio", "unittest", "multiprocessing", "importlib")]
+    options = {"unit_bytes": 20_000, "validation_fraction": 0.1, "workers": 2}
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    command = [sys.executable, str(TOOL), *inputs, "--tokenizer", str(tokenizer_folder), "--out", str(undisturbed)]
+    command += ["--sequence-length", str(SEQUENCE_LENGTH), "--unit-bytes", "20000", "--validation-fraction", "0.1"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "train: " in done.stdout and "tokens/s" in done.stdout and "packing: 100%" in done.stderr
+
+    process = in_another_process(inputs, tokenizer_folder, killed, **options)
+    process.kill()
+    process.join()
+    time.sleep(0.5)  # workers notice that their parent is gone
+    assert not (killed / "manifest.json").exists(), "must be killed in the middle"
+    with pytest.raises(DataError, match=r"no manifest\.json, so it is not complete; run tools/prepare_data.py again"):
+        read_manifest(killed)
+    with pytest.raises(DataError, match=r"unfinished data set begun with sequence_length=128 \(now 64\)"):
+        prepare(inputs, tokenizer_folder, killed, **options, sequence_length=64)
+
+    # A hard link shows whether the second run left a unit alone: a shard written again is another file.
+    finished = [path.stem for path in (killed / ".work").glob("unit-*.json")]
+    shards = [path for name in finished for path in (killed / "train" / name).glob("*.mds")]
+    for number, shard in enumerate(shards):
+        os.link(shard, tmp_path / f"link-{number}")
+    assert len(finished) >= 3 and shards
+    prepare(inputs, tokenizer_folder, killed, **options)
+    assert tree(killed) == tree(undisturbed)
+    assert all(os.path.samefile(shard, tmp_path / f"link-{number}") for number, shard in enumerate(shards))
+    tool_again = subprocess.run(command, capture_output=True, text=True)
+    assert tool_again.returncode == 2 and "holds a complete data set; pass --overwrite" in tool_again.stderr
+
+
+def test_changed_input_is_not_mixed_into_an_unfinished_data_set(tokenizer_folder, library, tmp_path):
+    lines = [json.dumps({"text": text}) for text in documents_of(library, "email")]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([*lines, "broken"]))
+    with pytest.raises(DataError, match=f"line {len(lines) + 1}: not valid JSON"):
+        prepare([path], tokenizer_folder, tmp_path / "d")
+    assert not (tmp_path / "d/manifest.json").exists()
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match="other input files, or files changed since.*--overwrite"):
+        prepare([path], tokenizer_folder, tmp_path / "d")
+    prepare([path], tokenizer_folder, tmp_path / "d", overwrite=True, validation_fraction=0.0)
+
+
+def test_a_killed_worker_is_explained(library, tokenizer_folder, tmp_path):
+    out = tmp_path / "d"
+    process = in_another_process([library / "unittest", library / "asyncio"], tokenizer_folder, out, unit_bytes=10_000)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    process.join(60)
+    message = (tmp_path / "stderr.txt").read_text()
+    assert process.exitcode == 2 and "a worker process was killed" in message and "run the same command" in message
+
+
+def test_two_runs_do_not_write_to_one_folder(library, tokenizer_folder, tmp_path):
+    options = {"unit_bytes": 5_000, "validation_fraction": 0.0}
+    process = in_another_process([library / "unittest"], tokenizer_folder, tmp_path / "d", **options)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(DataError, match="another run is writing there"):
+            prepare([library / "unittest"], tokenizer_folder, tmp_path / "d", **options)
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    process.join(60)
+    assert (tmp_path / "d/manifest.json").exists()
+
+
+def test_complete_data_set_is_replaced_only_when_told(library, tokenizer_folder, tmp_path):
+    out = tmp_path / "d"
+    prepare([library / "json"], tokenizer_folder, out, validation_fraction=0.0)
+    before = tree(out)
+    with pytest.raises(DataError, match="holds a complete data set; pass --overwrite"):
+        prepare([library / "email"], tokenizer_folder, out)
+    assert tree(out) == before
+    prepare([library / "email"], tokenizer_folder, out, overwrite=True, validation_fraction=0.0)
+    assert tree(out) != before
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"holds other files \(notes.txt\)"):
+        prepare([library / "json"], tokenizer_folder, out, overwrite=True)
+
+
+def test_large_vocabularies_are_stored_as_uint32(library, tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [a + b + c for a in alphabet[:64] for b in alphabet[:40] for c in alphabet[:40]]
+    vocab = {token: i for i, token in enumerate(["<s>", *words, *alphabet])}  # bytes get the highest ids
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    (tmp_path / "t").mkdir()
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(tmp_path / "t/tokenizer.json"))
+    (tmp_path / "t/tokenizer_config.json").write_text('{"eos_token": {"content": "<s>"}}')
+    manifest = prepare([library / "json"], tmp_path / "t", tmp_path / "d", validation_fraction=0.0, unit_bytes=10**9)
+    tokens = stored_tokens(tmp_path / "d", "train").ravel()
+    assert manifest.dtype == "uint32" and manifest.vocab_size == len(vocab) and tokens.max() > 1 << 16
+    assert tokenizer.decode(tokens.tolist()).startswith(documents_of(library, "json")[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sequence_length": 0}, "--sequence-length 0"),
+        ({"validation_fraction": 1.5}, "--validation-fraction 1.5"),
+        ({"workers": 0}, "--workers 0"),
+        ({"shard_bytes": 100}, "--shard-bytes 100: must be from"),
+        ({"unit_bytes": 0}, "--unit-bytes 0"),
+        ({"invalid_utf8": "ignore"}, "--invalid-utf8 ignore: choose"),
+        ({"tokenizer": "/nowhere"}, "--tokenizer /nowhere: no tokenizer.json"),
+        ({"inputs": ["/nowhere/*.txt"]}, r"/nowhere/\*.txt does not exist"),
+        ({"sequence_length": 10**7, "shard_bytes": 1 << 31}, "makes no training sample: .* smaller --sequence-length"),
+        ({"validation_fraction": 1e-9}, "held-out split has no sample: 0 documents.*raise --validation-fraction"),
+    ],
+)
+def test_bad_options_are_refused(library, tokenizer_folder, tmp_path, options, message):
+    options = {"inputs": [str(library / "json")], "tokenizer": tokenizer_folder, "validation_fraction": 0.0, **options}
+    with pytest.raises(DataError, match=message):
+        prepare(options.pop("inputs"), options.pop("tokenizer"), tmp_path / "d", **options)
+    assert not (tmp_path / "d/manifest.json").exists()
+
+
+def test_empty_corpus_is_refused(tokenizer_folder, tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match=r"makes no training sample: 0 documents.*\(1 empty documents\)"):
+        prepare([tmp_path / "a.txt"], tokenizer_folder, tmp_path / "d")

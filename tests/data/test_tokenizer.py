@@ -1,0 +1,143 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from bov_megatron.compat import register_missing_torchvision_ops
+from bov_megatron.data.errors import DataError
+from bov_megatron.data.tokenizer import (
+    BOS_TOKEN,
+    load_bytes_per_token,
+    load_encoder,
+    split_at_words,
+    tokenizer_hash,
+    train_tokenizer,
+)
+from tests.data.conftest import VOCAB_SIZE
+
+ROOT = Path(__file__).resolve().parents[2]
+MIXED = "naïve café — 日本語のテキスト 🎉👩‍👩‍👧 x = {'a': 1}\r\n\tпривет\n"
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tokenizer_folder):
+    register_missing_torchvision_ops()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+
+
+def test_auto_tokenizer_opens_the_folder_and_agrees_with_the_encoder(hugging_face, encoder, library):
+    text = (library / "argparse.py").read_text() + MIXED
+    ids = hugging_face(text, add_special_tokens=False)["input_ids"]
+    assert ids == encoder.encode([text])[0].tolist()
+    assert hugging_face.decode(ids) == text
+    assert len(hugging_face) == encoder.vocab_size == VOCAB_SIZE
+    assert hugging_face.bos_token == BOS_TOKEN and hugging_face.bos_token_id == encoder.bos_token_id
+
+
+def test_bytes_per_token_sum_to_the_length_of_real_text(encoder, tokenizer_folder, library):
+    lengths = load_bytes_per_token(tokenizer_folder)
+    files = sorted((library / "encodings").glob("*.py")) + [library / "argparse.py"]
+    for text in [*(path.read_text(encoding="utf-8") for path in files), MIXED]:
+        assert lengths[encoder.encode([text])[0]].sum() == len(text.encode())
+    assert lengths[encoder.bos_token_id] == 0
+    assert (np.delete(lengths, encoder.bos_token_id) > 0).all()
+
+
+def test_decoding_single_ids_would_miscount(hugging_face, tokenizer_folder):
+    lengths = load_bytes_per_token(tokenizer_folder)
+    decoded = [len(hugging_face.decode([index]).encode()) for index in range(VOCAB_SIZE)]
+    assert sum(a != b for a, b in zip(decoded, lengths.tolist(), strict=True)) > 100
+
+
+def test_text_that_spells_the_special_token_forges_no_border(encoder):
+    ids = encoder.encode([f"before {BOS_TOKEN} after"])[0]
+    assert encoder.bos_token_id not in ids
+    assert encoder.fast.decode(ids.tolist()) == f"before {BOS_TOKEN} after"
+
+
+@pytest.mark.parametrize("size", [1, 50, 1000])
+def test_encoding_in_pieces_equals_encoding_the_whole(encoder, library, size):
+    text = (library / "argparse.py").read_text() + "\n\n \n" + MIXED + "\r\n\r\n  x\n"
+    pieces = split_at_words(text, size)
+    assert "".join(pieces) == text and len(pieces) > min(3000, 90_000 // size // 5)
+    gpt2 = Tokenizer(models.BPE())
+    gpt2.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    for pre in (encoder.fast.pre_tokenizer, gpt2.pre_tokenizer):
+        whole = [token for token, _ in pre.pre_tokenize_str(text)]
+        assert [token for piece in pieces for token, _ in pre.pre_tokenize_str(piece)] == whole
+    whole = encoder.fast.encode(text, add_special_tokens=False).ids
+    assert np.concatenate(encoder.encode(pieces)).tolist() == whole
+
+
+def test_the_command_trains_the_same_tokenizer_again(library, tokenizer_folder, tmp_path):
+    inputs = [str(library / name) for name in ("email", "asyncio", "json")]
+    command = [sys.executable, str(ROOT / "tools/train_tokenizer.py"), *inputs, "--quiet", "--out", str(tmp_path / "t")]
+    env = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "3"}
+    done = subprocess.run([*command, "--vocab-size", str(VOCAB_SIZE)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for path in tokenizer_folder.iterdir():
+        assert (tmp_path / "t" / path.name).read_bytes() == path.read_bytes(), path.name
+    again = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert again.returncode == 2 and "--overwrite" in again.stderr
+
+
+def test_hash_survives_saving_again_but_not_other_merges(hugging_face, tokenizer_folder, library, tmp_path):
+    hugging_face(["a", "b c d"], padding=True, truncation=True, max_length=2)  # sets padding in the backend
+    hugging_face.save_pretrained(tmp_path / "again")
+    assert tokenizer_hash(tmp_path / "again") == tokenizer_hash(tokenizer_folder)
+    other = train_tokenizer([str(library / "json")], tmp_path / "other", vocab_size=400, progress=False)
+    assert other.hash != tokenizer_hash(tokenizer_folder)
+
+
+def test_max_bytes_reads_from_everywhere(library, tmp_path):
+    (tmp_path / "a.txt").write_text("alpha beta " * 200_000)
+    (tmp_path / "b.txt").write_text("gamma delta " * 200_000)
+    encoder = train_tokenizer(
+        [str(tmp_path / "*.txt")], tmp_path / "t", vocab_size=265, max_bytes=100_000, progress=False
+    )
+    tokens = set(encoder.fast.get_vocab())
+    assert {"ta", "ha"} & tokens and any("l" in token or "m" in token for token in tokens if len(token) > 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 100}, "--vocab-size 100: .*at least 257"),
+        ({"vocab_size": 60_000}, "--vocab-size 60000: the text has only .* or --vocab-size"),
+        ({"inputs": ["/nowhere/at/all"]}, "/nowhere/at/all does not exist"),
+    ],
+)
+def test_bad_training_options_are_refused(library, tmp_path, options, message):
+    options = {"inputs": [str(library / "json")], "vocab_size": 300, **options}
+    with pytest.raises(DataError, match=message):
+        train_tokenizer(options.pop("inputs"), tmp_path / "t", progress=False, **options)
+    assert not (tmp_path / "t" / "tokenizer.json").exists()
+
+
+def test_empty_text_is_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match="holds no text"):
+        train_tokenizer([str(tmp_path / "empty.txt")], tmp_path / "t", progress=False)
+
+
+def test_folders_that_are_no_byte_level_tokenizer_are_refused(tmp_path, tokenizer_folder):
+    with pytest.raises(DataError, match="no tokenizer.json there"):
+        load_encoder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="not a valid tokenizer"):
+        load_encoder(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
+    with pytest.raises(DataError, match="no bos_token"):
+        load_encoder(tmp_path)
+    words = Tokenizer(models.WordLevel({"<s>": 0, "größe": 1, "日": 2}, unk_token="<s>"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+    with pytest.raises(DataError, match="not byte-level"):
+        load_encoder(tmp_path)
