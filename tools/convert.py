@@ -32,7 +32,7 @@ def main() -> int:
     quiet_megatron_imports()
     import torch
 
-    from bov_megatron.hf.convert import to_hf as convert
+    from bov_megatron.convert import to_hf as convert
     from bov_megatron.hf.export import ExportError
     from bov_megatron.recipe import RecipeError
     from bov_megatron.training.checkpoint import CheckpointError

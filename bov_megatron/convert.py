@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bov_megatron.engines.megatron import MegatronEngine
 from bov_megatron.hf.export import ExportError, export
+from bov_megatron.model.naming import full_from_gathered, local_parameters
+from bov_megatron.parallel import cpu, process_groups
 from bov_megatron.recipe import ParallelConfig, Recipe
+from bov_megatron.training import checkpoint
 
 PARITY_TOLERANCE = 1e-4
 """Largest relative error of the logits, both models computing in fp32 from the same stored weights."""
@@ -52,56 +58,54 @@ def to_hf(
 
     Raises CheckpointError or ExportError with the remedy.
     """
-    from bov_megatron.engines.megatron import MegatronEngine
-    from bov_megatron.parallel import process_groups
-    from bov_megatron.training import checkpoint
-
     path = checkpoint.find(run_dir, step)
     stored = checkpoint.read_run(path)
-    run_recipe = Recipe.from_dict(stored["recipe"])
     if dtype is None:
-        dtype = torch.bfloat16 if run_recipe.train.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if stored["recipe"]["train"]["precision"] == "bf16" else torch.float32
+    with open_checkpoint(path) as engine:
+        out_dir = export(
+            _canonical_tensors(engine),
+            engine.recipe.model,
+            tokenizer_dir or path.parent.parent / "tokenizer",
+            out_dir,
+            dtype=dtype,
+            recipe=stored["recipe"],
+            overwrite=overwrite,
+        )
+        parity = _parity(engine, out_dir, dtype) if check_parity else None
+    return Conversion(out_dir, path, stored["step"], parity)
+
+
+@contextlib.contextmanager
+def open_checkpoint(path: Path) -> Iterator[MegatronEngine]:
+    """A checkpoint of any layout as one unsharded fp32 engine without optimizer, in this process alone."""
+    recipe = Recipe.from_dict(checkpoint.read_run(path)["recipe"])
     recipe = dataclasses.replace(
-        run_recipe, parallel=ParallelConfig(), train=dataclasses.replace(run_recipe.train, precision="fp32")
+        recipe, parallel=ParallelConfig(), train=dataclasses.replace(recipe.train, precision="fp32")
     )
-    tokenizer_dir = tokenizer_dir or path.parent.parent / "tokenizer"
     with tempfile.TemporaryDirectory() as folder:
         process_groups.initialize(recipe, 0, 1, init_method=f"file://{folder}/rendezvous")
         try:
             engine = MegatronEngine(recipe, with_optimizer=False)
             checkpoint.load(engine, path)
-            out_dir = export(
-                _canonical_tensors(engine),
-                recipe.model,
-                tokenizer_dir,
-                out_dir,
-                dtype=dtype,
-                recipe=stored["recipe"],
-                overwrite=overwrite,
-            )
-            parity = _parity(engine, out_dir, dtype) if check_parity else None
+            yield engine
         finally:
             process_groups.shutdown()
-    return Conversion(out_dir, path, stored["step"], parity)
 
 
-def _canonical_tensors(engine) -> Iterator[tuple[str, Tensor]]:
+def _canonical_tensors(engine: MegatronEngine) -> Iterator[tuple[str, Tensor]]:
     """Every weight of an unsharded engine, unfused and unpadded, one at a time."""
-    from bov_megatron.model.naming import full_from_gathered, local_parameters
-
     for local in local_parameters(engine.model):
         yield from full_from_gathered(local, local.parameter.detach()).items()
 
 
 @torch.no_grad()
-def _parity(engine, out_dir: Path, dtype: torch.dtype) -> float:
+def _parity(engine: MegatronEngine, out_dir: Path, dtype: torch.dtype) -> float:
     """Relative error of the exported model's logits on random ids, longer than the short windows.
 
     The Megatron model is rounded to the exported dtype first: what is compared is the computation, in fp32.
     """
     from transformers import AutoModelForCausalLM
-
-    from bov_megatron.parallel import cpu
 
     model = engine.recipe.model
     for parameter in engine.model.parameters():
@@ -112,8 +116,9 @@ def _parity(engine, out_dir: Path, dtype: torch.dtype) -> float:
     exported = AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True, dtype=torch.float32).eval()
     error = ((exported(ids).logits - expected).norm() / expected.norm()).item()
     if not error <= PARITY_TOLERANCE:
+        shutil.rmtree(out_dir)
         raise ExportError(
             f"the exported model's logits differ from the Megatron model's by {error:.1e} (relative; at most "
-            f"{PARITY_TOLERANCE:.0e} is rounding): do not use {out_dir}. Please report the recipe"
+            f"{PARITY_TOLERANCE:.0e} is rounding), so {out_dir} was removed; please report it with the recipe"
         )
     return error

@@ -1,0 +1,64 @@
+"""Loss curves of finished or running runs, from their metrics files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from bov_megatron.training.callbacks import METRICS_FILE, read_lines
+
+COLOURS = ("#1f6f8b", "#d1603d", "#5b8c5a", "#7a5c99", "#b8860b", "#555555")
+"""One per run, in order; distinguishable without red against green."""
+
+
+def plot_runs(runs: Mapping[str, Path], out: Path, title: str) -> Path:
+    """Training loss and validation bits per byte of several runs against tokens seen, as one PNG.
+
+    Args:
+        runs: label -> run folder with a metrics.jsonl.
+        out: the PNG to write.
+
+    Raises ValueError for a run without metrics.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for colour, (label, run_dir) in zip(COLOURS, runs.items(), strict=False):
+        lines = read_lines(run_dir / METRICS_FILE)
+        if not lines:
+            raise ValueError(f"{run_dir} has no {METRICS_FILE} with a complete line")
+        tokens = [line["tokens"] for line in lines]
+        losses = [line["loss"] for line in lines]
+        left.plot(tokens, losses, color=colour, alpha=0.25, linewidth=0.8)
+        left.plot(tokens, _smooth(losses), color=colour, linewidth=1.8, label=label)
+        scored = [line for line in lines if "validation_bits_per_byte" in line]
+        bits = [line["validation_bits_per_byte"] for line in scored]
+        right.plot([line["tokens"] for line in scored], bits, color=colour, marker="o", markersize=4, label=label)
+        if bits:
+            right.annotate(
+                f"{bits[-1]:.3f}", (scored[-1]["tokens"], bits[-1]), (6, 0), textcoords="offset points",
+                color=colour, va="center", fontsize=9,
+            )  # fmt: skip
+    left.set(ylabel="training loss (nats per token)", xlabel="tokens")
+    right.set(ylabel="validation (bits per byte)", xlabel="tokens")
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        axis.legend(frameon=False)
+    figure.suptitle(title)
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+    return out
+
+
+def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    smoothed, average = [], 0.0
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        smoothed.append(average / (1 - weight**count))
+    return smoothed
