@@ -6,7 +6,7 @@
   python tools/evaluate.py OUT --packed DATA/val         bits per byte on packed held-out samples, as in training
 
 Where every task is found in --tasks-dir (or is the path of a YAML file), lm-eval's own tasks are not indexed, which
-saves half a minute. A local task's data_files are relative to the current folder unless absolute.
+saves up to half a minute. A local task's data_files are relative to the current folder unless absolute.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = parse_arguments(arguments)
     if arguments.offline:  # read when the libraries are imported
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    from bov_megatron.data.errors import DataError
+    from bov_megatron.evaluation.bits_per_byte import EvaluationError
     from bov_megatron.evaluation.report import evaluate
 
     try:
@@ -60,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             dtype=arguments.dtype,
             bos=not arguments.no_bos,
         )
-    except ValueError as error:
+    except (EvaluationError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for task, metrics in report["scores"].items():

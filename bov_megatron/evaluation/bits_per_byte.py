@@ -155,7 +155,10 @@ def write_rolling_task(
         "test_split": "test",
         "doc_to_text": "",
         "doc_to_target": "text",
-        "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
+        "metric_list": [
+            {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False},
+            {"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
+        ],
         "metadata": {"version": 1.0},
     }
     (out_dir / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))

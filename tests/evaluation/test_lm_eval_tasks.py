@@ -111,6 +111,11 @@ def test_rolling_task_equals_the_trainers_definition(exported, tmp_path):
     assert report["samples"]["held_out"] == len(task.samples)
 
 
+def test_unknown_tasks_are_refused_with_the_nearest_name(tasks_dir):
+    with pytest.raises(EvaluationError, match="--tasks hellaswagg: neither a local .* did you mean hellaswag,"):
+        find_tasks(["local_choice", "hellaswagg"], tasks_dir)
+
+
 def test_unknown_places_are_refused(tmp_path):
     with pytest.raises(EvaluationError, match="is not a folder"):
         find_tasks(["x"], tmp_path / "none")
