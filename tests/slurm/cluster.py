@@ -7,6 +7,7 @@ and their names, as on some real clusters, mean nothing to the resolver.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -123,10 +124,8 @@ class SlurmCluster:
                 daemon.kill()
                 daemon.wait()
         for process in self.processes():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def command(self, *arguments: str, check: bool = True, **environ: str) -> str:
