@@ -112,7 +112,7 @@ class ShardedModel(nn.Module):
             self.register_parameter(key, parameter)
 
     def set_gradients(self, step: int) -> None:
-        """As after Megatron's DDP: fp32 `main_grad`, the same on all data-parallel ranks. It grows, so clipping shows."""
+        """As after Megatron's DDP: fp32 `main_grad`, the same on all data-parallel ranks. Grows, so clipping shows."""
         for key, weight in self.weights.items():
             gradient = local(whole(weight, seed=100 + step), weight, self.tensor_size, self.tensor_rank)
             getattr(self, key).main_grad = gradient * (1 + step) ** 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bov_megatron.optim.muon import split_fused
 from bov_megatron.optim.optimizer import BovOptimizer
 from tests.optim.sharded_model import TOTAL_STEPS, ShardedModel, advance, recipe, weights
 
@@ -81,6 +82,25 @@ def test_reload_takes_weights_written_from_outside():
     model.set_gradients(0)
     optimizer.step()
     assert (model.up - 0.5).abs().max() < 0.1, "one step from the weights written, not from the old ones"
+
+
+def test_a_fused_matrix_trains_as_its_parts_would():
+    model, optimizer = make()
+    parts = nn.Module()
+    weight = model.weights["qkv"]
+    for name, piece in zip("qkv", split_fused(model.qkv.detach(), weight.split), strict=True):
+        parts.register_parameter(name, nn.Parameter(piece))
+        parameter = parts.get_parameter(name)
+        parameter.kind, parameter.canonical_name = "matrix", f"model.{name}"
+    apart = BovOptimizer([parts], recipe(), TOTAL_STEPS)
+    for step in range(3):
+        model.set_gradients(step)
+        for parameter, piece in zip(parts.parameters(), split_fused(model.qkv.main_grad, weight.split), strict=True):
+            parameter.grad = piece
+        optimizer.step()
+        apart.step()
+    for parameter, piece in zip(parts.parameters(), split_fused(model.qkv.detach(), weight.split), strict=True):
+        assert torch.equal(parameter, piece)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -1,6 +1,5 @@
 """Saved under one layout, loaded under another: the next steps are those of a run that never stopped."""
 
-import multiprocessing
 import queue
 
 import pytest
@@ -23,7 +22,6 @@ def rank_saves(rank, world_size, recipe, folder):
     from megatron.core.dist_checkpointing.strategies.base import StrategyAction, get_default_strategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
-    multiprocessing.current_process()._config["daemon"] = False  # the writer forks
     filesystem_async._results_queue = queue.Queue()  # its default: one more process per rank that imports torch, 7 s
     model, optimizer = start_rank(rank, world_size, recipe)
     advance(model, optimizer, SAVED_AT)
