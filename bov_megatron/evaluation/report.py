@@ -28,6 +28,8 @@ def evaluate(
     """
     if not (Path(model_dir) / "config.json").is_file():
         raise EvaluationError(f"{model_dir} has no config.json; give a folder written by tools/convert.py to-hf")
+    if packed is not None and limit is not None and limit != int(limit):
+        raise EvaluationError(f"--limit {limit} with --packed: packed samples are counted, give a whole number")
     report: dict = {"model": str(model_dir), "scores": {}, "samples": {}}
     if tasks:
         from bov_megatron.evaluation.lm_eval_tasks import run_tasks
