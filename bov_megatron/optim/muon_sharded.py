@@ -90,7 +90,7 @@ class ShardedMuon:
         self.beta2 = beta2
         self.matrices = [MuonMatrix(managed) for managed in owned]
         self.lr_factors = [matrix.local_lr_factor(self.tensor_rank) for matrix in self.matrices]
-        self.buckets = _buckets([matrix.momentum.numel() for matrix in self.matrices])
+        self.buckets = consecutive_buckets([matrix.momentum.numel() for matrix in self.matrices])
 
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float, momentum: float) -> None:
@@ -127,7 +127,7 @@ def gather_partitioned(tensors: Sequence[Tensor], dims: Sequence[int], group: di
     return whole
 
 
-def _buckets(sizes: Sequence[int], limit: int = GATHER_ELEMENTS) -> list[list[int]]:
+def consecutive_buckets(sizes: Sequence[int], limit: int = GATHER_ELEMENTS) -> list[list[int]]:
     """Consecutive indices whose sizes add up to at most `limit`, or single ones that exceed it."""
     buckets: list[list[int]] = []
     filled = 0

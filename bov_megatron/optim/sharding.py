@@ -15,8 +15,8 @@ from torch import Tensor
 
 SMALL_TENSOR_ELEMENTS = 16384
 """Tensors below this are updated by all ranks: their state is not worth a collective."""
-BUCKET_ELEMENTS = 32 * 1024 * 1024
-"""Elements per rank and collective: large enough for full bandwidth, small against a rank's weights."""
+BUCKET_ELEMENTS = 128 * 1024 * 1024
+"""Elements that one collective brings: large enough for full bandwidth, small against a rank's memory."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def balance(costs: Sequence[float], ranks: int) -> list[int]:
 class WeightGatherer:
     """Brings every rank's updated rows to all data-parallel ranks, in the parameters' own dtype.
 
-    One all-gather per bucket: each rank contributes whole row ranges, packed back to back, up to `bucket_elements`.
+    One all-gather per bucket, of up to `bucket_elements` over all ranks: each contributes whole row ranges, packed back
+    to back.
     """
 
     def __init__(
@@ -118,8 +119,9 @@ class WeightGatherer:
         by_dtype: dict[torch.dtype, list[int]] = {}
         for i in shared:
             by_dtype.setdefault(parameters[i].dtype, []).append(i)
+        ranks = group_size(group)
         self.buckets = [
-            bucket for dtype in by_dtype for bucket in self._pack(by_dtype[dtype], group_size(group), bucket_elements)
+            bucket for dtype in by_dtype for bucket in self._pack(by_dtype[dtype], ranks, bucket_elements // ranks)
         ]
 
     def _pack(self, indices: list[int], ranks: int, limit: int) -> list[list[list[int]]]:

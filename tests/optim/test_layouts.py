@@ -5,6 +5,8 @@ import functools
 import pytest
 import torch
 
+from bov_megatron.optim.muon_sharded import consecutive_buckets
+from bov_megatron.optim.sharding import WeightGatherer, balance
 from tests.distributed import run_ranks
 from tests.optim.sharded_model import advance, assemble, local_result, recipe, single_process, start_rank
 
@@ -77,12 +79,29 @@ def test_layout_equals_one_process(layout):
 
 
 def test_balance_spreads_cost():
-    from bov_megatron.optim.sharding import balance
-
     costs = [8, 1, 1, 4, 4, 2, 2, 2]
     owners = balance(costs, 3)
     loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(3)]
     assert max(loads) == 8 and sum(loads) == sum(costs)
+
+
+def rank_in_small_buckets(rank, world_size, recipe):
+    """Weights and directions travel in several collectives, as those of a large model do."""
+    model, optimizer = start_rank(rank, world_size, recipe)
+    parameters = optimizer.parameters
+    optimizer.gatherer = WeightGatherer(
+        [p.parameter for p in parameters], [p.assignment for p in parameters], optimizer.groups.data, 50_000
+    )
+    optimizer.muon.buckets = consecutive_buckets([m.momentum.numel() for m in optimizer.muon.matrices], 10_000)
+    advance(model, optimizer, STEPS)
+    return local_result(model) | {"buckets": (len(optimizer.gatherer.buckets), len(optimizer.muon.buckets))}
+
+
+def test_many_buckets_change_nothing():
+    results = run_ranks(rank_in_small_buckets, 4, recipe(tensor=2))
+    assert all(buckets > 1 for result in results for buckets in result["buckets"])
+    assert len({result["buckets"][0] for result in results}) == 1
+    assert worst(assemble(results, 2), expected()[0]) == 0
 
 
 def rank_refuses(rank, world_size, recipe):
