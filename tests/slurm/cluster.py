@@ -109,9 +109,7 @@ class SlurmCluster:
     def __exit__(self, *exception: object) -> None:
         try:
             if self._daemons:
-                subprocess.run(
-                    ["scancel", "--state=RUNNING,PENDING"], env=self.environ, timeout=30, capture_output=True
-                )
+                subprocess.run(["scancel", "--user=root"], env=self.environ, timeout=30, capture_output=True)
                 self._wait(lambda: not self.command("squeue", "--noheader").strip(), 30)
         except (OSError, subprocess.SubprocessError, TimeoutError):
             pass  # what is left is ended below
