@@ -6,11 +6,13 @@ The same under `srun`: rank and world size are taken from Slurm where torchrun's
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 2 for a recipe, data set or checkpoint that cannot be used."""
+    """Entry point; returns the exit status: 0 done, 1 for a run not worth going on with, 2 for a recipe, data set or
+    checkpoint that cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m bov_megatron.train",
         description="Train the model of a recipe. A run folder that holds a checkpoint is continued from it.",
@@ -27,10 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     from bov_megatron.parallel.launch import LaunchError, detect_world, export_world
     from bov_megatron.recipe import RecipeError, load_recipe
 
-    rank = "0"
+    # The first rank of each node speaks: a recipe may be missing on one node alone.
+    speaks = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
     try:
         world = detect_world()
-        rank = str(world.rank)
         recipe = load_recipe(options.recipe, options.overrides)
         recipe.data_parallel_size(world.world_size)
         export_world(world)
@@ -38,21 +40,26 @@ def main(arguments: list[str] | None = None) -> int:
 
         from bov_megatron.data.errors import DataError
         from bov_megatron.training import run
+        from bov_megatron.training.callbacks import TrainingError
         from bov_megatron.training.checkpoint import CheckpointError
     except (RecipeError, LaunchError) as error:
-        return _refuse(error, rank)
+        return _refuse(error, 2, speaks)
     try:
         run.train(recipe, world)
-    except (RecipeError, DataError, CheckpointError) as error:
-        return _refuse(error, rank)
+    except (RecipeError, CheckpointError, TrainingError) as error:  # the same on every rank
+        return _refuse(error, 1 if isinstance(error, TrainingError) else 2, world.rank == 0)
+    except DataError as error:
+        # At the start the same on every rank; later, a shard may be damaged for one rank alone.
+        return _refuse(error, 2, world.rank == 0 or not getattr(error, "on_all_ranks", False), world.rank)
     return 0
 
 
-def _refuse(error: Exception, rank: str) -> int:
-    """One readable line; every rank stops, the first one says why."""
-    if rank == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    return 2
+def _refuse(error: Exception, status: int, speaks: bool, rank: int = 0) -> int:
+    """One readable line instead of a traceback; every rank stops, one says why."""
+    if speaks:
+        where = f"rank {rank}: " if rank else ""
+        print(f"error: {where}{error}", file=sys.stderr, flush=True)
+    return status
 
 
 if __name__ == "__main__":

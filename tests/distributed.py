@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WARM_MODULES = ["bov_megatron.engines.megatron", "megatron.core.dist_checkpointing", "tests.golden_files"]
+WARM_MODULES = ["tests.warm"]
 
 
 def run_ranks(function: Callable, world_size: int, *args: Any, timeout: float = 180) -> list[Any]:
@@ -27,7 +27,7 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout: float = 
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         port = _free_port()
         ranks = [
-            context.Process(target=_rank_main, args=(function, rank, world_size, port, folder, args), daemon=True)
+            context.Process(target=_rank_main, args=(function, rank, world_size, port, folder, args))
             for rank in range(world_size)
         ]
         for process in ranks:

@@ -32,7 +32,8 @@ def small_recipe(model: ModelConfig, micro_batch_size: int = 1, precision: str =
 
 def random_weights(model: ModelConfig, scale: float = 0.3) -> dict[str, torch.Tensor]:
     """Every parameter away from its initial value, by name, so that no gradient vanishes."""
-    return {spec.name: scale * torch.randn(spec.shape, generator=_generator(spec.name)) for spec in parameter_specs(model)}
+    specs = parameter_specs(model)
+    return {spec.name: scale * torch.randn(spec.shape, generator=_generator(spec.name)) for spec in specs}
 
 
 def batch(step: int, sequences: int = 4) -> torch.Tensor:
@@ -59,7 +60,9 @@ def train_on_layout(recipe: Recipe, world_size: int, steps: int = 2) -> tuple[li
     return losses, gradients
 
 
-def train_rank(rank: int, world_size: int, recipe_dict: dict, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train_rank(
+    rank: int, world_size: int, recipe_dict: dict, steps: int
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """One rank of `train_on_layout`."""
     from bov_megatron.engines.megatron import MegatronEngine
     from bov_megatron.parallel import process_groups
@@ -97,19 +100,23 @@ def load_weights(engine, weights: dict[str, torch.Tensor]) -> None:
 
 def gather_gradients(engine) -> dict[str, torch.Tensor]:
     """This pipeline stage's gradients, whole, by canonical name; equal on all its tensor-parallel ranks."""
+    return gather_full(engine, lambda parameter: parameter.main_grad)
+
+
+def gather_full(engine, read) -> dict[str, torch.Tensor]:
+    """What `read(parameter)` gives of each parameter of this pipeline stage, whole, by canonical name."""
     from bov_megatron.model.naming import full_from_gathered, local_parameters
 
-    full = {}
+    full, group = {}, engine.model.pg_collection.tp
     for local in local_parameters(engine.model):
-        parts = [local.parameter.main_grad.clone()]
-        group = engine.model.pg_collection.tp
+        parts = [read(local.parameter).detach().clone()]
         if group.size() > 1:
-            parts = [torch.empty_like(parts[0]) for _ in range(group.size())]
-            torch.distributed.all_gather(parts, local.parameter.main_grad.contiguous(), group=group)
+            mine, parts = parts[0].contiguous(), [torch.empty_like(parts[0]) for _ in range(group.size())]
+            torch.distributed.all_gather(parts, mine, group=group)
         if local.partition_dim >= 0:
             full.update(full_from_gathered(local, torch.cat(parts, local.partition_dim)))
         else:
-            assert all(torch.equal(part, parts[0]) for part in parts), f"{local.names}: ranks' gradients differ"
+            assert all(torch.equal(part, parts[0]) for part in parts), f"{local.names} differs between ranks"
             full.update(full_from_gathered(local, parts[0]))
     return full
 

@@ -40,6 +40,7 @@ def enable() -> None:
     torch._dynamo.config.disable = True  # jit_fuser compiles: minutes on a CPU, for nothing
     torch.cuda.current_device = lambda: "cpu"
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # data-parallel ranks exchanging a checkpoint's tensors
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 

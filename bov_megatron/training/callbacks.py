@@ -61,6 +61,29 @@ class ValueStatistics(Callback):
             record.update(table_statistics(trainer.engine))
 
 
+class TrainingError(RuntimeError):
+    """A run that is not worth going on with; the message says why and what to do."""
+
+
+class Health(Callback):
+    """Ends a run whose gradients have not been finite for `patience` steps on end.
+
+    Such steps change nothing, so the checkpoints before are good; going on would only spend hours.
+    """
+
+    def __init__(self, patience: int = 10):
+        self.patience, self.skipped = patience, 0
+
+    def after_step(self, trainer, record):
+        self.skipped = 0 if record["updated"] else self.skipped + 1
+        if self.skipped == self.patience:
+            raise TrainingError(
+                f"gradients were not finite at {self.patience} steps on end, up to step {record['step']}; weights are "
+                "those before. Lower the learning rates (optimizer.matrix_lr, …) or set optimizer.clip_grad=1.0, and "
+                "start again: the run continues from its newest checkpoint"
+            )
+
+
 class MetricsFile(Callback):
     """One JSON object a step in RUN/metrics.jsonl. A resumed run first drops the lines after its checkpoint."""
 
@@ -111,7 +134,8 @@ class Progress(Callback):
         rates = f"{record['tokens_per_second']:,.0f} tok/s"
         if "mfu" in record:
             rates += f" · MFU {record['mfu']:.1%}"
-        text = f"loss {record['loss']:.4f} · {rates} · {_clock(left)} left"
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+        text = f"loss {loss} · {rates} · {_clock(left)} left"
         if "validation_bits_per_byte" in record:
             self._print(f"step {record['step']}: validation {record['validation_bits_per_byte']:.4f} bits per byte")
         if not record["updated"]:

@@ -1,17 +1,20 @@
 """Checkpoints of a run: atomic folders, newest first, any layout of ranks.
 
     RUN/checkpoints/step_00000200/     one complete checkpoint (Megatron's torch_dist format)
-    RUN/checkpoints/step_00000400.saving/   one being written; never read, removed by the next save
+    RUN/checkpoints/step_00000400.1f3a.saving/   being written or removed; never read, deleted by the next save
 
 A checkpoint is written beside its final name by all ranks, flushed to disk, and renamed in one operation: a crash
-at any moment leaves either the complete new checkpoint or the previous ones as they were.
+at any moment leaves either the complete new checkpoint or the previous ones as they were. Old ones lose their name
+before their files, so that a crash while deleting leaves nothing that looks like a checkpoint either.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.base import StrategyAction, get_default_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -78,12 +82,9 @@ def save(engine: MegatronEngine, run_dir: Path, step: int, keep_last: int, extra
     """Write the checkpoint of `step`; collective. Every rank writes its own share, replicas are divided among the
     data-parallel ranks. Then all but the newest `keep_last` are removed."""
     final = run_dir / CHECKPOINTS / f"step_{step:08d}"
-    saving = final.with_name(final.name + SAVING)
-    if dist.get_rank() == 0:
-        for leftover in final.parent.glob(f"*{SAVING}"):
-            shutil.rmtree(leftover)
-        saving.mkdir(parents=True)
-    dist.barrier()
+    saving = _begin(final)
+    # Megatron would keep a server process per rank for writers that outlive this call: these don't.
+    filesystem_async._results_queue = queue.Queue()
     state = _sharded_state(engine)
     state["run"] = {"version": FORMAT_VERSION, "step": step, "recipe": engine.recipe.to_dict(), "extra": extra}
     strategy = FullyParallelSaveStrategyWrapper(
@@ -94,8 +95,8 @@ def save(engine: MegatronEngine, run_dir: Path, step: int, keep_last: int, extra
     dist.barrier()
     if dist.get_rank() == 0:
         _publish(saving, final)
-        for _, old in list_checkpoints(run_dir)[: -keep_last or None]:
-            shutil.rmtree(old)
+        for _, old in list_checkpoints(run_dir)[:-keep_last]:
+            _remove(old)
     dist.barrier()
     return final
 
@@ -103,16 +104,24 @@ def save(engine: MegatronEngine, run_dir: Path, step: int, keep_last: int, extra
 def load(engine: MegatronEngine, path: Path) -> Loaded:
     """Read weights, and optimizer state if the engine has an optimizer, into this layout; collective.
 
-    Raises CheckpointError where `path` is no complete checkpoint or has another model.
+    Raises CheckpointError where `path` is no complete checkpoint, RecipeError where it has another model or another
+    optimizer's state.
     """
     stored = read_run(path)
     check_same_model(stored["recipe"], engine.recipe, path)
+    if engine.optimizer is not None:
+        check_same_optimizer(stored["recipe"], engine.recipe, path)
     state = _sharded_state(engine)
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(path)),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
-    loaded = dist_checkpointing.load(state, str(path), strategy)
+    try:
+        with warnings.catch_warnings():  # Megatron-core 0.16.1 calls torch under a name that is deprecated
+            warnings.simplefilter("ignore", FutureWarning)
+            loaded = dist_checkpointing.load(state, str(path), strategy)
+    except Exception as error:  # Megatron's own types, torch's, and the operating system's
+        raise _damaged(path, error) from error
     engine.load_state(loaded["model"], loaded.get("optimizer"))
     return Loaded(stored["step"], stored["recipe"], stored["extra"])
 
@@ -122,16 +131,36 @@ def read_run(path: Path) -> dict[str, Any]:
     try:
         common = dist_checkpointing.load_common_state_dict(str(path))
     except Exception as error:  # Megatron raises its own types here, and torch's for a damaged file
-        raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
+        raise _damaged(path, error) from error
     if "run" not in common:
         raise CheckpointError(f"{path} is a Megatron checkpoint, but no run of bov_megatron wrote it")
+    version = common["run"]["version"]
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this code reads {FORMAT_VERSION}; use the code that wrote it"
+        )
     return common["run"]
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return CheckpointError(
+        f"checkpoint {path} is damaged or incomplete ({type(error).__name__}: {reason}); restore it from a copy, or "
+        "move it away to continue from the one before"
+    )
 
 
 def check_same_model(stored: dict, recipe: Recipe, path: Path) -> None:
     """Refuse a checkpoint whose model has other tensors than the recipe's."""
     layout_only = {"core_attention", "value.table_partition", "value.lookup"}
     _compare(stored["model"], recipe.to_dict()["model"], "model", layout_only, path)
+
+
+def check_same_optimizer(stored: dict, recipe: Recipe, path: Path) -> None:
+    """Refuse a checkpoint whose optimizer state is another one's: other tensors, or none where some are needed."""
+    now = recipe.to_dict()
+    for section, field in (("optimizer", "name"), ("train", "precision")):
+        _compare(stored[section], now[section], section, set(now[section]) - {field}, path)
 
 
 def check_same_data_order(stored: dict, recipe: Recipe, path: Path) -> None:
@@ -178,15 +207,38 @@ def _metadata() -> dict[str, Any]:
     return {"non_homogeneous_layers": True, "singleton_local_shards": False}
 
 
+def _begin(final: Path) -> Path:
+    """Delete what crashes have left and make the folder to write into; collective.
+
+    Its name is new each time: writers of a killed run may outlive it for a moment.
+    """
+    name = [f"{final.name}.{os.urandom(2).hex()}{SAVING}"]
+    dist.broadcast_object_list(name, src=0)
+    saving = final.with_name(name[0])
+    if dist.get_rank() == 0:
+        for leftover in final.parent.glob(f"*{SAVING}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        saving.mkdir(parents=True)
+    dist.barrier()
+    return saving
+
+
 def _publish(saving: Path, final: Path) -> None:
     """Flush what was written and give it its final name, in this order."""
     for file in saving.rglob("*"):
         _flush(file)
     _flush(saving)
-    if final.exists():  # the same step saved twice, e.g. the last step falling on the interval
-        shutil.rmtree(final)
+    if final.exists():  # the same step saved again
+        _remove(final)
     saving.rename(final)
     _flush(final.parent)
+
+
+def _remove(path: Path) -> None:
+    """Take a checkpoint's name away, then its files."""
+    nameless = path.with_name(f"{path.name}.{os.urandom(2).hex()}{SAVING}")
+    path.rename(nameless)
+    shutil.rmtree(nameless, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

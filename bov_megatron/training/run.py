@@ -5,22 +5,34 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import yaml
 from megatron.core import parallel_state
 
+from bov_megatron.data.errors import DataError
 from bov_megatron.data.loader import TrainLoader, ValidationLoader
 from bov_megatron.engines.megatron import MegatronEngine
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.launch import World
-from bov_megatron.recipe import Recipe
+from bov_megatron.recipe import Recipe, RecipeError
 from bov_megatron.training import checkpoint
-from bov_megatron.training.callbacks import Checkpoints, MetricsFile, Progress, Validation, ValueStatistics, Wandb
+from bov_megatron.training.callbacks import (
+    Checkpoints,
+    Health,
+    MetricsFile,
+    Progress,
+    Validation,
+    ValueStatistics,
+    Wandb,
+)
 from bov_megatron.training.trainer import Trainer
 
 RECIPE_FILE, TOKENIZER_FOLDER = "recipe.yaml", "tokenizer"
+T = TypeVar("T")
 
 
 def train(recipe: Recipe, world: World) -> None:
@@ -29,11 +41,10 @@ def train(recipe: Recipe, world: World) -> None:
     Raises RecipeError, DataError or CheckpointError with the remedy where the run cannot start.
     """
     process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
-    try:
-        with _trainer(recipe) as trainer:
-            trainer.fit()
-    finally:
-        process_groups.shutdown()
+    with _trainer(recipe) as trainer:
+        trainer.fit()
+    # Not after an error: the other ranks may be inside a collective, and leaving would wait for them.
+    process_groups.shutdown()
 
 
 @contextlib.contextmanager
@@ -41,9 +52,8 @@ def _trainer(recipe: Recipe):
     """Everything a run consists of, put together."""
     engine = MegatronEngine(recipe)
     start = _resume(engine)
-    loaders = _open_data(recipe, start)
-    with loaders[0] as train_loader:
-        validation_loader = loaders[1]
+    train_loader, validation_loader = _on_all_ranks(lambda: _open_data(recipe, start))
+    with train_loader:
         _announce(recipe, start, train_loader)
         yield Trainer(
             engine,
@@ -51,6 +61,7 @@ def _trainer(recipe: Recipe):
             [
                 Validation(validation_loader, recipe.validation.interval),
                 ValueStatistics(recipe.logging.table_interval),
+                Health(),
                 Progress(recipe.logging.print_interval),
                 Wandb(recipe.run_dir, recipe.logging.wandb, recipe.logging.wandb_project),
                 MetricsFile(recipe.run_dir, recipe.logging.interval),
@@ -66,11 +77,31 @@ def _resume(engine: MegatronEngine) -> checkpoint.Loaded | None:
     """Load the newest checkpoint of the run folder. All ranks take the one that rank 0 found."""
     found = [checkpoint.latest_checkpoint(engine.recipe.run_dir) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
-    if found[0] is None:
+    path = found[0]
+    if path is None:
         return None
-    loaded = checkpoint.load(engine, found[0])
-    checkpoint.check_same_data_order(loaded.recipe, engine.recipe, found[0])
-    return loaded
+    stored = _on_all_ranks(lambda: checkpoint.read_run(path))
+    checkpoint.check_same_data_order(stored["recipe"], engine.recipe, path)
+    return _on_all_ranks(lambda: checkpoint.load(engine, path))
+
+
+def _on_all_ranks(function: Callable[[], T]) -> T:
+    """`function()` on every rank; collective. Where it raises on any, all raise the first such rank's error, so that
+    none is left waiting for the others and the reason is said once, whichever node it is on."""
+    result, error = None, None
+    try:
+        result = function()
+    except (RecipeError, DataError, checkpoint.CheckpointError) as raised:
+        error = raised
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for rank, raised in enumerate(errors):
+        if raised is not None:
+            where = f" (on rank {rank})" if rank else ""
+            same = type(raised)(f"{raised}{where}")
+            same.on_all_ranks = True
+            raise same from error
+    return result
 
 
 def _open_data(recipe: Recipe, start: checkpoint.Loaded | None) -> tuple[TrainLoader, ValidationLoader]:
@@ -112,7 +143,9 @@ def _announce(recipe: Recipe, start: checkpoint.Loaded | None, loader: TrainLoad
         f"{parallel_state.get_data_parallel_world_size()}"
     )
     begins = f"resuming after step {start.step}" if start else "from the beginning"
-    print(f"{recipe.name}: {recipe.model.value.source}, {ranks}; {recipe.run_dir}; {begins}", file=sys.stderr, flush=True)
+    print(
+        f"{recipe.name}: {recipe.model.value.source}, {ranks}; {recipe.run_dir}; {begins}", file=sys.stderr, flush=True
+    )
 
 
 def _padded(bytes_per_token: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ _COLUMNS = ("squares", "rows", "touched")
 
 @torch.no_grad()
 def coefficient_values(engine: MegatronEngine) -> dict[str, float]:
-    """`gamma/layer_8` (gamma or b) and `projection_coefficient/layer_8` (a) of every layer that learns them; collective."""
+    """`gamma/layer_8` (gamma or b), `projection_coefficient/layer_8` (a) of each layer that learns them; collective."""
     model = engine.recipe.model
     values = torch.zeros(2, model.num_layers, dtype=torch.float64, device=_device(engine))
     present = torch.zeros_like(values)
@@ -27,10 +27,7 @@ def coefficient_values(engine: MegatronEngine) -> dict[str, float]:
     both = torch.stack((values, present))
     _sum_over_model(both)
     names = ("gamma", "projection_coefficient")
-    return {
-        f"{names[kind]}/layer_{layer}": both[0, kind, layer].item()
-        for kind, layer in both[1].nonzero().tolist()
-    }
+    return {f"{names[kind]}/layer_{layer}": both[0, kind, layer].item() for kind, layer in both[1].nonzero().tolist()}
 
 
 @torch.no_grad()
@@ -63,7 +60,9 @@ def _table_sums(local: LocalParameter, engine: MegatronEngine) -> torch.Tensor:
     touched = (table.main_grad[:real] != 0).any(dim=1).sum() if counts_rows else 0
     counts_squares = local.partition_dim >= 0 or _first_tensor_rank()
     squares = table[:real].double().square().sum() if counts_squares else 0
-    return torch.tensor([float(squares), real if counts_rows else 0, float(touched)], dtype=torch.float64).to(_device(engine))
+    return torch.tensor([float(squares), real if counts_rows else 0, float(touched)], dtype=torch.float64).to(
+        _device(engine)
+    )
 
 
 def _first_tensor_rank() -> bool:

@@ -59,8 +59,8 @@ class Trainer:
             self.step += 1
             record = {
                 "step": self.step,
-                "loss": result.loss,
-                "gradient_norm": result.gradient_norm if math.isfinite(result.gradient_norm) else None,
+                "loss": _finite(result.loss),
+                "gradient_norm": _finite(result.gradient_norm),
                 "updated": result.updated,
                 "digest": batch.digest,
                 "tokens": self.step * self.recipe.batch_tokens,
@@ -83,3 +83,8 @@ class Trainer:
             score = self.engine.score([batch.tokens], self.bytes_per_token, [batch.mask])
             nats, size = nats + score.nats, size + score.bytes
         return nats / (math.log(2) * size)
+
+
+def _finite(number: float) -> float | None:
+    """JSON knows no infinity and no nan."""
+    return number if math.isfinite(number) else None

@@ -1,0 +1,59 @@
+"""What tests of several parts share: a small prepared data set of real text."""
+
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A data folder as tools/prepare_data.py writes it, with the tokenizer it was made with."""
+
+    folder: Path
+    tokenizer: Path
+    vocab_size: int
+    sequence_length: int
+
+    def overrides(self) -> list[str]:
+        """A recipe's fields that must fit the data."""
+        return [
+            f"data.path={self.folder}",
+            f"model.vocab_size={self.vocab_size}",
+            f"model.sequence_length={self.sequence_length}",
+        ]
+
+
+@pytest.fixture(scope="session")
+def prepared_data(tmp_path_factory) -> PreparedData:
+    """Packages of the running Python's library, 512 tokens of vocabulary, samples of 256 tokens; seconds to make."""
+    return prepare_library(tmp_path_factory.mktemp("prepared"), ("json", "logging", "email"), ("json", "logging"))
+
+
+@pytest.fixture(scope="session")
+def other_prepared_data(tmp_path_factory) -> PreparedData:
+    """The same sizes from other text, with another tokenizer."""
+    return prepare_library(tmp_path_factory.mktemp("other"), ("unittest",), ("unittest",))
+
+
+def prepare_library(folder: Path, packages: tuple[str, ...], tokenizer_packages: tuple[str, ...]) -> PreparedData:
+    from bov_megatron.data.prepare import PrepareOptions, prepare_data
+    from bov_megatron.data.tokenizer import train_tokenizer
+
+    library = Path(sysconfig.get_paths()["stdlib"])
+    made = PreparedData(folder / "data", folder / "tokenizer", 512, 256)
+    train_tokenizer(
+        [str(library / name) for name in tokenizer_packages], made.tokenizer, vocab_size=made.vocab_size, progress=False
+    )
+    options = PrepareOptions(
+        [str(library / name) for name in packages],
+        str(made.tokenizer),
+        str(made.folder),
+        sequence_length=made.sequence_length,
+        validation_fraction=0.1,
+        workers=1,
+        shard_bytes=50_000,
+    )
+    prepare_data(options, progress=False)
+    return made
