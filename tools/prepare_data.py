@@ -29,6 +29,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validation", nargs="+", default=[], metavar="INPUT", help="inputs to hold out whole")
     add("--validation-fraction", type=float, help="share of the documents to hold out, chosen by their content "
         "(default 0.01, or 0 with --validation)")  # fmt: skip
+    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="names of files or folders to leave out of input "
+        "folders, e.g. site-packages '*_test.py'")  # fmt: skip
     add("--text-field", default="text", help="JSON field or Parquet column (default %(default)s)")
     add("--invalid-utf8", choices=INVALID_UTF8_POLICIES, default="error",
         help="on text that is not valid UTF-8: stop, put U+FFFD, or leave the document out")  # fmt: skip

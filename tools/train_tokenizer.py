@@ -26,6 +26,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=32768, help="ids, <|bos|> included (default %(default)s)")
     parser.add_argument("--max-bytes", type=int, default=2_000_000_000, help="read at most this much text, evenly over "
                         "the inputs (default %(default)s)")  # fmt: skip
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="names of files or folders to "
+                        "leave out of input folders, e.g. site-packages '*_test.py'")  # fmt: skip
     parser.add_argument("--text-field", default="text", help="JSON field or Parquet column (default %(default)s)")
     parser.add_argument("--invalid-utf8", choices=INVALID_UTF8_POLICIES, default="error",
                         help="what to do with text that is not valid UTF-8 (default %(default)s)")  # fmt: skip
@@ -45,6 +47,7 @@ def main() -> int:
             max_bytes=args.max_bytes,
             text_field=args.text_field,
             invalid_utf8=args.invalid_utf8,
+            exclude=args.exclude,
             progress=not args.quiet,
             overwrite=args.overwrite,
         )

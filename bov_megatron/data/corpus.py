@@ -7,6 +7,7 @@ set does not depend on how many workers there are.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import json
 from collections.abc import Iterator, Sequence
@@ -65,17 +66,18 @@ class Document:
     where: str
 
 
-def find_files(inputs: Sequence[str]) -> list[Path]:
+def find_files(inputs: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
     """Files named by paths, folders (searched recursively for known suffixes) and glob patterns, in that order.
 
-    A folder's files come sorted by path; hidden and `__pycache__` entries are left out; a file named twice counts once.
+    A folder's files come sorted by path; hidden and `__pycache__` entries are left out, and so is what `exclude`
+    matches: patterns for the name of a file or folder below the input folder. A file named twice counts once.
     Raises DataError where an input matches nothing.
     """
     found: dict[Path, Path] = {}
     for text in inputs:
         path = Path(text).expanduser()
         if path.is_dir():
-            files = _files_in(path)
+            files = _files_in(path, exclude)
             if not files:
                 raise DataError(f"input folder {text} holds no file of a known kind ({_known_suffixes()})")
         elif path.is_file():
@@ -91,15 +93,25 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
     return list(found.values())
 
 
-def _files_in(folder: Path) -> list[Path]:
+def _files_in(folder: Path, exclude: Sequence[str]) -> list[Path]:
+    patterns = [".*", "__pycache__", *exclude]
     files = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if any(part.startswith(".") or part == "__pycache__" for part in parts) or not path.is_file():
-            continue
-        if kind_of(path) != "text" or path.suffix.lower() in TEXT_SUFFIXES:
+        if _is_known(path) and not any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in patterns):
             files.append(path)
-    return files
+    return [path for path in files if path.is_file()]
+
+
+def _is_known(path: Path) -> bool:
+    """Whether a file found in a folder is read: by its suffix, and below a compression's by the one before.
+
+    Plain .json files there are seldom JSON lines, so they are read only where named explicitly or by a pattern.
+    """
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSIONS:
+        return path.with_suffix("").suffix.lower() in JSONL_SUFFIXES
+    return suffix in TEXT_SUFFIXES or suffix in JSONL_SUFFIXES - {".json"} or suffix == ".parquet"
 
 
 def _known_suffixes() -> str:

@@ -62,6 +62,8 @@ class PrepareOptions:
     """Inputs that are held out whole; then none is taken from `inputs` unless a fraction is given."""
     validation_fraction: float | None = None
     """Share of the documents held out; None means 0.01, or 0 where `validation` is given."""
+    exclude: Sequence[str] = field(default_factory=tuple)
+    """Patterns of files and folders to leave out of input folders."""
     text_field: str = "text"
     invalid_utf8: str = "error"
     seed: int = 0
@@ -91,9 +93,9 @@ def prepare_data(options: PrepareOptions, progress: bool = True) -> Manifest:
     out = Path(options.out).expanduser()
     with _sole_writer(out):
         _clear_or_refuse(out, options.overwrite)
-        units = make_units(find_files(options.inputs), options.unit_bytes)
+        units = make_units(find_files(options.inputs, options.exclude), options.unit_bytes)
         if options.validation:
-            units += make_units(find_files(options.validation), options.unit_bytes, split="val")
+            units += make_units(find_files(options.validation, options.exclude), options.unit_bytes, split="val")
         packing = PackingOptions(
             tokenizer=str(encoder.folder.resolve()),
             tokenizer_hash=encoder.hash,

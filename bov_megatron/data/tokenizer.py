@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bov_megatron.data.corpus import find_files, make_units, read_documents
+from bov_megatron.data.corpus import Unit, find_files, make_units, read_documents
 from bov_megatron.data.errors import DataError
 from bov_megatron.data.files import sha256_hex, write_atomically
 
@@ -186,6 +186,7 @@ def train_tokenizer(
     max_bytes: int = 2_000_000_000,
     text_field: str = "text",
     invalid_utf8: str = "error",
+    exclude: Sequence[str] = (),
     progress: bool = True,
     overwrite: bool = False,
 ) -> Encoder:
@@ -200,9 +201,10 @@ def train_tokenizer(
         raise DataError(f"--vocab-size {vocab_size}: a byte-level BPE needs at least 257 (256 bytes and {BOS_TOKEN})")
     if (out / "tokenizer.json").exists() and not overwrite:
         raise DataError(f"--out {out} holds a tokenizer already; pass --overwrite to replace it")
+    units = make_units(find_files(inputs, exclude))
+    texts = training_texts(units, max_bytes, text_field, invalid_utf8)
     # A piece at a time: the trainer only counts words, and pieces keep every word whole.
-    pieces = (piece for text in training_texts(inputs, max_bytes, text_field, invalid_utf8)
-              for piece in split_at_words(text))  # fmt: skip
+    pieces = (piece for text in texts for piece in split_at_words(text))
     fast = _train_bpe(pieces, vocab_size, progress)
     found = fast.get_vocab_size(with_added_tokens=True)
     if found < vocab_size:
@@ -216,9 +218,8 @@ def train_tokenizer(
     return encoder
 
 
-def training_texts(inputs: Sequence[str], max_bytes: int, text_field: str, invalid_utf8: str) -> Iterator[str]:
-    """Documents for training: of every unit of the inputs, the first share of `max_bytes` that falls to it."""
-    units = make_units(find_files(inputs))
+def training_texts(units: Sequence[Unit], max_bytes: int, text_field: str, invalid_utf8: str) -> Iterator[str]:
+    """Documents for training: of every unit of the input, the first share of `max_bytes` that falls to it."""
     total = sum(unit.text_bytes for unit in units)
     share = min(1.0, max_bytes / max(total, 1))
     empty = True
@@ -235,7 +236,9 @@ def training_texts(inputs: Sequence[str], max_bytes: int, text_field: str, inval
                     empty = False
                     yield data.decode(errors="ignore")
     if empty:
-        raise DataError(f"the input holds no text: {' '.join(map(str, inputs))}")
+        raise DataError(
+            f"the input holds no text, in {sum(len(unit.segments) for unit in units)} files or parts of files"
+        )
 
 
 def _train_bpe(texts: Iterator[str], vocab_size: int, progress: bool):

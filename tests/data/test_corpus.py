@@ -56,11 +56,22 @@ def test_parquet_row_groups_are_units(tmp_path):
 
 
 def test_folder_order_is_by_path_and_leaves_out_what_is_not_text(tmp_path):
-    for name in ("b/2.txt", "b/1.md", "a.py", ".hidden/x.txt", "__pycache__/y.py", "picture.png"):
+    for name in (
+        "b/2.txt",
+        "b/1.md",
+        "a.py",
+        ".hidden/x.txt",
+        "__pycache__/y.py",
+        "picture.png",
+        "files.tar.gz",
+        "c.json",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     names = [str(path.relative_to(tmp_path)) for path in find_files([str(tmp_path), str(tmp_path / "a.py")])]
     assert names == ["a.py", "b/1.md", "b/2.txt"]
+    left = [path.name for path in find_files([str(tmp_path)], exclude=["a.*", "1*"])]
+    assert left == ["2.txt"] and len(find_files([str(tmp_path)], exclude=["b"])) == 1
     assert documents(tmp_path / "picture.png") == [b"picture.png"], "a file named explicitly is read as text"
 
 
@@ -101,7 +112,7 @@ def test_inputs_that_match_nothing_are_refused(tmp_path):
         find_files([str(tmp_path)])
     (tmp_path / "a.txt.gz").write_bytes(b"")
     with pytest.raises(DataError, match="only JSON lines may be compressed"):
-        find_files([str(tmp_path)])
+        documents(tmp_path / "a.txt.gz")
 
 
 def test_truncated_compressed_file_is_named(tmp_path):
