@@ -4,8 +4,8 @@ Steps, in the order of the reference: Nesterov momentum, orthogonalisation by Po
 normalisation, cautious weight decay. Shapes: a matrix is `[R, C]` (rows = outputs, columns = inputs).
 
 Sources: Muon (kellerjordan.github.io/posts/muon); Polar Express, arXiv 2505.16932; NorMuon, arXiv 2510.05491;
-used together in arXiv 2606.02780. The published runs predate row equilibration and norm snapping ("MuonEq", "Muon+"),
-which later versions of their code base add: with either, the weights of the reference are not reproduced.
+used together in arXiv 2606.02780. Later versions of the code base of the published runs add row equilibration
+("MuonEq") and a fixed norm ("Muon+"), both in one change: with the former, the reference's weights are not reproduced.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Orthogonalising a shard, or q and k together, is a different optimizer. So the m
 tensor-parallel ranks (in bf16, as orthogonalisation wants it), taken apart into the matrices it is made of, and each
 whole matrix updated as on one process; every rank then applies its own part. The gathered matrices being the same on
 every rank, so are the updates: the result does not depend on the layout. All ranks of a tensor-parallel group repeat
-the orthogonalisation, which costs less than a per cent of a step at the published sizes.
+the orthogonalisation: reckoned from FLOPs, 1% of a step of the 780M model on 16 GPUs at TP 2, 4% at TP 8.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def test_ten_steps_of_the_reference(name):
     losses = train(golden, optimizer, model)
     check_losses(losses, golden)
     # The same run ends as far from itself (7% of the way in the matrices, up to 6% elsewhere) when its initial weights
-    # change by one part in 10^7. Row equilibration and norm snapping, which the reference lacks, would end at 22%.
+    # change by one part in 10^7. With row equilibration, which the reference lacks, the matrices end 22% off.
     assert distance(golden, model, {"matrix"}) < 0.1
     assert distance(golden, model, {"embedding", "output", "table", "smear", "coefficient"}) < 0.08
 
