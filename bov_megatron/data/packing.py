@@ -191,6 +191,9 @@ def _put_in_place(source: Path, target: Path) -> None:
     """Rename a finished folder; what an earlier, killed attempt left there holds the same and goes away."""
     if not any(source.iterdir()):
         return
+    for path in source.iterdir():  # a machine that crashes must not keep the marker and lose what it vouches for
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
     if target.exists():
         shutil.rmtree(target)
     target.parent.mkdir(parents=True, exist_ok=True)

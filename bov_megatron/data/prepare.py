@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -239,6 +240,7 @@ def _run_units(
 def _start_worker(parent: int) -> None:
     """Worker's first act: end with the parent, whatever ended it. A killed parent can't tell its workers."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process per core already
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches workers too: end at once, without a traceback each
 
     def watch() -> None:
         while os.getppid() == parent:

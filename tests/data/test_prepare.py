@@ -125,10 +125,10 @@ def in_another_process(*arguments, **options):
 
 def test_killed_in_the_middle_then_run_again_equals_undisturbed(library, tokenizer_folder, tmp_path):
     inputs = [str(library / name) for name in ("email", "asyncio", "unittest", "multiprocessing", "importlib")]
-    options = {"unit_bytes": 20_000, "validation_fraction": 0.1, "workers": 2}
+    options = {"unit_bytes": 50_000, "validation_fraction": 0.1, "workers": 2}
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     command = [sys.executable, str(TOOL), *inputs, "--tokenizer", str(tokenizer_folder), "--out", str(undisturbed)]
-    command += ["--sequence-length", str(SEQUENCE_LENGTH), "--unit-bytes", "20000", "--validation-fraction", "0.1"]
+    command += ["--sequence-length", str(SEQUENCE_LENGTH), "--unit-bytes", "50000", "--validation-fraction", "0.1"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "train: " in done.stdout and "tokens/s" in done.stdout and "packing: 100%" in done.stderr
 
@@ -170,7 +170,7 @@ def test_changed_input_is_not_mixed_into_an_unfinished_data_set(tokenizer_folder
 
 def test_a_killed_worker_is_explained(library, tokenizer_folder, tmp_path):
     out = tmp_path / "d"
-    process = in_another_process([library / "unittest", library / "asyncio"], tokenizer_folder, out, unit_bytes=10_000)
+    process = in_another_process([library / "unittest", library / "asyncio"], tokenizer_folder, out, unit_bytes=30_000)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
     process.join(60)
@@ -178,8 +178,21 @@ def test_a_killed_worker_is_explained(library, tokenizer_folder, tmp_path):
     assert process.exitcode == 2 and "a worker process was killed" in message and "run the same command" in message
 
 
+def test_interrupted_from_the_keyboard_says_how_to_go_on(library, tokenizer_folder, tmp_path):
+    command = [sys.executable, str(TOOL), *[str(library / name) for name in ("unittest", "asyncio", "email")]]
+    options = ["--tokenizer", str(tokenizer_folder), "--unit-bytes", "20000", "--workers", "2", "--quiet"]
+    process = subprocess.Popen(
+        [*command, *options, "--out", str(tmp_path / "d")], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not list((tmp_path / "d/.work").glob("unit-*.json")) and process.poll() is None:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stderr == "interrupted; run the same command again to go on\n"
+
+
 def test_two_runs_do_not_write_to_one_folder(library, tokenizer_folder, tmp_path):
-    options = {"unit_bytes": 5_000, "validation_fraction": 0.0}
+    options = {"unit_bytes": 30_000, "validation_fraction": 0.0}
     process = in_another_process([library / "unittest"], tokenizer_folder, tmp_path / "d", **options)
     os.kill(process.pid, signal.SIGSTOP)
     try:
