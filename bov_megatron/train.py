@@ -12,7 +12,7 @@ import sys
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 for a run not worth going on with, 2 for a recipe, data set or
-    checkpoint that cannot be used."""
+    checkpoint that cannot be used, 143 (as for SIGTERM) for a run that a signal ended early, after a checkpoint."""
     parser = argparse.ArgumentParser(
         prog="python -m bov_megatron.train",
         description="Train the model of a recipe. A run folder that holds a checkpoint is continued from it.",
@@ -45,13 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
     except (RecipeError, LaunchError) as error:
         return _refuse(error, 2, speaks)
     try:
-        run.train(recipe, world)
+        done = run.train(recipe, world)
     except (RecipeError, CheckpointError, TrainingError) as error:  # the same on every rank
         return _refuse(error, 1 if isinstance(error, TrainingError) else 2, world.rank == 0)
     except DataError as error:
         # At the start the same on every rank; later, a shard may be damaged for one rank alone.
         return _refuse(error, 2, world.rank == 0 or not getattr(error, "on_all_ranks", False), world.rank)
-    return 0
+    if not done and world.rank == 0:
+        print("stopped by a signal, after a checkpoint: start again to continue", file=sys.stderr, flush=True)
+    return 0 if done else 143
 
 
 def _refuse(error: Exception, status: int, speaks: bool, rank: int = 0) -> int:

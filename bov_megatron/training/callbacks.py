@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from bov_megatron.parallel import cpu
 from bov_megatron.training import checkpoint
 from bov_megatron.training.statistics import coefficient_values, table_statistics
 
@@ -33,7 +36,7 @@ class Callback:
         that come after."""
 
     def finish(self, trainer: Trainer) -> None:
-        """After the last step; not called when training raises."""
+        """After the last step, or the one after which the run was told to stop; not called when training raises."""
 
 
 class Validation(Callback):
@@ -84,6 +87,35 @@ class Health(Callback):
             )
 
 
+class Interruption(Callback):
+    """Ends the run, with a checkpoint, after the step in which any rank got SIGTERM or SIGUSR1: what schedulers send
+    before a time limit or a preemption. The second such signal kills as usual."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self):
+        self.received, self.handlers = False, {}
+
+    def start(self, trainer):
+        self.handlers = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+
+    def after_step(self, trainer, record):
+        received = torch.tensor(float(self.received), device=cpu.device())
+        dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        trainer.stopping = bool(received)
+
+    def finish(self, trainer):
+        self._restore()
+
+    def _receive(self, number, frame):
+        self.received = True
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
 class MetricsFile(Callback):
     """One JSON object a step in RUN/metrics.jsonl. A resumed run first drops the lines after its checkpoint."""
 
@@ -112,8 +144,8 @@ class MetricsFile(Callback):
 class Progress(Callback):
     """A progress bar on a terminal, plain lines otherwise; rank 0 only."""
 
-    def __init__(self, plain_interval: int, stream=sys.stderr):
-        self.plain_interval, self.stream, self.bar = plain_interval, stream, None
+    def __init__(self, plain_interval: int):
+        self.plain_interval, self.stream, self.bar = plain_interval, sys.stderr, None
 
     def start(self, trainer):
         if dist.get_rank() == 0 and self.stream.isatty():
@@ -191,13 +223,14 @@ class Wandb(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves every `interval` steps and at the end. Comes last: whatever the step wrote is then on disk."""
+    """Saves every `interval` steps, at the end, and when the run is told to stop. Comes last: whatever the step wrote
+    is then on disk."""
 
     def __init__(self, run_dir: Path, interval: int, keep_last: int):
         self.run_dir, self.interval, self.keep_last = run_dir, interval, keep_last
 
     def after_step(self, trainer, record):
-        if trainer.is_due(self.interval):
+        if trainer.stopping or trainer.is_due(self.interval):
             checkpoint.save(trainer.engine, self.run_dir, trainer.step, self.keep_last, trainer.checkpoint_extra)
 
 

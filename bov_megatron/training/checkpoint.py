@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 
 from bov_megatron.engines.megatron import MegatronEngine
 from bov_megatron.recipe import Recipe, RecipeError
@@ -120,7 +121,9 @@ def load(engine: MegatronEngine, path: Path) -> Loaded:
         with warnings.catch_warnings():  # Megatron-core 0.16.1 calls torch under a name that is deprecated
             warnings.simplefilter("ignore", FutureWarning)
             loaded = dist_checkpointing.load(state, str(path), strategy)
-    except Exception as error:  # Megatron's own types, torch's, and the operating system's
+    except CheckpointException as error:  # torch's, of all ranks; no Exception, so that only this catches it
+        raise _damaged(path, next(iter(error.failures.values()))[0]) from error
+    except Exception as error:  # Megatron's own types, and the operating system's
         raise _damaged(path, error) from error
     engine.load_state(loaded["model"], loaded.get("optimizer"))
     return Loaded(stored["step"], stored["recipe"], stored["extra"])

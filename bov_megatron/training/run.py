@@ -23,6 +23,7 @@ from bov_megatron.training import checkpoint
 from bov_megatron.training.callbacks import (
     Checkpoints,
     Health,
+    Interruption,
     MetricsFile,
     Progress,
     Validation,
@@ -35,8 +36,10 @@ RECIPE_FILE, TOKENIZER_FOLDER = "recipe.yaml", "tokenizer"
 T = TypeVar("T")
 
 
-def train(recipe: Recipe, world: World) -> None:
+def train(recipe: Recipe, world: World) -> bool:
     """Train `recipe` on this rank of `world`; continue from the newest checkpoint in its run folder, if any.
+
+    Returns whether all steps are done: False where a signal ended the run early, after a checkpoint.
 
     Raises RecipeError, DataError or CheckpointError with the remedy where the run cannot start.
     """
@@ -45,6 +48,7 @@ def train(recipe: Recipe, world: World) -> None:
         trainer.fit()
     # Not after an error: the other ranks may be inside a collective, and leaving would wait for them.
     process_groups.shutdown()
+    return trainer.step == trainer.total_steps
 
 
 @contextlib.contextmanager
@@ -65,6 +69,7 @@ def _trainer(recipe: Recipe):
                 Progress(recipe.logging.print_interval),
                 Wandb(recipe.run_dir, recipe.logging.wandb, recipe.logging.wandb_project),
                 MetricsFile(recipe.run_dir, recipe.logging.interval),
+                Interruption(),
                 Checkpoints(recipe.run_dir, recipe.checkpoint.interval, recipe.checkpoint.keep_last),
             ],
             bytes_per_token=_padded(validation_loader.bytes_per_token(), recipe.model.vocab_size),

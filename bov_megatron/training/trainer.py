@@ -42,16 +42,18 @@ class Trainer:
         self.recipe = engine.recipe
         self.bytes_per_token = bytes_per_token.to(cpu.device())
         self.step = start_step
+        self.stopping = False
+        """Set by a callback, on all ranks alike: this step is the last one for now."""
         self.total_steps = total_steps(self.recipe)
         self.checkpoint_extra = checkpoint_extra or {}
         self.throughput = Throughput(self.recipe, dist.get_world_size())
 
     def fit(self) -> None:
-        """Train to the last step."""
+        """Train to the last step, or to the one after which a callback sets `stopping`."""
         for callback in self.callbacks:
             callback.start(self)
         batches = iter(self.loader)
-        while self.step < self.total_steps:
+        while self.step < self.total_steps and not self.stopping:
             self.throughput.start()
             batch = next(batches)
             rates = self.engine.optimizer.learning_rates()

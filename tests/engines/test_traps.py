@@ -1,0 +1,344 @@
+"""Each silent mistake that tensor, sequence and pipeline parallelism invite, made on purpose: parity must fail.
+
+A trap is a function that makes the mistake in a rank's own modules. What it breaks is measured against one process
+with untouched code, beside the same layout untouched; so these tests show that the parity tests can fail.
+
+Mistakes that cannot be made here, and why:
+- interleaved pipelines' message order, one iterator per chunk: the recipe has no virtual stages;
+- context parallelism's masks, its share of the loss, smear at its borders: the recipe refuses context_parallel_size > 1
+  (tests/test_recipe.py);
+- sources that read the first stage on a later one, fewer query groups than ranks: refused too (tests/test_recipe.py);
+- rates lost in Megatron's parameter-group overrides, optimizer state under its `dp_reshardable` format: the
+  optimizer is not Megatron's;
+- a 0-dim gamma: the optimizer refuses one (tests/optim);
+- a metadata dict that Megatron has changed, passed on: each call makes its own.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from bov_megatron.recipe import OptimizerConfig, Recipe, ValueConfig
+from tests.distributed import run_ranks
+from tests.engines.test_parallel_parity import LAYOUTS
+from tests.golden_files import load_golden
+from tests.model.test_golden import golden_rank
+from tests.parity import (
+    batch,
+    gather_full,
+    gather_gradients,
+    load_weights,
+    my_micro_batches,
+    random_weights,
+    relative_error,
+    small_model,
+    small_recipe,
+    worst_gradient,
+)
+
+STEPS = 3
+
+
+def untouched():
+    pass
+
+
+def ids_kept_on_the_module():
+    """Recomputed, micro-batch i sees the ids of the micro-batch that ran last."""
+    from bov_megatron.model.decoder import BovModel
+    from bov_megatron.model.value_sources import Bank
+
+    forward = BovModel.forward
+
+    def storing(self, ids_BS, labels_BS=None):
+        for module in self.modules():
+            if isinstance(module, Bank):
+                module.ids = ids_BS
+        return forward(self, ids_BS, labels_BS)
+
+    BovModel.forward = storing
+    Bank.forward = lambda self, projected, hidden, carried, project: self.scale(self.table(self.ids))
+
+
+def ids_on_the_first_stage_only():
+    from bov_megatron.model.decoder import BovModel
+
+    BovModel._carried = lambda self, ids_BS, hidden: ids_BS if self.pre_process else torch.zeros_like(ids_BS)
+
+
+def all_reduce_and_plain_slice():
+    """Right forward; backward, each rank learns its own columns only."""
+    from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+
+    from bov_megatron.model.value_bank import ValueTable
+
+    def combine(self, partial):
+        summed = reduce_from_tensor_model_parallel_region(partial.contiguous(), group=self.tp_group)
+        return summed.chunk(self.tp_group.size(), dim=-1)[self.tp_group.rank()].contiguous()
+
+    ValueTable._combine = combine
+
+
+def all_reduce_of_a_view():
+    """Megatron's `_reduce` returns a non-contiguous input as it came."""
+    from megatron.core.tensor_parallel.mappings import (
+        reduce_from_tensor_model_parallel_region,
+        scatter_to_tensor_model_parallel_region,
+    )
+
+    from bov_megatron.model.value_bank import ValueTable
+
+    def combine(self, partial):
+        view = partial.transpose(0, 2).contiguous().transpose(0, 2)
+        summed = reduce_from_tensor_model_parallel_region(view, group=self.tp_group)
+        return scatter_to_tensor_model_parallel_region(summed, group=self.tp_group)
+
+    ValueTable._combine = combine
+
+
+def gamma_without_copy_to():
+    """Each tensor-parallel rank trains a gamma of its own heads."""
+    from bov_megatron.model.value_sources import _Scaled
+
+    _Scaled._shared = lambda self, scalar: scalar
+
+
+def gate_without_copy_to():
+    from bov_megatron.model import value_sources
+
+    value_sources.copy_to_tensor_model_parallel_region = lambda channels, group: channels
+
+
+def smear_after_the_split():
+    """The first token of a rank's chunk of the sequence has no neighbour."""
+    from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+
+    from bov_megatron.model.decoder import BovModel
+    from bov_megatron.model.norm import rms_norm
+
+    def embed(self, ids_BS):
+        x = rms_norm(self.embedding(input_ids=ids_BS, position_ids=None))
+        return self.smear(scatter_to_sequence_parallel_region(x, group=self.pg_collection.tp))
+
+    BovModel._embed = embed
+
+
+def padding_in_the_loss():
+    """Rows of the vocabulary that are no tokens take part in the softmax; how many depends on the layout."""
+    from bov_megatron.model.decoder import BovModel
+
+    BovModel._hide_padding = lambda self, logits: logits
+
+
+def loss_logged_without_a_copy():
+    """The schedule divides the loss by the number of micro-batches in place."""
+    from bov_megatron.engines.megatron import MegatronEngine
+
+    run = MegatronEngine._run
+
+    def aliasing(self, model, micro_batches, loss_function, forward_only):
+        def aliased(labels, losses):
+            loss, _ = loss_function(labels, losses)
+            return loss, loss.detach()
+
+        return run(self, model, micro_batches, aliased, forward_only)
+
+    MegatronEngine._run = aliasing
+
+
+def table_taken_for_a_matrix():
+    from bov_megatron.model import decoder
+
+    tag = decoder.tag_parameters
+
+    def tagging(model):
+        tag(model)
+        for parameter in model.parameters():
+            parameter.kind = "matrix" if parameter.kind == "table" else parameter.kind
+
+    decoder.tag_parameters = tagging
+
+
+def query_and_key_orthogonalised_as_one():
+    from bov_megatron.optim import muon
+    from bov_megatron.optim.managed_parameter import ManagedParameter
+    from bov_megatron.optim.muon_sharded import MuonMatrix
+
+    ManagedParameter.piece_shapes = lambda self: [self.full_shape]
+    MuonMatrix.whole_update = lambda self, direction, steps, beta2: muon.normalize_variance(
+        muon.polar_express(direction, steps), self.second_moments[0], beta2
+    )
+
+
+def muon_on_a_shard():
+    from bov_megatron.optim import muon_sharded, optimizer
+
+    managed = optimizer.managed_parameters
+    optimizer.managed_parameters = lambda chunks, tensor_parallel_size: managed(chunks, 1)
+    muon_sharded.gather_partitioned = lambda tensors, dims, group: list(tensors)
+
+
+def one_step_tensor_for_all():
+    """Every parameter advances it: AdamW's bias correction runs ahead."""
+    from bov_megatron.optim import optimizer
+
+    make = optimizer.make_adamw
+
+    def sharing(parameters, settings, eps):
+        adamw = make(parameters, settings, eps)
+        states = list(adamw.state.values())
+        for state in states:
+            state["step"] = states[0]["step"]
+        return adamw
+
+    optimizer.make_adamw = sharing
+
+
+TABLES_EVERYWHERE = {"target_layers": "every"}
+TRAPS = [
+    # mistake, layout, value source, its options, what it breaks, by how much at least
+    (ids_kept_on_the_module, "pp2-full", "bank", TABLES_EVERYWHERE, "gradients", 0.3),
+    (ids_on_the_first_stage_only, "pp2", "bank", {}, "gradients", 0.3),
+    (all_reduce_and_plain_slice, "tp2", "bank", {}, "gradients", 0.3),
+    (all_reduce_of_a_view, "tp2", "bank", {"lookup": "all_reduce"}, "gradients", 0.3),
+    (gamma_without_copy_to, "tp2", "bank", {}, "source_coefficient.* differs between ranks", None),
+    (gate_without_copy_to, "tp2", "gated_value_embedding", {}, "smear.gate.* differs between ranks", None),
+    (smear_after_the_split, "tp2-sp", "bank", {}, "smear.gate.* differs between ranks", None),
+    (padding_in_the_loss, "tp2", "bank", {}, "losses", 0.01),
+    (loss_logged_without_a_copy, "dp2", "bank", {}, "losses", 0.4),
+    (table_taken_for_a_matrix, "tp2", "bank", {}, "updates", 0.3),
+    (query_and_key_orthogonalised_as_one, "tp2", "bank", {}, "updates", 0.3),
+    (muon_on_a_shard, "tp2", "bank", {}, "updates", 0.3),
+    (one_step_tensor_for_all, "dp2", "bank", {}, "updates", 0.3),
+]
+TOLERANCES = {"losses": 1e-3, "gradients": 1e-5, "updates": 0.1}
+"""What layouts may differ by: rounding, and for updates and the losses after them Muon's bf16 orthogonalisation."""
+
+
+def recipe_of(source: str, value: dict, **layout) -> Recipe:
+    """Rates high enough for each step to show in the next loss."""
+    recipe = small_recipe(small_model(value=ValueConfig(source=source, **value)), **layout)
+    recipe.optimizer = OptimizerConfig(warmup_steps=0, reference_batch_tokens=None, reference_parameters=None)
+    return recipe
+
+
+def measure(recipe: Recipe, world_size: int, trap: str = "untouched") -> dict:
+    """Losses of a few steps, gradients of the first, and what the first updates changed, whole, by canonical name."""
+    results = run_ranks(measured_rank, world_size, recipe.to_dict(), trap)
+    whole = {"losses": results[0]["losses"], "gradients": {}, "updates": {}}
+    for result in results:
+        whole["gradients"].update(result["gradients"])
+        whole["updates"].update(result["updates"])
+    return whole
+
+
+def measured_rank(rank: int, world_size: int, recipe_dict: dict, trap: str) -> dict:
+    from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.parallel import process_groups
+
+    globals()[trap]()
+    recipe = Recipe.from_dict(recipe_dict)
+    process_groups.initialize(recipe, rank, world_size)
+    engine = MegatronEngine(recipe)
+    weights = random_weights(recipe.model)
+    load_weights(engine, weights)
+    losses = [engine.forward_backward(my_micro_batches(recipe, batch(0)))]
+    gradients = gather_gradients(engine)
+    assert engine.optimizer.step().applied
+    losses += [engine.train_step(my_micro_batches(recipe, batch(step))).loss for step in range(1, STEPS)]
+    after = gather_full(engine, lambda parameter: parameter)
+    return {"losses": losses, "gradients": gradients, "updates": {name: after[name] - weights[name] for name in after}}
+
+
+@functools.lru_cache(maxsize=16)
+def one_process(source: str, **value) -> dict:
+    return measure(recipe_of(source, {k: v for k, v in value.items() if k != "lookup"}), 1)
+
+
+@functools.lru_cache(maxsize=16)
+def layout_untouched(layout: str, source: str, **value) -> dict:
+    world_size, parallel = LAYOUTS[layout]
+    return measure(recipe_of(source, value, **parallel), world_size)
+
+
+def errors(found: dict, wanted: dict) -> dict[str, float]:
+    """Largest relative difference of losses, gradients and updates."""
+    losses = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], wanted["losses"], strict=True))
+    worst = {what: worst_gradient(found[what], wanted[what])[0] for what in ("gradients", "updates")}
+    return {"losses": losses, **worst}
+
+
+@pytest.mark.parametrize("trap, layout, source, value, what, least", TRAPS, ids=[trap[0].__name__ for trap in TRAPS])
+def test_a_sprung_trap_breaks_parity(trap, layout, source, value, what, least):
+    wanted = one_process(source, **value)
+    clean = errors(layout_untouched(layout, source, **value), wanted)
+    assert all(clean[kind] < tolerance for kind, tolerance in TOLERANCES.items()), clean
+    world_size, parallel = LAYOUTS[layout]
+    recipe = recipe_of(source, value, **parallel)
+    if least is None:
+        with pytest.raises(AssertionError, match=what):
+            measure(recipe, world_size, trap.__name__)
+        return
+    sprung = errors(measure(recipe, world_size, trap.__name__), wanted)
+    assert sprung[what] > least, sprung
+    assert sprung[what] > 5 * clean[what], (sprung, clean)
+
+
+def golden_rank_with_one_key_less(rank: int, world_size: int, name: str):
+    from bov_megatron.model.core_attention import SdpaCoreAttention
+
+    make = SdpaCoreAttention.__init__
+
+    def narrower(self, *args, window, **options):
+        make(self, *args, window=window - 1, **options)
+
+    SdpaCoreAttention.__init__ = narrower
+    return golden_rank(rank, world_size, name, False)
+
+
+def test_a_window_of_one_key_less_misses_the_reference():
+    """The window counts keys to the left; the query itself comes on top."""
+    golden = load_golden("bov")
+    ((_, gradients, logits),) = run_ranks(golden_rank_with_one_key_less, 1, "bov")
+    assert relative_error(logits, golden.logits) > 1e-4
+    assert worst_gradient(gradients, golden.gradients)[0] > 1e-3
+
+
+def initial_rank(rank: int, world_size: int, recipe_dict: dict, by_rank: bool) -> dict[str, torch.Tensor]:
+    from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.model import initialization
+    from bov_megatron.parallel import process_groups
+
+    if by_rank:  # what drawing from a rank's generator comes to
+        seed = initialization._block_seed
+        initialization._block_seed = lambda run_seed, name, block: seed(run_seed + rank, name, block)
+    recipe = Recipe.from_dict(recipe_dict)
+    process_groups.initialize(recipe, rank, world_size)
+    return gather_full(MegatronEngine(recipe, with_optimizer=False), lambda parameter: parameter)
+
+
+def initial_weights(source: str, layout: str | None, by_rank: bool = False) -> dict[str, torch.Tensor]:
+    world_size, parallel = LAYOUTS[layout] if layout else (1, {})
+    recipe = small_recipe(small_model(value=ValueConfig(source=source)), **parallel)
+    whole = {}
+    for part in run_ranks(initial_rank, world_size, recipe.to_dict(), by_rank):
+        whole.update(part)
+    return whole
+
+
+@pytest.mark.parametrize("source", ["bank", "gated_value_embedding"])
+def test_initial_weights_are_the_same_bits_in_every_layout(source):
+    wanted = initial_weights(source, None)
+    for layout in ("tp4", "pp2-tp2"):
+        found = initial_weights(source, layout)
+        assert found.keys() == wanted.keys()
+        assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+def test_initial_weights_drawn_by_rank_differ():
+    with pytest.raises(AssertionError, match="smear.gate.* differs between ranks"):
+        initial_weights("bank", "tp2", by_rank=True)
+    found, wanted = initial_weights("bank", "pp2", by_rank=True), initial_weights("bank", None)
+    assert not torch.equal(found["lm_head.weight"], wanted["lm_head.weight"])
+    assert not torch.equal(*(w["model.layers.3.self_attn.value_table.weight"] for w in (found, wanted)))

@@ -1,0 +1,157 @@
+"""Stopped and started again, or spread over other ranks: the same run, down to the bit where nothing changed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from bov_megatron.recipe import load_recipe
+from tests.distributed import run_ranks
+from tests.training.runs import SMOKE, metrics, overrides, train
+
+STEPS, SAVED_EVERY = 8, 3
+TP2 = "parallel.tensor_model_parallel_size=2"
+
+
+def stopping_rank(rank, world_size, arguments, after_step):
+    """The run, whose first rank dies after a later step than the last saved one."""
+    from bov_megatron import train
+    from bov_megatron.engines.megatron import MegatronEngine
+
+    forward_backward, steps = MegatronEngine.forward_backward, []
+
+    def dying(self, micro_batches):
+        steps.append(1)
+        if len(steps) > after_step and rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward_backward(self, micro_batches)
+
+    MegatronEngine.forward_backward = dying
+    train.main([SMOKE, *arguments])
+
+
+def signalled_rank(rank, world_size, arguments, at_step):
+    """The run, whose second rank alone is sent SIGTERM during a step."""
+    from bov_megatron import train
+    from bov_megatron.engines.megatron import MegatronEngine
+
+    forward_backward, steps = MegatronEngine.forward_backward, []
+
+    def signalling(self, micro_batches):
+        steps.append(1)
+        if len(steps) == at_step and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward_backward(self, micro_batches)
+
+    MegatronEngine.forward_backward = signalling
+    return train.main([SMOKE, *arguments])
+
+
+def weights_rank(rank, world_size, arguments):
+    """Weights and optimizer state of the newest checkpoint, by name, on one rank whatever the layout that saved it."""
+    from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.parallel import process_groups
+    from bov_megatron.training import checkpoint
+
+    recipe = load_recipe(SMOKE, arguments)
+    process_groups.initialize(recipe, rank, world_size)
+    engine = MegatronEngine(recipe)
+    checkpoint.load(engine, checkpoint.latest_checkpoint(recipe.run_dir))
+    state = {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
+    state |= {f"{name}/{managed.qualified_name}": t.clone() for name, managed, t in engine.optimizer.state_tensors()}
+    return state
+
+
+def final_state(arguments: list[str]) -> dict[str, torch.Tensor]:
+    alone = [item for item in arguments if not item.startswith("parallel.")]
+    return run_ranks(weights_rank, 1, [*alone, "parallel.tensor_model_parallel_size=1"])[0]
+
+
+@pytest.mark.parametrize(
+    "layout", [[TP2, "train.precision=bf16"], ["train.precision=fp32"]], ids=["tp2-bf16", "dp2-fp32"]
+)
+def test_resumed_run_is_bit_identical(prepared_data, tmp_path, layout):
+    whole = overrides(prepared_data, tmp_path / "whole", *layout)
+    stopped = overrides(prepared_data, tmp_path / "stopped", *layout)
+    train(2, whole)
+    with pytest.raises(AssertionError, match="exit codes"):
+        run_ranks(stopping_rank, 2, stopped, 5)
+    assert [line["step"] for line in metrics(tmp_path / "stopped")] == [1, 2, 3, 4, 5]
+    assert "resuming after step 3" in train(2, stopped)
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    wanted, found = final_state(whole), final_state(stopped)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    assert "resuming after step 8" in train(2, stopped), "a finished run, started again, ends at once"
+
+
+def test_sigterm_saves_and_stops(prepared_data, tmp_path):
+    arguments = overrides(prepared_data, tmp_path, "checkpoint.interval=0")
+    assert run_ranks(signalled_rank, 2, arguments, 5) == [143, 143]
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert "resuming after step 5" in train(2, arguments)
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_other_numbers_of_data_parallel_ranks_see_the_same_data(prepared_data, tmp_path):
+    """AdamW with a large epsilon is smooth: what is left is the order of summation."""
+    runs = {}
+    for size in (1, 2, 4):
+        smooth = ("optimizer.name=adamw", "optimizer.eps=0.001", "optimizer.adamw_matrix_lr=0.01")
+        train(size, overrides(prepared_data, tmp_path / str(size), *smooth))
+        runs[size] = metrics(tmp_path / str(size))
+    digests = [line["digest"] for line in runs[1]]
+    assert len(set(digests)) == STEPS
+    for size in (2, 4):
+        assert [line["digest"] for line in runs[size]] == digests
+        losses = [line["loss"] for line in runs[size]]
+        print("DPERR", [abs(loss - line["loss"]) / loss for loss, line in zip(losses, runs[1], strict=True)])
+        assert losses == pytest.approx([line["loss"] for line in runs[1]], rel=1e-6)
+
+
+def test_killed_and_started_again_by_the_same_command(prepared_data, tmp_path):
+    """All processes killed at a random moment; the second start continues by itself."""
+    seed = int.from_bytes(os.urandom(2))
+    print(f"seed {seed}")
+    steps = ["train.steps=40", "checkpoint.interval=7", "validation.interval=20"]
+    killed = overrides(prepared_data, tmp_path / "killed", TP2, *steps)
+    undisturbed = overrides(prepared_data, tmp_path / "undisturbed", TP2, *steps)
+    start_and_kill(killed, tmp_path / "killed" / "metrics.jsonl", lines=random.Random(seed).randint(8, 36))
+    stderr = launcher(killed).communicate(timeout=120)[1]
+    assert "resuming after step" in stderr, stderr
+    train(2, undisturbed)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "undisturbed")
+    assert len(metrics(tmp_path / "killed")) == 40
+
+
+def launcher(arguments: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, "-m", "bov_megatron.train", SMOKE, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def start_and_kill(arguments: list[str], metrics_file, lines: int) -> None:
+    """SIGKILL to launcher and ranks alike as soon as the run has logged so many steps."""
+    process = launcher(arguments)
+    deadline = time.monotonic() + 120
+    try:
+        while not metrics_file.exists() or len(metrics_file.read_text().splitlines()) < lines:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, "the run did not come that far in two minutes"
+            time.sleep(0.01)
+    finally:
+        launched = psutil.Process(process.pid)
+        for one in (launched, *launched.children(recursive=True)):  # ranks lead sessions of their own
+            one.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run had ended before it could be killed"
