@@ -3,6 +3,7 @@ themselves once a rank."""
 
 from __future__ import annotations
 
+import importlib.abc
 import os
 import sys
 import warnings
@@ -36,6 +37,23 @@ def register_missing_torchvision_ops() -> None:
         library.define(schema)
     # A Library takes its operators away when collected; torch.ops lives as long as the process does.
     torch.ops.torchvision._bov_megatron_library = library
+
+
+class _BeforeTorchvision(importlib.abc.MetaPathFinder):
+    """Finds nothing; registers the operators when torchvision is about to be imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            register_missing_torchvision_ops()
+        return None
+
+
+def install_torchvision_fix() -> None:
+    """Do `register_missing_torchvision_ops` whenever this process comes to import torchvision. tools/setup_env.sh has
+    every start of the environment's Python call it where the installed pair doesn't match, so that an export loads
+    there with plain transformers."""
+    sys.meta_path.insert(0, _BeforeTorchvision())
 
 
 def quiet_megatron_imports() -> None:

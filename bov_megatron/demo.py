@@ -95,7 +95,7 @@ def _train_and_evaluate(name: str, source: str, out: Path, data: Path, steps: in
     windows = _held_out_windows(data, out / "tasks")
     report = out / f"evaluation_{name}.json"
     _tool("evaluate.py", export, "--tasks", windows.name, "--tasks-dir", windows.tasks_dir, "--packed", data / "val",
-          "--offline", "--json", report)  # fmt: skip
+          "--offline", "--json", report, environment={"TQDM_DISABLE": "1"})  # fmt: skip
     scores = json.loads(report.read_text())["scores"]
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return Result(
@@ -196,8 +196,8 @@ def _title(text: str) -> None:
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n== {text}", flush=True)
 
 
-def _tool(script: str, *arguments, capture: bool = False) -> str:
-    return _call([sys.executable, f"tools/{script}", *map(str, arguments)], capture=capture)
+def _tool(script: str, *arguments, **options) -> str:
+    return _call([sys.executable, f"tools/{script}", *map(str, arguments)], **options)
 
 
 def _torchrun(*arguments: str) -> float:

@@ -18,7 +18,7 @@ from bov_megatron.recipe import (
 )
 
 SMEAR_CHANNELS = 24
-"""Leading channels of a token that decide its smear (PAPER, step 2)."""
+"""Leading channels of a token that decide its smear (arXiv 2606.02780)."""
 GATE_CHANNELS = 12
 """Leading channels that gate a value embedding (`gated_value_embedding`)."""
 

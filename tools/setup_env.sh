@@ -12,6 +12,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${BOV_VENV:-$root/.venv}
 requirements=("$root/requirements.txt" "$root/requirements-dev.txt")
+compat=$root/bov_megatron/compat.py
 stamp=$venv/.requirements.sum
 
 die() {
@@ -56,7 +57,19 @@ choose_python() {
 
 # What the environment was made from. Contents, not times: a fresh checkout has new times for old files.
 fingerprint() {
-    cat "${requirements[@]}" | cksum
+    cat "${requirements[@]}" "$compat" | cksum
+}
+
+# A CPU build of torch beside torchvision's CUDA build: the latter fails to import, and with it every model class of
+# transformers. Let this environment's Python mend that at start (see bov_megatron/compat.py).
+mend_torchvision() {
+    local site
+    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+    rm -f "$site"/bov_megatron_compat.{py,pth}
+    if ! "$venv/bin/python" -c 'import torchvision' 2>/dev/null; then
+        cp "$compat" "$site/bov_megatron_compat.py"
+        echo 'import bov_megatron_compat; bov_megatron_compat.install_torchvision_fix()' >"$site/bov_megatron_compat.pth"
+    fi
 }
 
 main() {
@@ -91,6 +104,7 @@ main() {
     done
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}" ||
         die "pip failed (above). The next call tries again; docs/setup.md has a section on machines without network"
+    mend_torchvision
     fingerprint >"$stamp" # last, so that an interrupted installation is not taken for a whole one
     echo "setup_env: done, $("$venv/bin/python" --version) in $venv"
 }

@@ -26,7 +26,8 @@ def initialize(
     # Megatron overlaps the gradient's all-reduce with a matmul and relies on the order of launches.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+        # Slurm may show each task only its own GPU.
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     if not dist.is_initialized():
         dist.init_process_group(
             cpu.backend(),
