@@ -34,6 +34,8 @@ def rank_saves(rank, world_size, recipe, folder):
 
 def rank_loads(rank, world_size, recipe, folder):
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 
     model, optimizer = start_rank(rank, world_size, recipe)
     with torch.no_grad():  # nothing of the fresh start may survive
@@ -41,7 +43,8 @@ def rank_loads(rank, world_size, recipe, folder):
             parameter.fill_(7.0)
         for _, _, tensor in optimizer.state_tensors():
             tensor.fill_(7.0)
-    loaded = dist_checkpointing.load(full_state(model, optimizer), folder)
+    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(folder), optimizer.groups.data)
+    loaded = dist_checkpointing.load(full_state(model, optimizer), folder, strategy)
     for key, parameter in model.named_parameters():
         parameter.data.copy_(loaded["model"][key])
     optimizer.load_state_dict(loaded["optimizer"])
