@@ -20,19 +20,17 @@ from pathlib import Path
 
 import torch
 
+from bov_megatron.evaluation.bits_per_byte import RollingTask, write_rolling_task
+
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipes/smoke.yaml"
 TENSOR_PARALLEL = 2
 VARIANTS = {"bov": "bank", "baseline": "projection"}
 """Run name -> value source."""
 
-CORPUS = (
-    "*.py", "asyncio", "concurrent", "ctypes", "distutils", "email", "encodings", "html", "http", "idlelib",
-    "importlib", "json", "lib2to3", "logging", "multiprocessing", "pydoc_data", "tkinter", "unittest", "urllib", "xml",
-)  # fmt: skip
-"""Sources and documentation of the Python installation that runs this, those parts that it has."""
-
 PROMPT = "def read_"
+WINDOWS = 300
+"""Held-out windows of 256 tokens that lm-eval scores."""
 
 
 @dataclass
@@ -67,15 +65,14 @@ def run_demo(out: Path, steps: int | None = None) -> list[Result]:
 
 def _prepare(out: Path) -> Path:
     """Tokenizer and shards from this machine's own Python sources."""
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    inputs = [str(stdlib / part) for part in CORPUS if "*" in part or (stdlib / part).exists()]
-    _title("1. Train a tokenizer on the sources and documentation of this machine's Python")
+    library = sysconfig.get_paths()["stdlib"]
+    corpus = [library, "--exclude", "site-packages", "test", "--invalid-utf8", "skip"]
     tokenizer, data = out / "tokenizer", out / "data"
-    skip = ["--invalid-utf8", "skip"]
-    _tool("train_tokenizer.py", *inputs, "--vocab-size", 4096, "--out", tokenizer, *skip)
+    _title("1. Train a tokenizer on the sources and documentation of this machine's Python")
+    _tool("train_tokenizer.py", *corpus, "--vocab-size", 4096, "--out", tokenizer, "--overwrite")
     _title("2. Tokenize and pack into MDS shards, with a held-out split")
-    _tool("prepare_data.py", *inputs, "--tokenizer", tokenizer, "--out", data, "--sequence-length", 256,
-          "--validation-fraction", 0.03, "--overwrite", *skip)  # fmt: skip
+    _tool("prepare_data.py", *corpus, "--tokenizer", tokenizer, "--out", data, "--sequence-length", 256,
+          "--validation-fraction", 0.03, "--keep-held-out-text", "--overwrite")  # fmt: skip
     return data
 
 
@@ -112,16 +109,11 @@ def _train_and_evaluate(name: str, source: str, out: Path, data: Path, steps: in
     )
 
 
-def _held_out_windows(data: Path, tasks_dir: Path):
-    """The held-out text as lm-eval windows that are also trainer samples: cut from the `<|bos|>`-led documents."""
-    from transformers import AutoTokenizer
-
-    from bov_megatron.evaluation.bits_per_byte import read_packed_samples, write_rolling_task
-
-    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
-    stream = [int(token) for sample in read_packed_samples(data / "val") for token in sample]
-    documents = tokenizer.decode(stream).split(tokenizer.bos_token)
-    return write_rolling_task([d for d in documents if d], data / "tokenizer", 256, tasks_dir, max_windows=400)
+def _held_out_windows(data: Path, tasks_dir: Path) -> RollingTask:
+    """The held-out documents cut into windows: a local task for lm-eval, and the same as samples for the trainer."""
+    lines = (data / "val" / "documents.jsonl").read_text().splitlines()
+    documents = [json.loads(line)["text"] for line in lines]
+    return write_rolling_task(documents, data / "tokenizer", 256, tasks_dir, max_windows=WINDOWS)
 
 
 def _score_with_engine(run_dir: Path, samples) -> float:
