@@ -1,0 +1,83 @@
+"""Comparing variants on a machine that is never quite idle.
+
+Variants take turns (A B, B A, A B, …), so that whatever else the machine does hits all of them alike, and what is
+reported is the ratio within each turn: its median over turns, and its range. On a CPU the processor time of this
+process is kept beside the wall clock: other programs hardly move it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A measured quantity over turns."""
+
+    median: float
+    minimum: float
+    maximum: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        return Spread(statistics.median(values), min(values), max(values))
+
+
+@dataclass
+class Timings:
+    """Seconds of one variant in each turn."""
+
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    """Summed over this process's threads."""
+
+
+def take_turns(variants: Mapping[str, Callable[[int], object]], turns: int, discard: int = 1) -> dict[str, Timings]:
+    """Time each variant in each turn.
+
+    Args:
+        variants: what to time, by name; called with the number of the turn, so that all of them can do the same work.
+        turns: how often each is timed.
+        discard: first turns that are run and not counted: allocation, caches, compilation.
+
+    Every second turn runs in reverse order, so that no variant always follows the same other.
+    """
+    timings = {name: Timings() for name in variants}
+    for turn in range(discard + turns):
+        for name in list(variants)[:: -1 if turn % 2 else 1]:
+            _synchronize()
+            wall, processor = time.perf_counter(), time.process_time()
+            variants[name](turn)
+            _synchronize()
+            if turn >= discard:
+                timings[name].wall.append(time.perf_counter() - wall)
+                timings[name].processor.append(time.process_time() - processor)
+    return timings
+
+
+def speed_ratio(timings: Mapping[str, Timings], name: str, reference: str) -> dict[str, Spread]:
+    """How many times as fast `name` is as `reference`, turn by turn; above 1 is faster.
+
+    Keys: `wall`, and on a CPU `processor`.
+    """
+    clocks = ["wall"] if torch.cuda.is_available() else ["wall", "processor"]
+    return {
+        clock: Spread.of(
+            [
+                theirs / ours
+                for ours, theirs in zip(getattr(timings[name], clock), getattr(timings[reference], clock), strict=True)
+            ]
+        )
+        for clock in clocks
+    }
+
+
+def _synchronize() -> None:
+    """Wait for the GPU, if there is one: kernels run behind Python's back."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

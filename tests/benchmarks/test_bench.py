@@ -1,0 +1,112 @@
+"""The bench command runs from end to end, and what it compares really differs, or really agrees. Never a time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bov_megatron.benchmarks.lookup import bytes_per_rank
+from bov_megatron.benchmarks.timing import Timings, speed_ratio, take_turns
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "new" / "bench.json"
+    done = subprocess.run(
+        [sys.executable, "tools/bench.py", "--quick", "--threads", "1", "--json", str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "QUICK" in done.stdout and "bank / projection" in done.stdout
+    return json.loads(path.read_text())
+
+
+def check_spread(spread):
+    assert 0 < spread["minimum"] <= spread["median"] <= spread["maximum"]
+
+
+def test_step_trains_two_different_models_with_two_different_optimizers(results):
+    losses = {
+        (o, s): results["step"][o]["variants"][s]["losses"] for o in ("muon", "adamw") for s in ("bank", "projection")
+    }
+    assert len({tuple(series) for series in losses.values()}) == 4
+    for optimizer in ("muon", "adamw"):
+        # Both sources start from the same embedding and output matrices, and from zero attention outputs.
+        assert losses[optimizer, "bank"][0] == pytest.approx(losses[optimizer, "projection"][0], rel=1e-6)
+        check_spread(results["step"][optimizer]["bank / projection"]["wall"])
+        check_spread(results["step"][optimizer]["variants"]["bank"]["tokens_per_second"])
+    assert losses["muon", "bank"][0] == losses["adamw", "bank"][0]
+
+
+@pytest.mark.parametrize("source", ["bank", "projection"])
+def test_both_attentions_compute_the_same(results, source):
+    variants = results["attention"][source]["variants"]
+    ours, megatrons = variants["auto"], variants["megatron"]
+    assert ours["losses"] == pytest.approx(megatrons["losses"], rel=1e-3)
+    assert ours["gradient_norms"] == pytest.approx(megatrons["gradient_norms"], rel=1e-2)
+    assert ours["gradient_norms"] != megatrons["gradient_norms"], "bit for bit the same: one kernel against itself?"
+    check_spread(results["attention"][source]["auto / megatron"]["wall"])
+
+
+def test_lookup_variants_agree_and_differ_in_traffic(results):
+    variants = results["lookup"]["variants"]
+    assert set(variants) == {"all_reduce", "reduce_scatter", "all_to_all", "head"}
+    for key in ("value_norm", "gradient_norm"):
+        assert all(v[key] == pytest.approx(variants["head"][key], rel=1e-6) and v[key] > 0 for v in variants.values())
+    sizes = {name: v["bytes_per_rank"] for name, v in variants.items()}
+    assert sizes["head"] == 0 and 3 * sizes["reduce_scatter"] == 2 * sizes["all_reduce"] > 0
+    assert sizes["all_to_all"] == sizes["reduce_scatter"]
+
+
+def test_loader_reports_its_share_of_a_step(results):
+    for mode in ("in_process", "read_ahead"):
+        check_spread(results["loader"][mode]["tokens_per_second"])
+        assert results["loader"][mode]["share_of_step"] > 0
+
+
+def test_the_machine_is_described(results):
+    assert results["machine"]["threads"] == 1 and results["quick"] and results["turns"] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["lokup"], "unknown benchmark 'lokup'; known: step, attention, loader, lookup, recipes"),
+        (["--turns", "0"], "--turns 0: must be at least 1"),
+        (["recipes"], "needs a GPU"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys, monkeypatch):
+    import torch
+
+    from tools.bench import main
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_turns_alternate_and_discarded_ones_do_not_count():
+    calls = []
+    timings = take_turns({"a": lambda turn: calls.append(f"a{turn}"), "b": lambda turn: calls.append(f"b{turn}")}, 2, 1)
+    assert calls == ["a0", "b0", "b1", "a1", "a2", "b2"]
+    assert len(timings["a"].wall) == len(timings["b"].processor) == 2
+
+
+def test_ratio_is_of_speeds_turn_by_turn():
+    timings = {"fast": Timings([1.0, 2.0, 1.0], [1.0] * 3), "slow": Timings([2.0, 8.0, 3.0], [2.0] * 3)}
+    ratio = speed_ratio(timings, "fast", "slow")["wall"]
+    assert (ratio.median, ratio.minimum, ratio.maximum) == (3.0, 2.0, 4.0)
+
+
+def test_bytes_per_rank():
+    # 2,048 tokens of 256 fp32 channels are 2 MiB; half of that leaves a rank of two, per transfer.
+    assert bytes_per_rank("reduce_scatter", 2048, 256, 4, 2) == 2 * 2**20
+    assert bytes_per_rank("all_reduce", 2048, 256, 4, 4) == 3 * 2**21 * 3 // 4

@@ -1,0 +1,46 @@
+"""Measure this machine: training step, core attention, data loader, table lookups.
+
+    python tools/bench.py                        everything this machine can run
+    OMP_NUM_THREADS=2 python tools/bench.py step attention --turns 15 --json bench.json
+    python tools/bench.py --quick                a few seconds, to see that it runs; its times mean nothing
+
+Variants take turns, and what counts is their ratio within a turn: other programs disturb it little. Uses the GPU where
+there is one (bf16), else the CPU (fp32).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bov_megatron.benchmarks.run import NAMES, TURNS, format_results, run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    listing = "".join(f"\n  {name:<11}{text}" for name, text in NAMES.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__ + f"\nbenchmarks:{listing}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all that can run here)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write every number to FILE")
+    parser.add_argument("--quick", action="store_true", help="tiny models and one turn")
+    parser.add_argument("--turns", type=int, help=f"how often each variant is timed (default {TURNS}; 1 with --quick)")
+    parser.add_argument("--threads", type=int, help="torch's threads (default: OMP_NUM_THREADS, else one per core)")
+    options = parser.parse_args(arguments)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
+    try:
+        results = run(options.names, options.quick, options.turns, options.threads)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    print(format_results(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
