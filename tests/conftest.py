@@ -51,7 +51,7 @@ def prepare_library(folder: Path, packages: tuple[str, ...], tokenizer_packages:
         str(made.tokenizer),
         str(made.folder),
         sequence_length=made.sequence_length,
-        validation_fraction=0.1,
+        validation=[str(library / "wsgiref")],  # small files: special tokens among the first samples
         workers=1,
         shard_bytes=50_000,
     )

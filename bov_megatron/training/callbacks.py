@@ -200,16 +200,19 @@ class Wandb(Callback):
             return
         import wandb
 
-        self.run = wandb.init(
-            project=self.project,
-            name=trainer.recipe.name,
-            id=_run_id(self.run_dir),
-            resume="allow",
-            dir=self.run_dir,
-            mode=self.mode,
-            config=trainer.recipe.to_dict(),
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )
+        try:
+            self.run = wandb.init(
+                project=self.project,
+                name=trainer.recipe.name,
+                id=_run_id(self.run_dir),
+                resume="allow",
+                dir=self.run_dir,
+                mode=self.mode,
+                config=trainer.recipe.to_dict(),
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+            )
+        except wandb.Error as error:  # a server out of reach is no reason not to train: metrics.jsonl has it all
+            print(f"warning: going on without wandb: {error}", file=sys.stderr, flush=True)
 
     def after_step(self, trainer, record):
         if self.run is not None:

@@ -11,7 +11,9 @@ Mistakes that cannot be made here, and why:
 - rates lost in Megatron's parameter-group overrides, optimizer state under its `dp_reshardable` format: the
   optimizer is not Megatron's;
 - a 0-dim gamma: the optimizer refuses one (tests/optim);
-- a metadata dict that Megatron has changed, passed on: each call makes its own.
+- a metadata dict that Megatron has changed, passed on: each call makes its own;
+- layers of a checkpoint under one stacked name (no `non_homogeneous_layers`): tried with a bank in half of the layers,
+  saved over two stages and loaded on one rank, it comes back right in Megatron-core 0.16.1.
 """
 
 import functools

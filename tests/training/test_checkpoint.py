@@ -4,7 +4,6 @@ import os
 import shutil
 
 import pytest
-import torch
 
 from bov_megatron.recipe import RecipeError
 from tests.distributed import run_ranks
@@ -189,26 +188,3 @@ def test_another_data_order_is_refused_on_resume(tmp_path):
         setattr(getattr(changed, section), field, value)
         with pytest.raises(RecipeError, match=f"{section}.{field}={value}, but the checkpoint .* reorder the data"):
             check_same_data_order(stored, changed, tmp_path)
-
-
-def homogeneous_rank(rank, world_size, run_dir, save):
-    from bov_megatron.training import checkpoint
-    from tests.parity import load_weights, random_weights
-
-    checkpoint._metadata = lambda: {"singleton_local_shards": False}
-    engine = start_engine(rank, world_size, small_recipe(small_model(), pipeline_model_parallel_size=world_size))
-    if save:
-        load_weights(engine, random_weights(engine.recipe.model))
-        checkpoint.save(engine, run_dir, 1, keep_last=1, extra={})
-        return
-    checkpoint.load(engine, checkpoint.latest_checkpoint(run_dir))
-    loaded = [parameter.detach().clone() for parameter in engine.model.parameters()]
-    load_weights(engine, random_weights(engine.recipe.model))
-    assert all(map(torch.equal, engine.model.parameters(), loaded)), "weights came back wrong"
-
-
-def test_homogeneous_layer_names_cannot_hold_a_bank(tmp_path):
-    """Megatron's default stores layers under one name, stacked; here they differ in their tensors."""
-    run_ranks(homogeneous_rank, 2, tmp_path, True)
-    with pytest.raises(AssertionError, match="weights came back wrong|CheckpointError|shape"):
-        run_ranks(homogeneous_rank, 1, tmp_path, False)

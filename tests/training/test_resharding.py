@@ -116,10 +116,9 @@ def forgetting_rank(rank, world_size, recipe_dict, folder):
     restore = sharded_state.restore
 
     def forgetting(optimizer, state_dict):
-        fresh = [tensor.clone() for _, _, tensor in optimizer.state_tensors()]
         restore(optimizer, state_dict)
-        for (_, _, tensor), empty in zip(optimizer.state_tensors(), fresh, strict=True):
-            tensor.copy_(empty)
+        for _, _, tensor in optimizer.state_tensors():
+            tensor.zero_()
 
     sharded_state.restore = forgetting
     return loading_rank(rank, world_size, recipe_dict, folder)
