@@ -107,6 +107,14 @@ def check(saved, layout, source, optimizer, precision, target):
     assert losses == pytest.approx(expected, rel=later)
 
 
+def test_table_split_by_rows_goes_on_split_by_heads(saved):
+    folder, expected = saved("tp2-dp2", "bank", "adamw", "fp32")
+    recipe = recipe_of("tp4", "bank", "adamw")
+    recipe.model.value.table_partition = "head"
+    losses = run_ranks(loading_rank, 4, recipe.to_dict(), folder)[0]
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
 TOLERANCES = {"adamw": (1e-6, 1e-6), "muon": (1e-6, 2e-4), "bf16": (1e-3, 1e-3)}
 
 
