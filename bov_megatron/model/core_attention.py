@@ -24,7 +24,14 @@ class SdpaCoreAttention(torch.nn.Module):
     """
 
     def __init__(
-        self, config, layer_number, attn_mask_type, attention_type, window: int, kernel: str = "auto", **megatron_options
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        window: int,
+        kernel: str = "auto",
+        **megatron_options,
     ):
         super().__init__()
         self.window = window
@@ -49,40 +56,26 @@ class SdpaCoreAttention(torch.nn.Module):
 
 
 def windowed_sdpa(query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, window: int) -> Tensor:
-    """Exact causal window attention in blocks of `window` queries, each against its own and the previous block
-    of keys: work grows with S · 2·window instead of S². Returns `[B, N, S, D]`."""
-    batch, heads, length, dim = query_BNSD.shape
-    padding = -length % window
-    if padding:
-        query_BNSD, key_BGSD, value_BGSD = (F.pad(x, (0, 0, 0, padding)) for x in (query_BNSD, key_BGSD, value_BGSD))
-    blocks = (length + padding) // window
-
-    def with_previous_block(x: Tensor) -> Tensor:
-        previous = F.pad(x, (0, 0, window, 0))
-        return previous.unfold(2, 2 * window, window).transpose(-1, -2).transpose(1, 2).flatten(0, 1)
-
-    queries = query_BNSD.unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
-    mask = _block_mask(window, blocks, query_BNSD.device).repeat(batch, 1, 1, 1)
-    mixed = F.scaled_dot_product_attention(
-        queries,
-        with_previous_block(key_BGSD),
-        with_previous_block(value_BGSD),
-        attn_mask=mask,
-        enable_gqa=heads != key_BGSD.size(1),
-    )
-    mixed = mixed.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)
-    return mixed[:, :, :length]
+    """Exact causal window attention in blocks of queries, each against just the keys that any of them sees: work
+    grows with S · 1.5·window instead of S², and nothing is copied on the way in. Returns `[B, N, S, D]`."""
+    grouped = query_BNSD.size(1) != key_BGSD.size(1)
+    block = max(window // 2, 1)  # measured on a CPU: faster than window or window / 4
+    visible = _band(block, window, query_BNSD.device)
+    mixed = []
+    for start, queries in zip(range(0, query_BNSD.size(2), block), query_BNSD.split(block, dim=2), strict=True):
+        first, stop = max(start - window, 0), start + queries.size(2)
+        keys, values = key_BGSD[:, :, first:stop], value_BGSD[:, :, first:stop]
+        mask = visible[: stop - start, first - start + window : stop - start + window]
+        mixed.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped))
+    return torch.cat(mixed, dim=2)
 
 
 @functools.lru_cache(maxsize=8)
-def _block_mask(window: int, blocks: int, device: torch.device) -> Tensor:
-    """Visible keys of each block of queries, `[blocks, 1, window, 2·window]`: the first has no previous block."""
-    query = torch.arange(window, device=device).unsqueeze(1) + window
-    key = torch.arange(2 * window, device=device).unsqueeze(0)
-    visible = (key <= query) & (query - key <= window)
-    mask = visible.expand(blocks, 1, window, 2 * window).clone()
-    mask[0, :, :, :window] = False
-    return mask
+def _band(block: int, window: int, device: torch.device) -> Tensor:
+    """Keys visible to each query of a block, `[block, window + block]`; column 0 is `window` keys before the block."""
+    query = torch.arange(block, device=device).unsqueeze(1) + window
+    key = torch.arange(window + block, device=device)
+    return (key <= query) & (query - key <= window)
 
 
 @functools.lru_cache(maxsize=1)
