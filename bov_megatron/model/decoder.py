@@ -124,7 +124,28 @@ class BovModel(GPTModel):
         return logits_SBV.masked_fill(padding, float("-inf"))
 
 
-@jit_fuser
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
     """`cap · tanh(logits / cap)` in fp32."""
-    return cap * torch.tanh(logits.float() / cap)
+    return _SoftCap.apply(logits, cap)
+
+
+class _SoftCap(torch.autograd.Function):
+    """Logits are the largest tensor of a step: one pass over them backward, where autograd's chain takes three."""
+
+    @staticmethod
+    def forward(ctx, logits, cap):
+        capped, tanh = _capped_and_tanh(logits, cap)
+        ctx.save_for_backward(tanh)
+        ctx.dtype = logits.dtype
+        return capped
+
+    @staticmethod
+    def backward(ctx, grad):
+        (tanh,) = ctx.saved_tensors
+        return torch.ops.aten.tanh_backward(grad, tanh).to(ctx.dtype), None
+
+
+@jit_fuser
+def _capped_and_tanh(logits: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    tanh = (logits.float() / cap).tanh_()
+    return cap * tanh, tanh
