@@ -27,7 +27,8 @@ def plot_runs(runs: Mapping[str, Path], out: Path, title: str) -> Path:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for colour, (label, run_dir) in zip(COLOURS, runs.items(), strict=False):
-        lines = read_lines(run_dir / METRICS_FILE)
+        # A loss that was not finite is stored as null.
+        lines = [line for line in read_lines(run_dir / METRICS_FILE) if line["loss"] is not None]
         if not lines:
             raise ValueError(f"{run_dir} has no {METRICS_FILE} with a complete line")
         tokens = [line["tokens"] for line in lines]
