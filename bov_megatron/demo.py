@@ -92,7 +92,7 @@ def _train_and_evaluate(name: str, source: str, out: Path, data: Path, steps: in
     windows = _held_out_windows(data, out / "tasks")
     report = out / f"evaluation_{name}.json"
     _tool("evaluate.py", export, "--tasks", windows.name, "--tasks-dir", windows.tasks_dir, "--packed", data / "val",
-          "--offline", "--json", report, environment={"TQDM_DISABLE": "1"})  # fmt: skip
+          "--offline", "--json", report)  # fmt: skip
     scores = json.loads(report.read_text())["scores"]
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return Result(

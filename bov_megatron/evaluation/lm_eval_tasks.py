@@ -112,6 +112,10 @@ def load_model(model_dir: str | Path, *, batch_size: int, device: str, dtype: st
             prefix = self.tokenizer.bos_token if bos else ""
             return super().tok_batch_encode([prefix + string for string in strings], *arguments, **options)
 
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+            # A rolling task comes here once a batch, and would draw a bar each time.
+            return super()._loglikelihood_tokens(requests, disable_tqdm or override_bs is not None, override_bs)
+
     return ExportedModel(
         pretrained=str(model_dir),
         trust_remote_code=True,
