@@ -22,6 +22,8 @@ NAMES = {
     "recipes": "tokens/s, MFU and peak memory of the published recipes (GPU only)",
 }
 TURNS, QUICK_TURNS = 9, 1
+EVIDENCE = ("losses", "gradient_norms", "value_norm", "gradient_norm")
+"""In the JSON only: these show that variants agree or differ as they should."""
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
 
 
@@ -104,15 +106,19 @@ def _lines(values: dict, depth: int) -> list[str]:
     lines = []
     for key, value in values.items():
         label = "  " * depth + key.replace("_", " ") if key != "wall" else "  " * depth + "wall clock"
-        if key in ("variants", "losses", "gradient_norms"):
-            lines += _lines(value, depth) if key == "variants" else []
+        if key == "variants":
+            lines += _lines(value, depth)
+        elif key in EVIDENCE or value is None:
+            continue
+        elif key == "share_of_step":
+            lines.append(f"{label:<30}{value:.3%}")
         elif isinstance(value, dict) and set(value) == {"median", "minimum", "maximum"}:
             lines.append(
                 f"{label:<30}{_number(value['median'])} [{_number(value['minimum'])} – {_number(value['maximum'])}]"
             )
         elif isinstance(value, dict):
             lines += [label, *_lines(value, depth + 1)]
-        elif value is not None:
+        else:
             lines.append(f"{label:<30}{_number(value)}")
     return lines
 
