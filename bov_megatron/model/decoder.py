@@ -50,7 +50,9 @@ class BovModel(GPTModel):
         post_process: whether this stage makes logits.
     """
 
-    def __init__(self, recipe: Recipe, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None):
+    def __init__(
+        self, recipe: Recipe, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None
+    ):
         config = transformer_config(recipe)
         super().__init__(
             config=config,

@@ -84,7 +84,9 @@ def layer_spec(model: ModelConfig, layer: int, vocab_size: int) -> ModuleSpec:
             linear_proj=RowParallelLinear,
         ),
     )
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
     return ModuleSpec(
         module=ValueSourceLayer,
         submodules=TransformerLayerSubmodules(

@@ -183,7 +183,9 @@ class GatedValueEmbedding(ValueSource):
         super().__init__(tp_group)
         self.sequence_parallel = sequence_parallel
         groups = model.kv_heads // tp_group.size()
-        self.gate = torch.nn.Parameter(torch.empty(groups, GATE_CHANNELS, dtype=dtype, device=torch.cuda.current_device()))
+        self.gate = torch.nn.Parameter(
+            torch.empty(groups, GATE_CHANNELS, dtype=dtype, device=torch.cuda.current_device())
+        )
         self.table = layer_table(model, dtype, tp_group, vocab_size)
 
     def forward(self, projected_SBGD, hidden_SBH, carried, project):

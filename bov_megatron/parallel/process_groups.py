@@ -14,7 +14,12 @@ from bov_megatron.recipe import Recipe
 
 
 def initialize(
-    recipe: Recipe, rank: int, world_size: int, local_rank: int = 0, init_method: str = "env://", timeout_minutes: int = 30
+    recipe: Recipe,
+    rank: int,
+    world_size: int,
+    local_rank: int = 0,
+    init_method: str = "env://",
+    timeout_minutes: int = 30,
 ) -> None:
     """Join `world_size` ranks and build Megatron's groups for the recipe's layout.
 

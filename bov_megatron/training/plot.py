@@ -33,7 +33,7 @@ def plot_runs(runs: Mapping[str, Path], out: Path, title: str) -> Path:
             raise ValueError(f"{run_dir} has no {METRICS_FILE} with a complete line")
         tokens = [line["tokens"] for line in lines]
         losses = [line["loss"] for line in lines]
-        left.plot(tokens, losses, color=colour, alpha=0.25, linewidth=0.8)
+        left.plot(tokens, losses, color=colour, alpha=0.35, linewidth=0.8)
         left.plot(tokens, _smooth(losses), color=colour, linewidth=1.8, label=label)
         scored = [line for line in lines if "validation_bits_per_byte" in line]
         bits = [line["validation_bits_per_byte"] for line in scored]
@@ -56,10 +56,8 @@ def plot_runs(runs: Mapping[str, Path], out: Path, title: str) -> Path:
     return out
 
 
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    smoothed, average = [], 0.0
-    for count, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        smoothed.append(average / (1 - weight**count))
-    return smoothed
+def _smooth(values: list[float], width: int = 9) -> list[float]:
+    """Mean over `width` neighbouring steps, fewer at both ends: a running average would lag behind the curve."""
+    half = width // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]

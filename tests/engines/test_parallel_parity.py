@@ -7,7 +7,11 @@ import pytest
 from bov_megatron.recipe import VALUE_SOURCES, ValueConfig
 from tests.parity import small_model, small_recipe, train_on_layout, worst_gradient
 
-TP2, TP4, PP2 = {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 4}, {"pipeline_model_parallel_size": 2}
+TP2, TP4, PP2 = (
+    {"tensor_model_parallel_size": 2},
+    {"tensor_model_parallel_size": 4},
+    {"pipeline_model_parallel_size": 2},
+)
 SP, FULL, SELECTIVE = {"sequence_parallel": True}, {"recompute": "full"}, {"recompute": "selective"}
 LAYOUTS = {
     "tp2": (2, TP2),

@@ -14,7 +14,6 @@ from tests.parity import (
     gather_gradients,
     load_weights,
     random_weights,
-    relative_error,
     small_model,
     small_recipe,
     worst_gradient,
@@ -79,24 +78,3 @@ def test_loss_and_gradients(source, option):
         assert loss == pytest.approx(expected_loss, rel=1e-6)
         error, worst = worst_gradient(gradients, expected)
         assert error < 1e-5, f"gradient of {worst} is off by {error:.1e}"
-
-
-@pytest.mark.parametrize("length, window", [(512, 128), (600, 128), (600, 256), (130, 128), (100, 128)])
-def test_windowed_attention_shows_the_window_and_the_token_itself(length, window):
-    """Block-wise window attention against one softmax over an explicit mask: key j is seen where 0 <= i - j <= w."""
-    from bov_megatron.model.core_attention import SdpaCoreAttention
-
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(length, 2, heads, 16, requires_grad=True) for heads in (4, 2, 2))
-    attention = SdpaCoreAttention(None, 1, None, "self", window=window)
-    mixed = attention(query, key, value)
-    weight = torch.randn_like(mixed)
-    found = torch.autograd.grad((mixed * weight).sum(), (query, key, value))
-
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    scores = torch.einsum("ibnd,jbnd->bnij", query, key.repeat_interleave(2, 2)) / 4
-    scores = scores.masked_fill((distance < 0) | (distance > window), float("-inf"))
-    expected = torch.einsum("bnij,jbnd->ibnd", scores.softmax(-1), value.repeat_interleave(2, 2)).flatten(2)
-    assert relative_error(mixed.detach(), expected.detach()) < 1e-6
-    for ours, theirs in zip(found, torch.autograd.grad((expected * weight).sum(), (query, key, value)), strict=True):
-        assert relative_error(ours, theirs) < 1e-5
