@@ -74,7 +74,7 @@ def _trainer(recipe: Recipe):
             ],
             bytes_per_token=_padded(validation_loader.bytes_per_token(), recipe.model.vocab_size),
             start_step=start.step if start else 0,
-            checkpoint_extra={"tokenizer_hash": train_loader.tokenizer_hash},
+            checkpoint_extra={"tokenizer_hash": train_loader.tokenizer_hash, "shards": _shards(train_loader)},
         )
 
 
@@ -124,6 +124,12 @@ def _open_data(recipe: Recipe, start: checkpoint.Loaded | None) -> tuple[TrainLo
         start_step=start.step if start else 0,
         **common,
     )
+    if start and start.extra["shards"] != _shards(train_loader):
+        raise DataError(
+            f"the training shards of {', '.join(str(d.folder) for d in train_loader.data_sets)} are not those that the "
+            f"checkpoint of step {start.step} was trained with: its sample numbers mean other samples here. Restore "
+            "data.path (or data.streams), or start another run with name=…"
+        )
     validation_loader = ValidationLoader(
         recipe.data,
         tokens=recipe.validation.tokens,
@@ -131,6 +137,11 @@ def _open_data(recipe: Recipe, start: checkpoint.Loaded | None) -> tuple[TrainLo
         **common,
     )
     return train_loader, validation_loader
+
+
+def _shards(loader: TrainLoader) -> list[str]:
+    """Fingerprint of each stream's training shards, wherever they lie."""
+    return [data_set.manifest.splits["train"].index_sha256 for data_set in loader.data_sets]
 
 
 def _announce(recipe: Recipe, start: checkpoint.Loaded | None, loader: TrainLoader) -> None:

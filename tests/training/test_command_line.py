@@ -1,10 +1,14 @@
 """What a user gets who mistypes: exit status 2 and one line that names the field and the remedy."""
 
+import dataclasses
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from bov_megatron import train as command
+from bov_megatron.data.prepare import PrepareOptions, prepare_data
 from tests.training.runs import SMOKE, launch, overrides, train
 
 
@@ -86,6 +90,17 @@ def test_what_a_checkpoint_refuses_on_resume(prepared_data, other_prepared_data,
     refuse(2, overrides(prepared_data, tmp_path / "run", *again), f"checkpoint {damaged} is damaged", "move it away")
     shutil.rmtree(damaged)
     assert "resuming after step 1" in train(2, overrides(prepared_data, tmp_path / "run", *again))
+
+
+def test_resuming_on_other_shards_of_the_same_tokenizer(prepared_data, tmp_path):
+    """Sample numbers would mean other samples, and no digest would show it."""
+    train(1, overrides(prepared_data, tmp_path / "run", "train.steps=1"))
+    other = PrepareOptions(
+        [str(Path(json.__file__).parent)], str(prepared_data.tokenizer), str(tmp_path / "data"), sequence_length=256
+    )
+    prepare_data(dataclasses.replace(other, validation_fraction=0.2, workers=1), progress=False)
+    again = overrides(prepared_data, tmp_path / "run", "train.steps=2", f"data.path={tmp_path / 'data'}")
+    refuse(1, again, "training shards of", "checkpoint of step 1", "start another run with name=")
 
 
 def damaged_for_one(rank, world_size, arguments):
