@@ -10,12 +10,14 @@ there is one (bf16), else the CPU (fp32).
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bov_megatron.benchmarks.run import NAMES, TURNS, format_results, run
+from bov_megatron.compat import quiet_megatron_imports
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
+    quiet_megatron_imports()
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the ranks of `lookup`, which start anew
     try:
         results = run(options.names, options.quick, options.turns, options.threads)
     except ValueError as error:
