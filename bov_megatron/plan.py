@@ -112,6 +112,7 @@ class Plan:
     data_parallel_size: int
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
+    context_parallel_size: int
     gradient_accumulation_steps: int
     layers_per_stage: list[int]
     memory_per_rank_bytes: int
@@ -161,6 +162,7 @@ def plan(
         data_parallel_size=data_parallel,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         gradient_accumulation_steps=recipe.train.global_batch_size // recipe.train.micro_batch_size // data_parallel,
         layers_per_stage=[len(layers) for layers in plan_memory.layers_of_stages(recipe)],
         memory_per_rank_bytes=sum(worst.values()),
@@ -195,6 +197,8 @@ def format_plan(plan: Plan) -> str:
     memory = [(f"  {part}", _size(size)) for part, size in p.memory_per_rank.items() if size]
     ranks = "1 rank" if p.world_size == 1 else f"{p.world_size} ranks"
     layout = f"{ranks} = tensor {p.tensor_model_parallel_size} × pipeline {p.pipeline_model_parallel_size}"
+    if p.context_parallel_size > 1:
+        layout += f" × context {p.context_parallel_size}"
     estimate = p.time_estimate
     sections = [
         ("Parameters", f"{p.parameters:,}", kinds),

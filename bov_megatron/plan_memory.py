@@ -71,7 +71,7 @@ def _stage_memory(recipe: Recipe, stage: int, layers: range, data_parallel_size:
     memory = dict.fromkeys(("weights", "gradients", "optimizer", "tables", "activations", "logits"), 0)
     tensor, shards = recipe.parallel.tensor_model_parallel_size, 1
     if recipe.parallel.use_distributed_optimizer:
-        shards = data_parallel_size
+        shards = data_parallel_size * recipe.parallel.context_parallel_size
     for spec in parameter_specs(recipe.model):
         if not _is_on_stage(spec, stage, layers, recipe):
             continue
@@ -123,6 +123,8 @@ def layer_activations(recipe: Recipe, layer: int) -> int:
     split += kv + query  # v; attention's output, which its projection keeps
     split += 2 * m.ffn_size  # relu(W_1 x) and its square
     split += _source_activations(recipe, layer)
+    if recipe.parallel.recompute != "selective":
+        split += 2 * kv * (recipe.parallel.context_parallel_size - 1)  # keys and values gathered from the other ranks
     logsumexp = 0 if recipe.parallel.recompute == "selective" else 4 * m.num_attention_heads // tensor
     per_token = split // tensor * weight_bytes(recipe) + logsumexp
     inputs = 4  # two residuals, two normalised inputs

@@ -156,7 +156,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Pipeline stages; layers are split evenly among them."""
     context_parallel_size: int = 1
-    """Ranks among which a sequence is split; only 1 is supported yet."""
+    """Ranks among which a sequence is split, in two stretches each; every rank gathers all keys and values."""
     sequence_parallel: bool = False
     """Split the activations between tensor-parallel regions along the sequence; needs tensor parallelism."""
     use_distributed_optimizer: bool = True

@@ -214,13 +214,24 @@ def _check_sequence_split(m: ModelConfig, p: ParallelConfig) -> None:
                 "the sequence among tensor-parallel ranks; set parallel.sequence_parallel=false"
             )
         _divides(length, ("parallel.tensor_model_parallel_size", tp), "parallel.sequence_parallel splits the sequence")
-    if cp > 1:
-        if m.sequence_length % (2 * cp):
-            raise RecipeError(
-                f"model.sequence_length={m.sequence_length} is not a multiple of 2 × parallel.context_parallel_size="
-                f"{cp}; each rank takes two chunks. Use parallel.context_parallel_size=1"
-            )
-        raise RecipeError(f"parallel.context_parallel_size={cp} is not supported yet; use 1")
+    if cp == 1:
+        return
+    if m.sequence_length % (2 * cp):
+        raise RecipeError(
+            f"model.sequence_length={m.sequence_length} is not a multiple of 2 × parallel.context_parallel_size="
+            f"{cp}; each rank takes two chunks. Use parallel.context_parallel_size=1"
+        )
+    if p.sequence_parallel and m.sequence_length // cp % tp:
+        raise RecipeError(
+            f"model.sequence_length={m.sequence_length} / parallel.context_parallel_size={cp} is not divisible by "
+            f"parallel.tensor_model_parallel_size={tp}: parallel.sequence_parallel splits each rank's part again; set "
+            "parallel.sequence_parallel=false, or use fewer ranks"
+        )
+    if m.core_attention in ("flex", "megatron"):
+        raise RecipeError(
+            f"model.core_attention={m.core_attention} attends to one rank's keys only and cannot be used with "
+            f"parallel.context_parallel_size={cp}; use model.core_attention=auto"
+        )
 
 
 def _check_train(t: TrainConfig) -> None:

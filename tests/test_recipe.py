@@ -163,6 +163,7 @@ def test_bad_override(overrides, message):
 
 TP2, TP4 = (f"parallel.tensor_model_parallel_size={size}" for size in (2, 4))
 PP2 = "parallel.pipeline_model_parallel_size=2"
+CP2 = "parallel.context_parallel_size=2"
 
 IMPOSSIBLE = [
     # naming
@@ -207,9 +208,17 @@ IMPOSSIBLE = [
     ("parallel.recompute=ful", "parallel.recompute='ful' is unknown; did you mean 'full'"),
     ("parallel.sequence_parallel=true", "needs parallel.tensor_model_parallel_size > 1, found 1.*=false"),
     (f"{TP2} parallel.sequence_parallel=true model.sequence_length=2047", "sequence_length=2047 is not divisible by"),
-    ("parallel.context_parallel_size=2", "parallel.context_parallel_size=2 is not supported yet; use 1"),
     (
-        "parallel.context_parallel_size=2 model.sequence_length=2046",
+        f"{CP2} model.core_attention=flex",
+        "core_attention=flex attends to one rank's keys only.*context_parallel_size=2",
+    ),
+    (f"{CP2} model.core_attention=megatron", "core_attention=megatron attends.*use model.core_attention=auto"),
+    (
+        f"{CP2} {TP4} parallel.sequence_parallel=true model.num_attention_heads=8 model.sequence_length=2052",
+        "sequence_length=2052 / parallel.context_parallel_size=2 is not divisible by .*=4.*sequence_parallel=false",
+    ),
+    (
+        f"{CP2} model.sequence_length=2046",
         "sequence_length=2046 is not a multiple of 2 × par",
     ),
     (f"{PP2} model.value.table=shared", "model.value.table=shared would put copies.*pipeline_model_parallel_size=2"),

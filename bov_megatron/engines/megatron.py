@@ -2,7 +2,7 @@
 
 Shapes: B micro-batch, T sequence length. Micro-batches are token ids `[B, T+1]`: inputs `[:, :-1]`, targets
 `[:, 1:]`. Every rank that shares a data-parallel rank is given the same micro-batches, on every pipeline stage:
-a stage that hosts a bank looks values up by token id.
+a stage that hosts a bank looks values up by token id. So is every context-parallel rank, which cuts its part out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from bov_megatron.model import context_parallel
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
 from bov_megatron.optim.optimizer import BovOptimizer
@@ -90,12 +91,12 @@ class MegatronEngine:
 
         def mean_loss(labels_BT: Tensor, loss_BT: Tensor):
             loss = loss_BT.mean()
-            # The schedule divides `loss` by the number of micro-batches in place: keep a copy.
-            return loss, loss.detach().clone()
+            # The schedule multiplies by the context-parallel ranks and divides by the micro-batches, in place.
+            return loss / parallel_state.get_context_parallel_world_size(), loss.detach().clone()
 
         losses = self._run(self.wrapped, micro_batches, mean_loss, forward_only=False)
         return self._sum_over_data_parallel(losses, 1)[0] / (
-            len(micro_batches) * parallel_state.get_data_parallel_world_size()
+            len(micro_batches) * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         )
 
     @torch.no_grad()
@@ -128,9 +129,11 @@ class MegatronEngine:
     def _run(self, model, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
         """Megatron's schedule over the micro-batches; what `loss_function(labels, losses)` gave beside the loss."""
 
+        group = parallel_state.get_context_parallel_group()
+
         def forward_step(iterator, chunk):
             ids = next(iterator).to(cpu.device(), non_blocking=True)
-            labels = ids[:, 1:].contiguous()
+            labels = context_parallel.take(ids[:, 1:], 1, group).contiguous()
             return chunk(ids[:, :-1].contiguous(), labels), functools.partial(loss_function, labels)
 
         return get_forward_backward_func()(
@@ -144,7 +147,7 @@ class MegatronEngine:
         )
 
     def _sum_over_data_parallel(self, results: list[Tensor], width: int) -> list[float]:
-        """Sum of the last stage's results over micro-batches and data-parallel ranks, on every rank."""
+        """Sum of the last stage's results over micro-batches, data- and context-parallel ranks, on every rank."""
         total = torch.zeros(width, dtype=torch.float64, device=cpu.device())
         if results:
             total += torch.stack(results).double().reshape(-1, width).sum(0)

@@ -1,7 +1,8 @@
 """Megatron self-attention that takes its values from a value source.
 
 Shapes: S sequence, B batch, H hidden, N this rank's query heads, G its query groups, D head dimension.
-Under sequence parallelism hidden states are `[S/T, B, H]`; queries, keys and values are whole sequences.
+Under sequence parallelism hidden states are `[S/T, B, H]`; queries, keys and values are whole sequences. Under context
+parallelism S stands for this rank's part of the sequence; core attention alone sees all of it.
 """
 
 from __future__ import annotations
@@ -125,10 +126,10 @@ def rotate_and_normalise(x_SBND: Tensor, cos_sin: Tensor, scale: float) -> Tenso
     return rms_norm(rotated) * scale
 
 
-def rotary_cos_sin(length: int, head_dim: int, base: float, device) -> Tensor:
-    """Cosine and sine of every position's angles in fp32, `[2, S, 1, 1, D/2]`."""
-    channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), 1.0 / base ** (channels / head_dim))
+def rotary_cos_sin(positions_S: Tensor, head_dim: int, base: float) -> Tensor:
+    """Cosine and sine of each position's angles in fp32, `[2, S, 1, 1, D/2]`."""
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_S.device)
+    angles = torch.outer(positions_S.float(), 1.0 / base ** (channels / head_dim))
     return torch.stack((angles.cos(), angles.sin()))[:, :, None, None, :]
 
 

@@ -12,6 +12,7 @@ TP2, TP4, PP2 = (
     {"tensor_model_parallel_size": 4},
     {"pipeline_model_parallel_size": 2},
 )
+CP2, CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
 SP, FULL, SELECTIVE = {"sequence_parallel": True}, {"recompute": "full"}, {"recompute": "selective"}
 LAYOUTS = {
     "tp2": (2, TP2),
@@ -28,6 +29,12 @@ LAYOUTS = {
     "dp2-replicated-optimizer": (2, {"use_distributed_optimizer": False}),
     "dp2-tp2": (4, TP2),
     "dp2-pp2": (4, PP2),
+    "cp2": (2, CP2),
+    "cp4": (4, CP4),
+    "cp2-tp2-sp": (4, {**CP2, **TP2, **SP}),
+    "cp2-pp2-full": (4, {**CP2, **PP2, **FULL}),
+    "cp2-dp2": (4, CP2),
+    "cp2-selective": (2, {**CP2, **SELECTIVE}),
 }
 
 
@@ -63,6 +70,11 @@ def test_every_value_source_over_tensor_parallel_ranks(source):
 
 
 @pytest.mark.parametrize("source", [s for s in VALUE_SOURCES if s not in ("projection", "bank")])
+def test_every_value_source_over_context_parallel_ranks(source):
+    check(source, *LAYOUTS["cp2"])
+
+
+@pytest.mark.parametrize("source", [s for s in VALUE_SOURCES if s not in ("projection", "bank")])
 def test_every_value_source_recomputed(source):
     check(source, *LAYOUTS["full"])
 
@@ -77,5 +89,10 @@ def test_shared_table(source):
     check(source, *LAYOUTS["tp2-sp"], table="shared")
 
 
-def test_micro_batch_of_two():
-    check("bank", *LAYOUTS["tp2"], micro_batch_size=2)
+def test_shared_table_over_context_parallel_ranks():
+    check("bank", *LAYOUTS["cp2"], table="shared")
+
+
+@pytest.mark.parametrize("layout", ["tp2", "cp2"])
+def test_micro_batch_of_two(layout):
+    check("bank", *LAYOUTS[layout], micro_batch_size=2)

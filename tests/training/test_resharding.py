@@ -18,6 +18,8 @@ LAYOUTS = {
     "dp2": (2, {}),
     "dp4": (4, {}),
     "tp2-dp2": (4, {"tensor_model_parallel_size": 2}),
+    "cp2": (2, {"context_parallel_size": 2}),
+    "cp2-tp2": (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2}),
 }
 """The vocabulary of 96 pads to 128 · TP rows, so most pairs of these differ in their tensors' shapes."""
 
@@ -78,7 +80,7 @@ def saved(tmp_path_factory):
 
 
 FROM_TP2_DP2 = [
-    *[("bank", "muon", "fp32", layout) for layout in ("one rank", "tp4", "pp2", "dp2", "dp4", "tp2")],
+    *[("bank", "muon", "fp32", layout) for layout in ("one rank", "tp4", "pp2", "dp2", "dp4", "tp2", "cp2")],
     *[("projection", "muon", "fp32", layout) for layout in ("one rank", "tp4", "pp2")],
     *[("bank", "adamw", "fp32", layout) for layout in ("dp4", "pp2-tp2")],
     ("bank", "muon", "bf16", "pp2"),
@@ -89,6 +91,11 @@ FROM_TP2_DP2 = [
 @pytest.mark.parametrize("source, optimizer, precision, layout", FROM_TP2_DP2)
 def test_saved_over_four_ranks(saved, source, optimizer, precision, layout):
     check(saved, "tp2-dp2", source, optimizer, precision, layout)
+
+
+@pytest.mark.parametrize("layout", ["one rank", "dp2"])
+def test_saved_over_context_parallel_ranks(saved, layout):
+    check(saved, "cp2-tp2", "bank", "muon", "fp32", layout)
 
 
 @pytest.mark.parametrize("layout", ["one rank", "tp2-dp2"])
