@@ -102,14 +102,16 @@ def _activations(recipe: Recipe, stage: int, layers: range) -> int:
     parallel, train = recipe.parallel, recipe.train
     in_flight = min(parallel.pipeline_model_parallel_size - stage, train.global_batch_size // train.micro_batch_size)
     inside = [layer_activations(recipe, layer) for layer in layers]
+    recomputed = 0
     if parallel.recompute == "full":
-        kept = len(layers) * _residual(recipe) + _carried(recipe)
-        one_layer = max(inside)
-    else:
-        kept, one_layer = sum(inside) + _carried(recipe), 0
+        recomputed = len(layers) if parallel.recompute_num_layers is None else parallel.recompute_num_layers
+    inputs = len(inside[:recomputed]) * _residual(recipe) + _carried(recipe)
     if stage == 0:
-        kept += 3 * _tokens(recipe) * recipe.model.hidden_size * weight_bytes(recipe)  # embedded, normalised, smeared
-    return in_flight * kept + one_layer
+        inputs += 3 * _tokens(recipe) * recipe.model.hidden_size * weight_bytes(recipe)  # embedded, normalised, smeared
+    kept = inputs + sum(inside[recomputed:])
+    # What layers keep is gone when the ones before them are recomputed.
+    while_recomputing = inputs + max(inside[:recomputed], default=0)
+    return (in_flight - 1) * kept + max(kept, while_recomputing)
 
 
 def layer_activations(recipe: Recipe, layer: int) -> int:

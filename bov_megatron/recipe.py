@@ -162,7 +162,9 @@ class ParallelConfig:
     use_distributed_optimizer: bool = True
     """Shard optimizer state and main weights over data-parallel ranks."""
     recompute: str = "none"
-    """Activation recomputation: `none`, `selective` (core attention) or `full` (every layer)."""
+    """Activation recomputation: `none`, `selective` (core attention) or `full` (whole layers)."""
+    recompute_num_layers: int | None = None
+    """With `recompute: full`, how many layers of each pipeline stage to recompute, the first ones; `null` means all."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
 

@@ -44,6 +44,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_tensor_parallel(recipe.model, recipe.parallel)
     _check_pipeline(recipe.model, recipe.parallel)
     _check_sequence_split(recipe.model, recipe.parallel)
+    _check_recomputation(recipe)
     _check_train(recipe.train)
     _check_optimizer(recipe.optimizer)
     _check_data(recipe.data, recipe.train.global_batch_size)
@@ -231,6 +232,25 @@ def _check_sequence_split(m: ModelConfig, p: ParallelConfig) -> None:
         raise RecipeError(
             f"model.core_attention={m.core_attention} attends to one rank's keys only and cannot be used with "
             f"parallel.context_parallel_size={cp}; use model.core_attention=auto"
+        )
+
+
+def _check_recomputation(recipe: Recipe) -> None:
+    from bov_megatron.plan_memory import layers_of_stages
+
+    p = recipe.parallel
+    if p.recompute_num_layers is None:
+        return
+    found = f"parallel.recompute_num_layers={p.recompute_num_layers}"
+    if p.recompute != "full":
+        raise RecipeError(
+            f"{found} needs parallel.recompute=full, found {p.recompute!r}: it says how many layers to recompute; set "
+            "parallel.recompute=full, or leave it null"
+        )
+    largest = max(map(len, layers_of_stages(recipe)))
+    if not 1 <= p.recompute_num_layers <= largest:
+        raise RecipeError(
+            f"{found}: must be between 1 and {largest}, the layers of a pipeline stage; null recomputes all of them"
         )
 
 

@@ -110,6 +110,13 @@ def test_full_recomputation_keeps_layer_inputs_only():
     assert (planned[1] - planned[0]) / 2 == residual
 
 
+def test_recomputation_of_some_layers_keeps_the_others_whole():
+    recipes = [make_recipe(4, "bank", recompute="full", recompute_num_layers=number) for number in (1, 3)]
+    one, three = run_ranks(kept_for_backward, 1, *(recipe.to_dict() for recipe in recipes))[0]
+    planned = [memory_by_stage(recipe, 1)[0]["activations"] for recipe in recipes]
+    assert one - three == pytest.approx(planned[0] - planned[1], rel=0.02)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_weights_gradients_and_optimizer_state_are_what_the_plan_says(precision):
     recipe = make_recipe(2, "bank")

@@ -206,6 +206,9 @@ IMPOSSIBLE = [
     ("parallel.tensor_model_parallel_size=0", "parallel.tensor_model_parallel_size=0: must be at least 1"),
     ("parallel.make_vocab_size_divisible_by=0", "make_vocab_size_divisible_by=0: must be at least 1"),
     ("parallel.recompute=ful", "parallel.recompute='ful' is unknown; did you mean 'full'"),
+    ("parallel.recompute_num_layers=2", "recompute_num_layers=2 needs parallel.recompute=full, found 'none'"),
+    ("parallel.recompute=full parallel.recompute_num_layers=0", "recompute_num_layers=0: must be between 1 and 12"),
+    (f"{PP2} parallel.recompute=full parallel.recompute_num_layers=7", "must be between 1 and 6, the layers of a"),
     ("parallel.sequence_parallel=true", "needs parallel.tensor_model_parallel_size > 1, found 1.*=false"),
     (f"{TP2} parallel.sequence_parallel=true model.sequence_length=2047", "sequence_length=2047 is not divisible by"),
     (

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from bov_megatron.model.attention import ValueSourceAttention, ValueSourceLayer
 from bov_megatron.model.core_attention import MegatronCoreAttention, SdpaCoreAttention
 from bov_megatron.model.norm import WeightlessRMSNorm
-from bov_megatron.recipe import SOURCES_READING_FIRST_LAYER, ModelConfig, Recipe
+from bov_megatron.recipe import SOURCES_READING_FIRST_LAYER, ModelConfig, ParallelConfig, Recipe
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:
@@ -46,9 +46,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         params_dtype=dtype,
         bf16=bf16,
         deterministic_mode=recipe.train.deterministic,
-        recompute_granularity=None if layout.recompute == "none" else layout.recompute,
-        recompute_method="uniform" if layout.recompute == "full" else None,
-        recompute_num_layers=1 if layout.recompute == "full" else None,
+        **_recomputation(layout),
         perform_initialization=False,  # model/initialization.py does it, independent of the layout
         use_cpu_initialization=not torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
@@ -58,6 +56,18 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         persist_layer_norm=False,
         cuda_graph_scope=[],  # the default warns that it is deprecated
     )
+
+
+def _recomputation(layout: ParallelConfig) -> dict:
+    """Megatron's three fields. Its `block` method recomputes the first layers of a stage, one at a time."""
+    if layout.recompute != "full":
+        return {"recompute_granularity": None if layout.recompute == "none" else layout.recompute}
+    method = "uniform" if layout.recompute_num_layers is None else "block"
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": method,
+        "recompute_num_layers": layout.recompute_num_layers or 1,
+    }
 
 
 def block_spec(recipe: Recipe, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

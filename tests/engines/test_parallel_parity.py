@@ -23,6 +23,8 @@ LAYOUTS = {
     "pp2-tp2-sp-full": (4, {**PP2, **TP2, **SP, **FULL}),
     "pp2-full": (2, {**PP2, **FULL}),
     "full": (1, FULL),
+    "full-of-2": (1, {**FULL, "recompute_num_layers": 2}),
+    "pp2-full-of-1": (2, {**PP2, **FULL, "recompute_num_layers": 1}),
     "selective": (1, SELECTIVE),
     "tp2-selective": (2, {**TP2, **SELECTIVE}),
     "dp2": (2, {}),
