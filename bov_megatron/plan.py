@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bov_megatron import plan_memory
+from bov_megatron import pipeline_layout, plan_memory
 from bov_megatron.parameters import KINDS, parameter_specs
 from bov_megatron.recipe import ModelConfig, Recipe, ValueConfig
 from bov_megatron.recipe_loading import RecipeError
@@ -115,6 +115,8 @@ class Plan:
     context_parallel_size: int
     gradient_accumulation_steps: int
     layers_per_stage: list[int]
+    layers_per_chunk: list[list[int]]
+    """By stage; one entry each unless the pipeline is interleaved."""
     memory_per_rank_bytes: int
     """Of the rank that needs most; parts in `memory_per_rank`."""
     memory_per_rank: dict[str, int]
@@ -164,7 +166,8 @@ def plan(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         gradient_accumulation_steps=recipe.train.global_batch_size // recipe.train.micro_batch_size // data_parallel,
-        layers_per_stage=[len(layers) for layers in plan_memory.layers_of_stages(recipe)],
+        layers_per_stage=[len(layers) for layers in pipeline_layout.layers_of_stages(recipe)],
+        layers_per_chunk=[[len(layers) for layers in chunks] for chunks in pipeline_layout.layers_of_chunks(recipe)],
         memory_per_rank_bytes=sum(worst.values()),
         memory_per_rank=worst,
         memory_by_stage=stages,
@@ -216,7 +219,7 @@ def format_plan(plan: Plan) -> str:
             "Layout",
             f"{layout} × data {p.data_parallel_size}",
             [
-                ("  layers per stage", ", ".join(map(str, p.layers_per_stage))),
+                ("  layers per stage", ", ".join(" + ".join(map(str, chunks)) for chunks in p.layers_per_chunk)),
                 ("  micro-batches per step", str(p.gradient_accumulation_steps)),
                 ("  vocabulary rows", f"{p.padded_vocab_size:,} with padding"),
                 ("  target layers", _ranges(p.target_layers)),

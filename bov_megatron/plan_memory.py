@@ -5,6 +5,7 @@ Shapes: b micro-batch, s sequence, d hidden size, t tensor-parallel size; elemen
 
 from __future__ import annotations
 
+from bov_megatron import pipeline_layout
 from bov_megatron.parameters import ParameterSpec, parameter_specs
 from bov_megatron.recipe import (
     SOURCES_READING_EMBEDDING,
@@ -22,20 +23,14 @@ VOCABULARY_KINDS = frozenset({"embedding", "output", "table"})
 """Kinds with one row per token id, which are stored with padding rows."""
 
 
-def layers_of_stages(recipe: Recipe) -> list[range]:
-    """The 0-based layers that each pipeline stage holds."""
-    per_stage = recipe.model.num_layers // recipe.parallel.pipeline_model_parallel_size
-    return [range(first, first + per_stage) for first in range(0, recipe.model.num_layers, per_stage)]
-
-
 def memory_by_stage(recipe: Recipe, data_parallel_size: int) -> list[dict[str, int]]:
     """Bytes on one rank of each pipeline stage at the peak of a step.
 
     Keys: `weights`, `gradients`, `optimizer` (tables excluded), `tables` (all three of theirs), `activations` (kept for
     backward, of all micro-batches in flight) and `logits`.
     """
-    stages = layers_of_stages(recipe)
-    return [_stage_memory(recipe, stage, layers, data_parallel_size) for stage, layers in enumerate(stages)]
+    stages = pipeline_layout.layers_of_chunks(recipe)
+    return [_stage_memory(recipe, stage, chunks, data_parallel_size) for stage, chunks in enumerate(stages)]
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
@@ -67,13 +62,13 @@ def _stored_size(recipe: Recipe, spec: ParameterSpec) -> int:
     return spec.size + rows_added * spec.shape[-1]
 
 
-def _stage_memory(recipe: Recipe, stage: int, layers: range, data_parallel_size: int) -> dict[str, int]:
+def _stage_memory(recipe: Recipe, stage: int, chunks: list[range], data_parallel_size: int) -> dict[str, int]:
     memory = dict.fromkeys(("weights", "gradients", "optimizer", "tables", "activations", "logits"), 0)
     tensor, shards = recipe.parallel.tensor_model_parallel_size, 1
     if recipe.parallel.use_distributed_optimizer:
         shards = data_parallel_size * recipe.parallel.context_parallel_size
     for spec in parameter_specs(recipe.model):
-        if not _is_on_stage(spec, stage, layers, recipe):
+        if not _is_on_stage(spec, stage, chunks, recipe):
             continue
         size = _stored_size(recipe, spec) // (tensor if spec.kind in SPLIT_KINDS else 1)
         parts = {
@@ -83,35 +78,51 @@ def _stage_memory(recipe: Recipe, stage: int, layers: range, data_parallel_size:
         }
         for part, count in parts.items():
             memory["tables" if spec.kind == "table" else part] += count
-    memory["activations"] = _activations(recipe, stage, layers)
+    memory["activations"] = _activations(recipe, stage, chunks)
     if stage == recipe.parallel.pipeline_model_parallel_size - 1:
         memory["logits"] = _logits(recipe)
     return memory
 
 
-def _is_on_stage(spec: ParameterSpec, stage: int, layers: range, recipe: Recipe) -> bool:
+def _is_on_stage(spec: ParameterSpec, stage: int, chunks: list[range], recipe: Recipe) -> bool:
     if spec.layer is not None:
-        return spec.layer in layers
+        return any(spec.layer in layers for layers in chunks)
     if spec.kind == "output":
         return stage == recipe.parallel.pipeline_model_parallel_size - 1
     return stage == 0  # embedding, smear, and a shared table, which a pipeline refuses
 
 
-def _activations(recipe: Recipe, stage: int, layers: range) -> int:
-    """Bytes kept for backward by all micro-batches that a 1F1B schedule has in flight on this stage."""
+def _activations(recipe: Recipe, stage: int, chunks: list[range]) -> int:
+    """Bytes kept for backward by all that a 1F1B schedule has in flight on this stage, interleaved or not."""
+    kept = [_chunk_activations(recipe, stage == 0 and number == 0, layers) for number, layers in enumerate(chunks)]
+    in_flight = _chunks_in_flight(recipe, stage)
+    last = in_flight[-1]
+    while_recomputing = max(0, kept[last][1] - kept[last][0])
+    return sum(kept[chunk][0] for chunk in in_flight) + while_recomputing
+
+
+def _chunks_in_flight(recipe: Recipe, stage: int) -> list[int]:
+    """Model chunks of this stage, one for each of its forward passes that Megatron's schedule starts before the first
+    of them has come back."""
     parallel, train = recipe.parallel, recipe.train
-    in_flight = min(parallel.pipeline_model_parallel_size - stage, train.global_batch_size // train.micro_batch_size)
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    ahead = stages - stage - 1 if virtual == 1 else 2 * (stages - stage - 1) + (virtual - 1) * stages
+    total = train.global_batch_size // train.micro_batch_size * virtual
+    return [number // stages % virtual for number in range(min(ahead + 1, total))]
+
+
+def _chunk_activations(recipe: Recipe, embeds: bool, layers: range) -> tuple[int, int]:
+    """Bytes of one micro-batch in one model chunk: kept after forward, and held while a layer is recomputed."""
+    parallel = recipe.parallel
     inside = [layer_activations(recipe, layer) for layer in layers]
     recomputed = 0
     if parallel.recompute == "full":
         recomputed = len(layers) if parallel.recompute_num_layers is None else parallel.recompute_num_layers
     inputs = len(inside[:recomputed]) * _residual(recipe) + _carried(recipe)
-    if stage == 0:
+    if embeds:
         inputs += 3 * _tokens(recipe) * recipe.model.hidden_size * weight_bytes(recipe)  # embedded, normalised, smeared
-    kept = inputs + sum(inside[recomputed:])
     # What layers keep is gone when the ones before them are recomputed.
-    while_recomputing = inputs + max(inside[:recomputed], default=0)
-    return (in_flight - 1) * kept + max(kept, while_recomputing)
+    return inputs + sum(inside[recomputed:]), inputs + max(inside[:recomputed], default=0)
 
 
 def layer_activations(recipe: Recipe, layer: int) -> int:

@@ -155,6 +155,8 @@ class ParallelConfig:
     """Ranks among which heads, feed-forward width and vocabulary rows (tables included) are split."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages; layers are split evenly among them."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Model chunks of each pipeline stage. More than one is an interleaved pipeline: smaller bubbles, more messages."""
     context_parallel_size: int = 1
     """Ranks among which a sequence is split, in two stretches each; every rank gathers all keys and values."""
     sequence_parallel: bool = False
@@ -164,9 +166,15 @@ class ParallelConfig:
     recompute: str = "none"
     """Activation recomputation: `none`, `selective` (core attention) or `full` (whole layers)."""
     recompute_num_layers: int | None = None
-    """With `recompute: full`, how many layers of each pipeline stage to recompute, the first ones; `null` means all."""
+    """With `recompute: full`, how many layers of each pipeline stage to recompute (interleaved: of each of its model
+    chunks), the first ones; `null` means all."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+
+    @property
+    def virtual_stages(self) -> int | None:
+        """Model chunks of a stage as Megatron wants them: None where the pipeline is not interleaved."""
+        return self.virtual_pipeline_model_parallel_size if self.virtual_pipeline_model_parallel_size > 1 else None
 
     @property
     def model_parallel_size(self) -> int:

@@ -80,6 +80,14 @@ def check_world_size(recipe: Recipe, world_size: int) -> int:
             f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
             f"{train.micro_batch_size} × {data_parallel} data-parallel ranks = {per_pass}; {remedy}"
         )
+    micro_batches = train.global_batch_size // per_pass
+    if p.virtual_pipeline_model_parallel_size > 1 and micro_batches % p.pipeline_model_parallel_size:
+        raise RecipeError(
+            f"an interleaved pipeline (parallel.virtual_pipeline_model_parallel_size="
+            f"{p.virtual_pipeline_model_parallel_size}) takes micro-batches in groups of "
+            f"parallel.pipeline_model_parallel_size={p.pipeline_model_parallel_size}, but a step has {micro_batches} "
+            "on each data-parallel rank; change train.micro_batch_size or train.global_batch_size, or don't interleave"
+        )
     return data_parallel
 
 
@@ -163,6 +171,7 @@ def _check_parallel_sizes(p: ParallelConfig) -> None:
     for name in (
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
         "context_parallel_size",
         "make_vocab_size_divisible_by",
     ):
@@ -182,12 +191,16 @@ def _check_tensor_parallel(m: ModelConfig, p: ParallelConfig) -> None:
 
 
 def _check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
-    stages = p.pipeline_model_parallel_size
-    _divides(
-        ("model.num_layers", m.num_layers),
-        ("parallel.pipeline_model_parallel_size", stages),
-        "each stage takes equally many layers",
-    )
+    stages, virtual = p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size
+    if virtual > 1 and stages == 1:
+        raise RecipeError(
+            f"parallel.virtual_pipeline_model_parallel_size={virtual} needs parallel.pipeline_model_parallel_size > 1, "
+            "found 1: it splits each pipeline stage; set it to 1"
+        )
+    name, part = "parallel.pipeline_model_parallel_size", "stage"
+    if virtual > 1:
+        name, part = f"{name} × parallel.virtual_pipeline_model_parallel_size", "model chunk"
+    _divides(("model.num_layers", m.num_layers), (name, stages * virtual), f"each {part} takes equally many layers")
     if stages == 1:
         return
     use_one = f"parallel.pipeline_model_parallel_size={stages}: use 1"
@@ -236,7 +249,7 @@ def _check_sequence_split(m: ModelConfig, p: ParallelConfig) -> None:
 
 
 def _check_recomputation(recipe: Recipe) -> None:
-    from bov_megatron.plan_memory import layers_of_stages
+    from bov_megatron.pipeline_layout import chunk_sizes
 
     p = recipe.parallel
     if p.recompute_num_layers is None:
@@ -247,10 +260,11 @@ def _check_recomputation(recipe: Recipe) -> None:
             f"{found} needs parallel.recompute=full, found {p.recompute!r}: it says how many layers to recompute; set "
             "parallel.recompute=full, or leave it null"
         )
-    largest = max(map(len, layers_of_stages(recipe)))
+    largest = max(chunk_sizes(recipe))
     if not 1 <= p.recompute_num_layers <= largest:
         raise RecipeError(
-            f"{found}: must be between 1 and {largest}, the layers of a pipeline stage; null recomputes all of them"
+            f"{found}: must be between 1 and {largest}, the layers of a pipeline stage (interleaved: "
+            "of a model chunk); null recomputes all of them"
         )
 
 

@@ -163,6 +163,7 @@ def test_bad_override(overrides, message):
 
 TP2, TP4 = (f"parallel.tensor_model_parallel_size={size}" for size in (2, 4))
 PP2 = "parallel.pipeline_model_parallel_size=2"
+VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 CP2 = "parallel.context_parallel_size=2"
 
 IMPOSSIBLE = [
@@ -209,6 +210,9 @@ IMPOSSIBLE = [
     ("parallel.recompute_num_layers=2", "recompute_num_layers=2 needs parallel.recompute=full, found 'none'"),
     ("parallel.recompute=full parallel.recompute_num_layers=0", "recompute_num_layers=0: must be between 1 and 12"),
     (f"{PP2} parallel.recompute=full parallel.recompute_num_layers=7", "must be between 1 and 6, the layers of a"),
+    (f"{VPP2}", "virtual_pipeline_model_parallel_size=2 needs parallel.pipeline_model_parallel_size > 1, found 1"),
+    (f"{VPP2} {PP2} model.num_layers=10", "num_layers=10 is not divisible by .*pipeline.* × parallel.virtual.*=4"),
+    (f"{VPP2} {PP2} parallel.recompute=full parallel.recompute_num_layers=4", "must be between 1 and 3, the layers"),
     ("parallel.sequence_parallel=true", "needs parallel.tensor_model_parallel_size > 1, found 1.*=false"),
     (f"{TP2} parallel.sequence_parallel=true model.sequence_length=2047", "sequence_length=2047 is not divisible by"),
     (
@@ -300,6 +304,10 @@ def test_world_size():
     assert [recipe.data_parallel_size(world) for world in (4, 16, 128)] == [1, 4, 32]
     with pytest.raises(RecipeError, match=r"world size 6 is not a multiple of 4 \(tensor 2 × pipeline 2 × context 1\)"):
         recipe.data_parallel_size(6)
+    interleaved = load_recipe(RECIPES / "780m_bov.yaml", [PP2, VPP2])
+    assert interleaved.data_parallel_size(64) == 16
+    with pytest.raises(RecipeError, match="takes micro-batches in groups of .*=2, but a step has 1 on each data-paral"):
+        interleaved.data_parallel_size(128)
     with pytest.raises(RecipeError, match="world size 0 is not a multiple of 4"):
         recipe.data_parallel_size(0)
     message = "global_batch_size=512 is not a multiple of train.micro_batch_size=16 × 64 .* = 1024; .* 1, 2, 4, 8$"

@@ -42,7 +42,7 @@ class Smear(torch.nn.Module):
 
 
 class BovModel(GPTModel):
-    """One pipeline stage of the decoder (or all of it).
+    """One pipeline stage of the decoder, or one model chunk of it (or all).
 
     Weights are uninitialised: call model.initialization.initialize_weights, or load a checkpoint.
 
@@ -50,6 +50,7 @@ class BovModel(GPTModel):
         recipe: the run; `recipe.model` says what to compute, `recipe.parallel` how it is laid out.
         pre_process: whether this stage embeds tokens.
         post_process: whether this stage makes logits.
+        vp_stage: number of the model chunk in an interleaved pipeline.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ TP2, TP4, PP2 = (
     {"tensor_model_parallel_size": 4},
     {"pipeline_model_parallel_size": 2},
 )
+VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 CP2, CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
 SP, FULL, SELECTIVE = {"sequence_parallel": True}, {"recompute": "full"}, {"recompute": "selective"}
 LAYOUTS = {
@@ -31,6 +32,10 @@ LAYOUTS = {
     "dp2-replicated-optimizer": (2, {"use_distributed_optimizer": False}),
     "dp2-tp2": (4, TP2),
     "dp2-pp2": (4, PP2),
+    "vpp2": (2, {**PP2, **VPP2}),
+    "vpp2-tp2-sp-full": (4, {**PP2, **VPP2, **TP2, **SP, **FULL}),
+    "vpp2-dp2": (4, {**PP2, **VPP2}),
+    "vpp2-cp2": (4, {**PP2, **VPP2, **CP2}),
     "cp2": (2, CP2),
     "cp4": (4, CP4),
     "cp2-tp2-sp": (4, {**CP2, **TP2, **SP}),

@@ -4,7 +4,6 @@ A trap is a function that makes the mistake in a rank's own modules. What it bre
 with untouched code, beside the same layout untouched; so these tests show that the parity tests can fail.
 
 Mistakes that cannot be made here, and why:
-- interleaved pipelines' message order, one iterator per chunk: the recipe has no virtual stages;
 - sources that read the first stage on a later one, fewer query groups than ranks: refused too (tests/test_recipe.py);
 - rates lost in Megatron's parameter-group overrides, optimizer state under its `dp_reshardable` format: the
   optimizer is not Megatron's;
@@ -166,6 +165,20 @@ def local_mean_as_the_loss():
     MegatronEngine._run = undivided
 
 
+def batched_messages_when_interleaved():
+    """Megatron's defaults; two stages, each of them the other's next and previous one, mix them up."""
+    from bov_megatron.model import decoder
+
+    configure = decoder.transformer_config
+
+    def batched(recipe):
+        config = configure(recipe)
+        config.overlap_p2p_comm, config.batch_p2p_comm = False, True
+        return config
+
+    decoder.transformer_config = batched
+
+
 def padding_in_the_loss():
     """Rows of the vocabulary that are no tokens take part in the softmax; how many depends on the layout."""
     from bov_megatron.model.decoder import BovModel
@@ -251,6 +264,7 @@ TRAPS = [
     (angles_from_zero_on_each_rank, "cp2", "bank", {}, "gradients", 0.1),
     (keys_gathered_in_rank_order, "cp2", "bank", {}, "gradients", 0.1),
     (local_mean_as_the_loss, "cp2", "bank", {}, "gradients", 0.9),
+    (batched_messages_when_interleaved, "vpp2", "bank", {}, "gradients", 0.3),
     (padding_in_the_loss, "tp2", "bank", {}, "losses", 0.01),
     (loss_logged_without_a_copy, "dp2", "bank", {}, "losses", 0.4),
     (table_taken_for_a_matrix, "tp2", "bank", {}, "updates", 0.3),

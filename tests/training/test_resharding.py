@@ -18,6 +18,7 @@ LAYOUTS = {
     "dp2": (2, {}),
     "dp4": (4, {}),
     "tp2-dp2": (4, {"tensor_model_parallel_size": 2}),
+    "vpp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     "cp2": (2, {"context_parallel_size": 2}),
     "cp2-tp2": (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2}),
 }
@@ -80,7 +81,7 @@ def saved(tmp_path_factory):
 
 
 FROM_TP2_DP2 = [
-    *[("bank", "muon", "fp32", layout) for layout in ("one rank", "tp4", "pp2", "dp2", "dp4", "tp2", "cp2")],
+    *[("bank", "muon", "fp32", layout) for layout in ("one rank", "tp4", "pp2", "dp2", "dp4", "tp2", "cp2", "vpp2")],
     *[("projection", "muon", "fp32", layout) for layout in ("one rank", "tp4", "pp2")],
     *[("bank", "adamw", "fp32", layout) for layout in ("dp4", "pp2-tp2")],
     ("bank", "muon", "bf16", "pp2"),
@@ -96,6 +97,11 @@ def test_saved_over_four_ranks(saved, source, optimizer, precision, layout):
 @pytest.mark.parametrize("layout", ["one rank", "dp2"])
 def test_saved_over_context_parallel_ranks(saved, layout):
     check(saved, "cp2-tp2", "bank", "muon", "fp32", layout)
+
+
+@pytest.mark.parametrize("layout", ["one rank", "pp2"])
+def test_saved_by_an_interleaved_pipeline(saved, layout):
+    check(saved, "vpp2", "bank", "muon", "fp32", layout)
 
 
 @pytest.mark.parametrize("layout", ["one rank", "tp2-dp2"])
