@@ -5,6 +5,8 @@ Shapes: b micro-batch, s sequence, d hidden size, t tensor-parallel size; elemen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bov_megatron import pipeline_layout
 from bov_megatron.parameters import ParameterSpec, parameter_specs
 from bov_megatron.recipe import (
@@ -31,6 +33,27 @@ def memory_by_stage(recipe: Recipe, data_parallel_size: int) -> list[dict[str, i
     """
     stages = pipeline_layout.layers_of_chunks(recipe)
     return [_stage_memory(recipe, stage, chunks, data_parallel_size) for stage, chunks in enumerate(stages)]
+
+
+def stage_bytes(recipe: Recipe, data_parallel_size: int) -> Callable[[int, int, int], int]:
+    """`bytes(stage, first, stop)`: what `memory_by_stage` adds up to on a stage that holds layers `[first, stop)`, for
+    asking often. Not for interleaved pipelines."""
+    states, first_stage, last_stage = [0] * recipe.model.num_layers, 0, _logits(recipe)
+    for spec in parameter_specs(recipe.model):
+        size = sum(_state_bytes(recipe, spec, data_parallel_size).values())
+        if spec.layer is not None:
+            states[spec.layer] += size
+        elif spec.kind == "output":
+            last_stage += size
+        else:
+            first_stage += size
+    inside = [layer_activations(recipe, layer) for layer in range(recipe.model.num_layers)]
+
+    def count(stage: int, first: int, stop: int) -> int:
+        ends = (first_stage if first == 0 else 0) + (last_stage if stop == len(states) else 0)
+        return ends + sum(states[first:stop]) + _activations(recipe, stage, [inside[first:stop]])
+
+    return count
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
@@ -64,24 +87,29 @@ def _stored_size(recipe: Recipe, spec: ParameterSpec) -> int:
 
 def _stage_memory(recipe: Recipe, stage: int, chunks: list[range], data_parallel_size: int) -> dict[str, int]:
     memory = dict.fromkeys(("weights", "gradients", "optimizer", "tables", "activations", "logits"), 0)
-    tensor, shards = recipe.parallel.tensor_model_parallel_size, 1
-    if recipe.parallel.use_distributed_optimizer:
-        shards = data_parallel_size * recipe.parallel.context_parallel_size
     for spec in parameter_specs(recipe.model):
         if not _is_on_stage(spec, stage, chunks, recipe):
             continue
-        size = _stored_size(recipe, spec) // (tensor if spec.kind in SPLIT_KINDS else 1)
-        parts = {
-            "weights": size * weight_bytes(recipe),
-            "gradients": size * MAIN_BYTES,
-            "optimizer": -(-optimizer_bytes(recipe, spec, size) // shards),
-        }
-        for part, count in parts.items():
+        for part, count in _state_bytes(recipe, spec, data_parallel_size).items():
             memory["tables" if spec.kind == "table" else part] += count
-    memory["activations"] = _activations(recipe, stage, chunks)
+    inside = [[layer_activations(recipe, layer) for layer in layers] for layers in chunks]
+    memory["activations"] = _activations(recipe, stage, inside)
     if stage == recipe.parallel.pipeline_model_parallel_size - 1:
         memory["logits"] = _logits(recipe)
     return memory
+
+
+def _state_bytes(recipe: Recipe, spec: ParameterSpec, data_parallel_size: int) -> dict[str, int]:
+    """Bytes of one parameter's `weights`, `gradients` and `optimizer` state on a rank that has a part of it."""
+    tensor, shards = recipe.parallel.tensor_model_parallel_size, 1
+    if recipe.parallel.use_distributed_optimizer:
+        shards = data_parallel_size * recipe.parallel.context_parallel_size
+    size = _stored_size(recipe, spec) // (tensor if spec.kind in SPLIT_KINDS else 1)
+    return {
+        "weights": size * weight_bytes(recipe),
+        "gradients": size * MAIN_BYTES,
+        "optimizer": -(-optimizer_bytes(recipe, spec, size) // shards),
+    }
 
 
 def _is_on_stage(spec: ParameterSpec, stage: int, chunks: list[range], recipe: Recipe) -> bool:
@@ -92,9 +120,12 @@ def _is_on_stage(spec: ParameterSpec, stage: int, chunks: list[range], recipe: R
     return stage == 0  # embedding, smear, and a shared table, which a pipeline refuses
 
 
-def _activations(recipe: Recipe, stage: int, chunks: list[range]) -> int:
-    """Bytes kept for backward by all that a 1F1B schedule has in flight on this stage, interleaved or not."""
-    kept = [_chunk_activations(recipe, stage == 0 and number == 0, layers) for number, layers in enumerate(chunks)]
+def _activations(recipe: Recipe, stage: int, chunks: list[list[int]]) -> int:
+    """Bytes kept for backward by all that a 1F1B schedule has in flight on this stage, interleaved or not.
+
+    `chunks`: `layer_activations` of each layer of each model chunk.
+    """
+    kept = [_chunk_activations(recipe, stage == 0 and number == 0, inside) for number, inside in enumerate(chunks)]
     in_flight = _chunks_in_flight(recipe, stage)
     last = in_flight[-1]
     while_recomputing = max(0, kept[last][1] - kept[last][0])
@@ -111,13 +142,12 @@ def _chunks_in_flight(recipe: Recipe, stage: int) -> list[int]:
     return [number // stages % virtual for number in range(min(ahead + 1, total))]
 
 
-def _chunk_activations(recipe: Recipe, embeds: bool, layers: range) -> tuple[int, int]:
+def _chunk_activations(recipe: Recipe, embeds: bool, inside: list[int]) -> tuple[int, int]:
     """Bytes of one micro-batch in one model chunk: kept after forward, and held while a layer is recomputed."""
     parallel = recipe.parallel
-    inside = [layer_activations(recipe, layer) for layer in layers]
     recomputed = 0
     if parallel.recompute == "full":
-        recomputed = len(layers) if parallel.recompute_num_layers is None else parallel.recompute_num_layers
+        recomputed = len(inside) if parallel.recompute_num_layers is None else parallel.recompute_num_layers
     inputs = len(inside[:recomputed]) * _residual(recipe) + _carried(recipe)
     if embeds:
         inputs += 3 * _tokens(recipe) * recipe.model.hidden_size * weight_bytes(recipe)  # embedded, normalised, smeared

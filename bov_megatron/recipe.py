@@ -154,9 +154,15 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     """Ranks among which heads, feed-forward width and vocabulary rows (tables included) are split."""
     pipeline_model_parallel_size: int = 1
-    """Pipeline stages; layers are split evenly among them."""
+    """Pipeline stages, each of which holds consecutive layers."""
     virtual_pipeline_model_parallel_size: int = 1
     """Model chunks of each pipeline stage. More than one is an interleaved pipeline: smaller bubbles, more messages."""
+    pipeline_balance: str = "layers"
+    """What stages have equally much of: `layers`, or as nearly as layers allow `time` (FLOPs: a bank saves some, the
+    output matrix adds some) or `memory` (tables, logits and micro-batches in flight included)."""
+    pipeline_layers: list[int] | None = None
+    """Layers of each stage, in place of `pipeline_balance`; interleaved: of the first model chunk of every stage, then
+    of the second of every stage, and so on."""
     context_parallel_size: int = 1
     """Ranks among which a sequence is split, in two stretches each; every rank gathers all keys and values."""
     sequence_parallel: bool = False

@@ -29,6 +29,7 @@ TABLES = ("per_layer", "shared")
 TABLE_PARTITIONS = ("vocab", "head")
 LOOKUPS = ("reduce_scatter", "all_reduce", "all_to_all")
 CORE_ATTENTIONS = ("auto", "sdpa", "flex", "megatron")
+PIPELINE_BALANCES = ("layers", "time", "memory")
 RECOMPUTES = ("none", "selective", "full")
 PRECISIONS = ("bf16", "fp32")
 OPTIMIZERS = ("muon", "adamw")
@@ -200,7 +201,14 @@ def _check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     name, part = "parallel.pipeline_model_parallel_size", "stage"
     if virtual > 1:
         name, part = f"{name} × parallel.virtual_pipeline_model_parallel_size", "model chunk"
-    _divides(("model.num_layers", m.num_layers), (name, stages * virtual), f"each {part} takes equally many layers")
+    _one_of("parallel.pipeline_balance", p.pipeline_balance, PIPELINE_BALANCES)
+    if p.pipeline_layers is not None:
+        _check_pipeline_layers(m, p)
+    elif p.pipeline_balance == "layers":
+        why = f"each {part} takes equally many layers, unless parallel.pipeline_balance=time or memory"
+        _divides(("model.num_layers", m.num_layers), (name, stages * virtual), why)
+    else:
+        _check_balance(m, p)
     if stages == 1:
         return
     use_one = f"parallel.pipeline_model_parallel_size={stages}: use 1"
@@ -215,6 +223,38 @@ def _check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
         raise RecipeError(
             f"model.value.table=shared would put copies of one table on several stages whose gradients nobody sums, "
             f"and {use_one} (or model.value.table=per_layer)"
+        )
+
+
+def _check_pipeline_layers(m: ModelConfig, p: ParallelConfig) -> None:
+    found, chunks = f"parallel.pipeline_layers={p.pipeline_layers}", p.pipeline_model_parallel_size
+    chunks *= p.virtual_pipeline_model_parallel_size
+    if p.pipeline_balance != "layers":
+        raise RecipeError(f"{found} and parallel.pipeline_balance={p.pipeline_balance} are both set; set one of them")
+    if len(p.pipeline_layers) != chunks:
+        raise RecipeError(
+            f"{found}: needs {chunks} numbers, found {len(p.pipeline_layers)} (parallel.pipeline_model_parallel_size="
+            f"{p.pipeline_model_parallel_size} × parallel.virtual_pipeline_model_parallel_size="
+            f"{p.virtual_pipeline_model_parallel_size})"
+        )
+    if min(p.pipeline_layers) < 1 or sum(p.pipeline_layers) != m.num_layers:
+        raise RecipeError(
+            f"{found}: must be at least 1 each and add up to model.num_layers={m.num_layers}, found "
+            f"{sum(p.pipeline_layers)}"
+        )
+
+
+def _check_balance(m: ModelConfig, p: ParallelConfig) -> None:
+    chunks = p.pipeline_model_parallel_size * p.virtual_pipeline_model_parallel_size
+    if m.num_layers < chunks:
+        raise RecipeError(
+            f"model.num_layers={m.num_layers} is less than {chunks} pipeline stages × model chunks; each needs one: "
+            "lower parallel.pipeline_model_parallel_size or parallel.virtual_pipeline_model_parallel_size"
+        )
+    if p.pipeline_balance == "memory" and p.virtual_pipeline_model_parallel_size > 1:
+        raise RecipeError(
+            "parallel.pipeline_balance=memory cannot be used with parallel.virtual_pipeline_model_parallel_size="
+            f"{p.virtual_pipeline_model_parallel_size}: model chunks of a stage add up; give parallel.pipeline_layers"
         )
 
 

@@ -213,6 +213,13 @@ IMPOSSIBLE = [
     (f"{VPP2}", "virtual_pipeline_model_parallel_size=2 needs parallel.pipeline_model_parallel_size > 1, found 1"),
     (f"{VPP2} {PP2} model.num_layers=10", "num_layers=10 is not divisible by .*pipeline.* × parallel.virtual.*=4"),
     (f"{VPP2} {PP2} parallel.recompute=full parallel.recompute_num_layers=4", "must be between 1 and 3, the layers"),
+    (f"{PP2} parallel.pipeline_balance=tim", "parallel.pipeline_balance='tim' is unknown; did you mean 'time'"),
+    (f"{PP2} parallel.pipeline_layers=[12]", "pipeline_layers=.12.: needs 2 numbers, found 1"),
+    (f"{PP2} parallel.pipeline_layers=[5,6]", "add up to model.num_layers=12, found 11"),
+    (f"{PP2} parallel.pipeline_layers=[0,12]", "must be at least 1 each"),
+    (f"{PP2} parallel.pipeline_layers=[6,6] parallel.pipeline_balance=time", "are both set; set one of them"),
+    (f"{PP2} model.num_layers=1 parallel.pipeline_balance=time", "num_layers=1 is less than 2 pipeline stages"),
+    (f"{PP2} {VPP2} parallel.pipeline_balance=memory", "pipeline_balance=memory cannot be used with .*virtual.*=2"),
     ("parallel.sequence_parallel=true", "needs parallel.tensor_model_parallel_size > 1, found 1.*=false"),
     (f"{TP2} parallel.sequence_parallel=true model.sequence_length=2047", "sequence_length=2047 is not divisible by"),
     (

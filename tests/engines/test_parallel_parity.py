@@ -33,6 +33,9 @@ LAYOUTS = {
     "dp2-tp2": (4, TP2),
     "dp2-pp2": (4, PP2),
     "vpp2": (2, {**PP2, **VPP2}),
+    "pp2-uneven": (2, {**PP2, "pipeline_layers": [1, 3]}),
+    "pp3-by-time": (3, {"pipeline_model_parallel_size": 3, "pipeline_balance": "time"}),
+    "pp3-by-memory": (3, {"pipeline_model_parallel_size": 3, "pipeline_balance": "memory"}),
     "vpp2-tp2-sp-full": (4, {**PP2, **VPP2, **TP2, **SP, **FULL}),
     "vpp2-dp2": (4, {**PP2, **VPP2}),
     "vpp2-cp2": (4, {**PP2, **VPP2, **CP2}),
@@ -98,6 +101,15 @@ def test_shared_table(source):
 
 def test_shared_table_over_context_parallel_ranks():
     check("bank", *LAYOUTS["cp2"], table="shared")
+
+
+def test_uneven_interleaved_pipeline():
+    model = small_model(num_layers=6, value=ValueConfig(source="bank"))
+    expected_losses, expected_gradients = train_on_layout(small_recipe(model), 1)
+    recipe = small_recipe(model, **PP2, **VPP2, pipeline_layers=[1, 2, 2, 1])
+    losses, gradients = train_on_layout(recipe, 2)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert worst_gradient(gradients, expected_gradients)[0] < 1e-5
 
 
 @pytest.mark.parametrize("layout", ["tp2", "cp2"])

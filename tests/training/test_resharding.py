@@ -18,6 +18,7 @@ LAYOUTS = {
     "dp2": (2, {}),
     "dp4": (4, {}),
     "tp2-dp2": (4, {"tensor_model_parallel_size": 2}),
+    "pp2-uneven": (2, {"pipeline_model_parallel_size": 2, "pipeline_layers": [3, 1]}),
     "vpp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     "cp2": (2, {"context_parallel_size": 2}),
     "cp2-tp2": (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2}),
@@ -81,7 +82,10 @@ def saved(tmp_path_factory):
 
 
 FROM_TP2_DP2 = [
-    *[("bank", "muon", "fp32", layout) for layout in ("one rank", "tp4", "pp2", "dp2", "dp4", "tp2", "cp2", "vpp2")],
+    *[
+        ("bank", "muon", "fp32", layout)
+        for layout in ("one rank", "tp4", "pp2", "dp2", "dp4", "tp2", "cp2", "vpp2", "pp2-uneven")
+    ],
     *[("projection", "muon", "fp32", layout) for layout in ("one rank", "tp4", "pp2")],
     *[("bank", "adamw", "fp32", layout) for layout in ("dp4", "pp2-tp2")],
     ("bank", "muon", "bf16", "pp2"),
@@ -99,9 +103,13 @@ def test_saved_over_context_parallel_ranks(saved, layout):
     check(saved, "cp2-tp2", "bank", "muon", "fp32", layout)
 
 
-@pytest.mark.parametrize("layout", ["one rank", "pp2"])
+@pytest.mark.parametrize("layout", ["one rank", "pp2-uneven"])
 def test_saved_by_an_interleaved_pipeline(saved, layout):
     check(saved, "vpp2", "bank", "muon", "fp32", layout)
+
+
+def test_saved_by_an_uneven_pipeline(saved):
+    check(saved, "pp2-uneven", "bank", "muon", "fp32", "tp2")
 
 
 @pytest.mark.parametrize("layout", ["one rank", "tp2-dp2"])
