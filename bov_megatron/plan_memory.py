@@ -161,13 +161,16 @@ def layer_activations(recipe: Recipe, layer: int) -> int:
     Method of arXiv 2205.05198, for this decoder and attention that stores no score matrix.
     """
     m, tensor = recipe.model, recipe.parallel.tensor_model_parallel_size
-    query, kv = m.query_dim, m.kv_dim
+    query, kv = m.query_dim, _kv_width(recipe)
     split = 2 * (query + kv)  # q and k: before the norm, and as attention's inputs
     split += kv + query  # v; attention's output, which its projection keeps
     split += 2 * m.ffn_size  # relu(W_1 x) and its square
     split += _source_activations(recipe, layer)
-    if recipe.parallel.recompute != "selective":
-        split += 2 * kv * (recipe.parallel.context_parallel_size - 1)  # keys and values gathered from the other ranks
+    context = recipe.parallel.context_parallel_size
+    if context > 1:
+        split += query  # attention's output once more: its two stretches are put together
+        if recipe.parallel.recompute != "selective":
+            split += 2 * kv * (context - 1)  # keys and values gathered from the other ranks
     logsumexp = 0 if recipe.parallel.recompute == "selective" else 4 * m.num_attention_heads // tensor
     per_token = split // tensor * weight_bytes(recipe) + logsumexp
     inputs = 4  # two residuals, two normalised inputs
@@ -181,12 +184,18 @@ def _source_activations(recipe: Recipe, layer: int) -> int:
     m = recipe.model
     source = m.source_of(layer)
     if source == "gated_value_embedding":
-        return m.kv_dim  # the looked-up row that the gate multiplies
+        return _kv_width(recipe)  # the looked-up row that the gate multiplies
     if source == "projection" or m.value.coefficient == "fixed":
         return 0  # multiplying by a constant and adding keep nothing
     addends = 2 if source in SOURCES_WITH_TWO_COEFFICIENTS else 1
     reused = source in SOURCES_READING_FIRST_LAYER  # layer 0 has kept it already
-    return (addends - reused) * m.kv_dim  # what the coefficients multiply
+    return (addends - reused) * _kv_width(recipe)  # what the coefficients multiply
+
+
+def _kv_width(recipe: Recipe) -> int:
+    """Elements per token of all tensor-parallel ranks' values; ranks that share a query group each have it."""
+    m = recipe.model
+    return max(m.kv_heads, recipe.parallel.tensor_model_parallel_size) * m.kv_channels
 
 
 def _logits(recipe: Recipe) -> int:
@@ -202,7 +211,9 @@ def _carried(recipe: Recipe) -> int:
         return _residual(recipe)
     if m.value.source in SOURCES_WITH_TABLE:
         if m.value.table == "shared":
-            return _tokens(recipe) * m.kv_dim // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
+            return (
+                _tokens(recipe) * _kv_width(recipe) // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
+            )
         return _tokens(recipe) * 8  # ids
     return 0
 

@@ -183,12 +183,23 @@ def _check_parallel_sizes(p: ParallelConfig) -> None:
 def _check_tensor_parallel(m: ModelConfig, p: ParallelConfig) -> None:
     tp = ("parallel.tensor_model_parallel_size", p.tensor_model_parallel_size)
     _divides(("model.num_attention_heads", m.num_attention_heads), tp, "each rank takes equally many heads")
-    _divides(
-        ("model.num_query_groups", m.kv_heads),
-        tp,
-        "each rank takes equally many key/value heads; fewer groups than ranks are not supported",
-    )
+    if m.kv_heads < p.tensor_model_parallel_size:
+        _check_shared_groups(m, p)
+    else:
+        _divides(("model.num_query_groups", m.kv_heads), tp, "each rank takes equally many key/value heads")
     _divides(("model.ffn_hidden_size", m.ffn_size), tp, "each rank takes an equal share of the feed-forward width")
+
+
+def _check_shared_groups(m: ModelConfig, p: ParallelConfig) -> None:
+    """Fewer query groups than tensor-parallel ranks: consecutive ranks share one."""
+    tp = ("parallel.tensor_model_parallel_size", p.tensor_model_parallel_size)
+    _divides(tp, ("model.num_query_groups", m.kv_heads), "equally many ranks share each key/value head")
+    _divides(("model.num_query_groups × model.head_dim", m.kv_dim), tp, "ranks store equal shares of key/value heads")
+    less = f"model.num_query_groups={m.kv_heads} is less than {tp[0]}={tp[1]}"
+    if m.value.source in SOURCES_WITH_TABLE and m.value.table_partition == "head":
+        raise RecipeError(f"{less}: a rank's table would be less than a head; use model.value.table_partition=vocab")
+    if m.value.source == "gated_value_embedding":
+        raise RecipeError(f"{less}: gated_value_embedding's gates, one a group, do not divide; use fewer ranks")
 
 
 def _check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:

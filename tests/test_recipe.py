@@ -164,6 +164,7 @@ def test_bad_override(overrides, message):
 TP2, TP4 = (f"parallel.tensor_model_parallel_size={size}" for size in (2, 4))
 PP2 = "parallel.pipeline_model_parallel_size=2"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
+TP6 = "parallel.tensor_model_parallel_size=6"
 CP2 = "parallel.context_parallel_size=2"
 
 IMPOSSIBLE = [
@@ -201,7 +202,16 @@ IMPOSSIBLE = [
     # layout
     (f"{TP4}", "num_attention_heads=6 is not divisible by parallel.tensor_model_parallel_size=4.*can be 1, 2, 3, 6"),
     (f"{TP2} model.num_query_groups=3", "model.num_query_groups=3 is not divisible by parallel.tensor_model_parallel"),
-    (f"{TP2} model.num_query_groups=1 model.value.table_partition=head", "fewer groups than ranks are not supported"),
+    (f"{TP2} model.num_query_groups=1 model.value.table_partition=head", "num_query_groups=1 is less than.*=2.*=vocab"),
+    (f"{TP2} model.num_query_groups=1 model.value.source=gated_value_embedding", "gates, one a group, do not divide"),
+    (
+        f"{TP6} model.num_query_groups=4 model.num_attention_heads=12 model.head_dim=64",
+        "tensor_model_parallel_size=6 is not divisible by model.num_query_groups=4.*num_query_groups can be 1, 2, 3, 6",
+    ),
+    (
+        f"{TP6} model.num_query_groups=1 model.head_dim=32",
+        "num_query_groups × model.head_dim=32 is not divisible by .*=6",
+    ),
     (f"{TP2} model.ffn_hidden_size=999", "model.ffn_hidden_size=999 is not divisible by parallel.tensor_model"),
     ("parallel.pipeline_model_parallel_size=5", "num_layers=12 is not divisible by .*pipeline.*=5.*1, 2, 3, 4, 6, 12"),
     ("parallel.tensor_model_parallel_size=0", "parallel.tensor_model_parallel_size=0: must be at least 1"),

@@ -103,6 +103,32 @@ def test_shared_table_over_context_parallel_ranks():
     check("bank", *LAYOUTS["cp2"], table="shared")
 
 
+SHARED_GROUPS = [
+    # query groups, layout, value source, its options
+    (2, TP4, "bank", {}),
+    (1, TP4, "bank", {}),
+    (1, {**TP2, **SP}, "bank", {}),
+    (1, {**TP2, **CP2}, "bank", {}),
+    # No gamma: one of this model's gradients is a sum of terms that nearly cancel.
+    (2, TP4, "bank", {"table": "shared", "coefficient": "fixed"}),
+    (2, TP4, "projection", {}),
+    (2, {**TP4, **SP}, "projection_plus_bank", {}),
+    (2, TP4, "projection_plus_embedding", {}),
+    (2, TP4, "projection_plus_first_layer", {}),
+]
+
+
+@pytest.mark.parametrize("groups, layout, source, value", SHARED_GROUPS)
+def test_fewer_query_groups_than_tensor_parallel_ranks(groups, layout, source, value):
+    model = small_model(num_query_groups=groups, value=ValueConfig(source=source, **value))
+    expected_losses, expected_gradients = train_on_layout(small_recipe(model), 1)
+    recipe = small_recipe(model, **layout)
+    losses, gradients = train_on_layout(recipe, recipe.parallel.model_parallel_size)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    error, worst = worst_gradient(gradients, expected_gradients)
+    assert error < 1e-5, f"gradient of {worst} is off by {error:.1e}"
+
+
 def test_uneven_interleaved_pipeline():
     model = small_model(num_layers=6, value=ValueConfig(source="bank"))
     expected_losses, expected_gradients = train_on_layout(small_recipe(model), 1)

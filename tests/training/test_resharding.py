@@ -26,8 +26,9 @@ LAYOUTS = {
 """The vocabulary of 96 pads to 128 · TP rows, so most pairs of these differ in their tensors' shapes."""
 
 
-def recipe_of(layout: str, source: str, optimizer: str, precision: str = "fp32") -> Recipe:
-    recipe = small_recipe(small_model(value=ValueConfig(source=source)), precision=precision, **LAYOUTS[layout][1])
+def recipe_of(layout: str, source: str, optimizer: str, precision: str = "fp32", groups: int = 4) -> Recipe:
+    model = small_model(num_query_groups=groups, value=ValueConfig(source=source))
+    recipe = small_recipe(model, precision=precision, **LAYOUTS[layout][1])
     recipe.optimizer = OptimizerConfig(
         name=optimizer, warmup_steps=0, reference_batch_tokens=None, reference_parameters=None
     )
@@ -117,8 +118,13 @@ def test_saved_by_a_pipeline(saved, layout):
     check(saved, "pp2", "bank", "muon", "fp32", layout)
 
 
-def check(saved, layout, source, optimizer, precision, target):
-    model = (source, optimizer, precision)
+@pytest.mark.parametrize("layout", ["one rank", "tp2-dp2"])
+def test_saved_by_ranks_that_share_query_groups(saved, layout):
+    check(saved, "tp4", "projection_plus_bank", "muon", "fp32", layout, groups=2)
+
+
+def check(saved, layout, source, optimizer, precision, target, groups=4):
+    model = (source, optimizer, precision, groups)
     folder, expected = saved(layout, *model)
     losses = run_ranks(loading_rank, LAYOUTS[target][0], recipe_of(target, *model).to_dict(), folder)[0]
     # The first loss shows the weights, later ones the optimizer's state. AdamW's updates agree to rounding; Muon's bf16
