@@ -47,19 +47,14 @@ class _GatherSequence(torch.autograd.Function):
         ctx.group, size = group, group.size()
         by_rank = part.new_empty(size * part.size(0), *part.shape[1:])
         dist.all_gather_into_tensor(by_rank, part.contiguous(), group=group)
-        chunks = by_rank.unflatten(0, (2 * size, -1))
-        place = torch.tensor(_chunks_by_rank(size), device=part.device).argsort()
-        return chunks[place].flatten(0, 1)
+        early, late = by_rank.unflatten(0, (size, 2, -1)).unbind(1)
+        return torch.cat((early, late.flip(0))).flatten(0, 1)
 
     @staticmethod
     def backward(ctx, grad):
         size = ctx.group.size()
-        by_rank = grad.unflatten(0, (2 * size, -1))[_chunks_by_rank(size)].flatten(0, 1)
+        early, late = grad.unflatten(0, (2, size, -1))
+        by_rank = torch.stack((early, late.flip(0)), dim=1).flatten(0, 2)
         own = by_rank.new_empty(by_rank.size(0) // size, *by_rank.shape[1:])
         dist.reduce_scatter_tensor(own, by_rank, group=ctx.group)
         return own, None
-
-
-def _chunks_by_rank(size: int) -> list[int]:
-    """Numbers of the 2C chunks in the order in which ranks hold them: 0, 2C-1, 1, 2C-2, …"""
-    return [n for rank in range(size) for n in (rank, 2 * size - 1 - rank)]

@@ -89,23 +89,25 @@ def windowed_sdpa(
     grouped = query_BNSD.size(1) != key_BGSD.size(1)
     # Half a window, measured on a CPU: faster than a window or a quarter of one.
     block = min(max(window // 2, 1), query_BNSD.size(2))
-    visible = _band(block, window, query_BNSD.device)
+    mask = _band(block, window, query_BNSD.dtype, query_BNSD.device)
     mixed = []
     starts = range(first_query, first_query + query_BNSD.size(2), block)
     for start, queries in zip(starts, query_BNSD.split(block, dim=2), strict=True):
         first, stop = max(start - window, 0), start + queries.size(2)
         keys, values = key_BGSD[:, :, first:stop], value_BGSD[:, :, first:stop]
-        mask = visible[: stop - start, first - start + window : stop - start + window]
-        mixed.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped))
+        seen = mask[: stop - start, first - start + window : stop - start + window]
+        mixed.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, enable_gqa=grouped))
     return torch.cat(mixed, dim=2)
 
 
 @functools.lru_cache(maxsize=8)
-def _band(block: int, window: int, device: torch.device) -> Tensor:
-    """Keys visible to each query of a block, `[block, window + block]`; column 0 is `window` keys before the block."""
+def _band(block: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 where a query of a block sees a key, else -inf, `[block, window + block]`; column 0 is `window` keys before the
+    block. Not a boolean mask: torch would make one of these of it at each call, and keep it for the backward pass."""
     query = torch.arange(block, device=device).unsqueeze(1) + window
     key = torch.arange(window + block, device=device)
-    return (key <= query) & (query - key <= window)
+    hidden = (key > query) | (query - key > window)
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,7 +4,7 @@ A trap is a function that makes the mistake in a rank's own modules. What it bre
 with untouched code, beside the same layout untouched; so these tests show that the parity tests can fail.
 
 Mistakes that cannot be made here, and why:
-- sources that read the first stage on a later one, fewer query groups than ranks: refused too (tests/test_recipe.py);
+- sources that read the first stage on a later one: refused (tests/test_recipe.py);
 - rates lost in Megatron's parameter-group overrides, optimizer state under its `dp_reshardable` format: the
   optimizer is not Megatron's;
 - a 0-dim gamma: the optimizer refuses one (tests/optim);
@@ -145,9 +145,11 @@ def angles_from_zero_on_each_rank():
 
 def keys_gathered_in_rank_order():
     """Queries of one rank then see keys that come after them."""
-    from bov_megatron.model import context_parallel
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-    context_parallel._chunks_by_rank = lambda size: list(range(2 * size))
+    from bov_megatron.model import core_attention
+
+    core_attention.gather_sequence = lambda part, group: gather_from_sequence_parallel_region(part, group=group)
 
 
 def local_mean_as_the_loss():
