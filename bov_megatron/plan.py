@@ -5,10 +5,10 @@ nowhere else; the trainer, the optimizer and the tests ask this file. Imports no
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bov_megatron import plan_memory
+from bov_megatron import pipeline_layout, plan_memory
 from bov_megatron.parameters import KINDS, parameter_specs
 from bov_megatron.recipe import ModelConfig, Recipe, ValueConfig
 from bov_megatron.recipe_loading import RecipeError
@@ -35,9 +35,31 @@ def flops_per_token(model: ModelConfig) -> float:
     6 per parameter that is multiplied (block matrices, gates, output; embedding and tables are looked up and count
     nothing) + 12 · query_dim · min(window, sequence_length) per layer for attention scores and weighted sums.
     """
-    counts = parameter_counts(model)
-    attention = sum(12 * model.query_dim * min(window, model.sequence_length) for window in model.windows())
-    return float(6 * (counts["matrix"] + counts["output"]) + attention)
+    return float(sum(layer_flops(model)) + 6 * parameter_counts(model)["output"])
+
+
+def layer_flops(model: ModelConfig) -> list[int]:
+    """Training FLOPs of one token in each layer, as `flops_per_token` counts them."""
+    flops = [12 * model.query_dim * min(window, model.sequence_length) for window in model.windows()]
+    for spec in parameter_specs(model):
+        if spec.kind == "matrix":
+            flops[spec.layer] += 6 * spec.size
+    return flops
+
+
+def stage_flops(recipe: Recipe) -> Callable[[int, int], float]:
+    """`flops(first, stop)`: FLOPs per token of a pipeline stage that holds layers `[first, stop)`, with the output
+    matrix on the last one, and the repeated forward pass where all layers are recomputed."""
+    parallel, output = recipe.parallel, 6 * parameter_counts(recipe.model)["output"]
+    repeated = parallel.recompute == "full" and parallel.recompute_num_layers is None
+    flops = [number * 4 / 3 if repeated else float(number) for number in layer_flops(recipe.model)]
+    return lambda first, stop: sum(flops[first:stop]) + (output if stop == len(flops) else 0)
+
+
+def _flops_share(recipe: Recipe) -> list[float]:
+    flops = stage_flops(recipe)
+    stages = [sum(flops(c.start, c.stop) for c in chunks) for chunks in pipeline_layout.layers_of_chunks(recipe)]
+    return [stage / sum(stages) for stage in stages]
 
 
 def total_steps(recipe: Recipe) -> int:
@@ -112,8 +134,12 @@ class Plan:
     data_parallel_size: int
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
+    context_parallel_size: int
     gradient_accumulation_steps: int
     layers_per_stage: list[int]
+    layers_per_chunk: list[list[int]]
+    """By stage; one entry each unless the pipeline is interleaved."""
+    flops_share_by_stage: list[float]
     memory_per_rank_bytes: int
     """Of the rank that needs most; parts in `memory_per_rank`."""
     memory_per_rank: dict[str, int]
@@ -161,8 +187,11 @@ def plan(
         data_parallel_size=data_parallel,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         gradient_accumulation_steps=recipe.train.global_batch_size // recipe.train.micro_batch_size // data_parallel,
-        layers_per_stage=[len(layers) for layers in plan_memory.layers_of_stages(recipe)],
+        layers_per_stage=[len(layers) for layers in pipeline_layout.layers_of_stages(recipe)],
+        layers_per_chunk=[[len(layers) for layers in chunks] for chunks in pipeline_layout.layers_of_chunks(recipe)],
+        flops_share_by_stage=_flops_share(recipe),
         memory_per_rank_bytes=sum(worst.values()),
         memory_per_rank=worst,
         memory_by_stage=stages,
@@ -193,8 +222,16 @@ def format_plan(plan: Plan) -> str:
         if count
     ]
     memory = [(f"  {part}", _size(size)) for part, size in p.memory_per_rank.items() if size]
+    stages = []
+    if len(p.layers_per_stage) > 1:
+        stages = [
+            ("  FLOPs per stage", ", ".join(f"{share:.1%}" for share in p.flops_share_by_stage)),
+            ("  memory per stage", ", ".join(_size(sum(stage.values())) for stage in p.memory_by_stage)),
+        ]
     ranks = "1 rank" if p.world_size == 1 else f"{p.world_size} ranks"
     layout = f"{ranks} = tensor {p.tensor_model_parallel_size} × pipeline {p.pipeline_model_parallel_size}"
+    if p.context_parallel_size > 1:
+        layout += f" × context {p.context_parallel_size}"
     estimate = p.time_estimate
     sections = [
         ("Parameters", f"{p.parameters:,}", kinds),
@@ -212,7 +249,8 @@ def format_plan(plan: Plan) -> str:
             "Layout",
             f"{layout} × data {p.data_parallel_size}",
             [
-                ("  layers per stage", ", ".join(map(str, p.layers_per_stage))),
+                ("  layers per stage", ", ".join(" + ".join(map(str, chunks)) for chunks in p.layers_per_chunk)),
+                *stages,
                 ("  micro-batches per step", str(p.gradient_accumulation_steps)),
                 ("  vocabulary rows", f"{p.padded_vocab_size:,} with padding"),
                 ("  target layers", _ranges(p.target_layers)),

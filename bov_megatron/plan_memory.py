@@ -5,6 +5,9 @@ Shapes: b micro-batch, s sequence, d hidden size, t tensor-parallel size; elemen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from bov_megatron import pipeline_layout
 from bov_megatron.parameters import ParameterSpec, parameter_specs
 from bov_megatron.recipe import (
     SOURCES_READING_EMBEDDING,
@@ -22,20 +25,35 @@ VOCABULARY_KINDS = frozenset({"embedding", "output", "table"})
 """Kinds with one row per token id, which are stored with padding rows."""
 
 
-def layers_of_stages(recipe: Recipe) -> list[range]:
-    """The 0-based layers that each pipeline stage holds."""
-    per_stage = recipe.model.num_layers // recipe.parallel.pipeline_model_parallel_size
-    return [range(first, first + per_stage) for first in range(0, recipe.model.num_layers, per_stage)]
-
-
 def memory_by_stage(recipe: Recipe, data_parallel_size: int) -> list[dict[str, int]]:
     """Bytes on one rank of each pipeline stage at the peak of a step.
 
     Keys: `weights`, `gradients`, `optimizer` (tables excluded), `tables` (all three of theirs), `activations` (kept for
     backward, of all micro-batches in flight) and `logits`.
     """
-    stages = layers_of_stages(recipe)
-    return [_stage_memory(recipe, stage, layers, data_parallel_size) for stage, layers in enumerate(stages)]
+    stages = pipeline_layout.layers_of_chunks(recipe)
+    return [_stage_memory(recipe, stage, chunks, data_parallel_size) for stage, chunks in enumerate(stages)]
+
+
+def stage_bytes(recipe: Recipe, data_parallel_size: int) -> Callable[[int, int, int], int]:
+    """`bytes(stage, first, stop)`: what `memory_by_stage` adds up to on a stage that holds layers `[first, stop)`, for
+    asking often. Not for interleaved pipelines."""
+    states, first_stage, last_stage = [0] * recipe.model.num_layers, 0, _logits(recipe)
+    for spec in parameter_specs(recipe.model):
+        size = sum(_state_bytes(recipe, spec, data_parallel_size).values())
+        if spec.layer is not None:
+            states[spec.layer] += size
+        elif spec.kind == "output":
+            last_stage += size
+        else:
+            first_stage += size
+    inside = [layer_activations(recipe, layer) for layer in range(recipe.model.num_layers)]
+
+    def count(stage: int, first: int, stop: int) -> int:
+        ends = (first_stage if first == 0 else 0) + (last_stage if stop == len(states) else 0)
+        return ends + sum(states[first:stop]) + _activations(recipe, stage, [inside[first:stop]])
+
+    return count
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
@@ -67,49 +85,74 @@ def _stored_size(recipe: Recipe, spec: ParameterSpec) -> int:
     return spec.size + rows_added * spec.shape[-1]
 
 
-def _stage_memory(recipe: Recipe, stage: int, layers: range, data_parallel_size: int) -> dict[str, int]:
+def _stage_memory(recipe: Recipe, stage: int, chunks: list[range], data_parallel_size: int) -> dict[str, int]:
     memory = dict.fromkeys(("weights", "gradients", "optimizer", "tables", "activations", "logits"), 0)
-    tensor, shards = recipe.parallel.tensor_model_parallel_size, 1
-    if recipe.parallel.use_distributed_optimizer:
-        shards = data_parallel_size
     for spec in parameter_specs(recipe.model):
-        if not _is_on_stage(spec, stage, layers, recipe):
+        if not _is_on_stage(spec, stage, chunks, recipe):
             continue
-        size = _stored_size(recipe, spec) // (tensor if spec.kind in SPLIT_KINDS else 1)
-        parts = {
-            "weights": size * weight_bytes(recipe),
-            "gradients": size * MAIN_BYTES,
-            "optimizer": -(-optimizer_bytes(recipe, spec, size) // shards),
-        }
-        for part, count in parts.items():
+        for part, count in _state_bytes(recipe, spec, data_parallel_size).items():
             memory["tables" if spec.kind == "table" else part] += count
-    memory["activations"] = _activations(recipe, stage, layers)
+    inside = [[layer_activations(recipe, layer) for layer in layers] for layers in chunks]
+    memory["activations"] = _activations(recipe, stage, inside)
     if stage == recipe.parallel.pipeline_model_parallel_size - 1:
         memory["logits"] = _logits(recipe)
     return memory
 
 
-def _is_on_stage(spec: ParameterSpec, stage: int, layers: range, recipe: Recipe) -> bool:
+def _state_bytes(recipe: Recipe, spec: ParameterSpec, data_parallel_size: int) -> dict[str, int]:
+    """Bytes of one parameter's `weights`, `gradients` and `optimizer` state on a rank that has a part of it."""
+    tensor, shards = recipe.parallel.tensor_model_parallel_size, 1
+    if recipe.parallel.use_distributed_optimizer:
+        shards = data_parallel_size * recipe.parallel.context_parallel_size
+    size = _stored_size(recipe, spec) // (tensor if spec.kind in SPLIT_KINDS else 1)
+    return {
+        "weights": size * weight_bytes(recipe),
+        "gradients": size * MAIN_BYTES,
+        "optimizer": -(-optimizer_bytes(recipe, spec, size) // shards),
+    }
+
+
+def _is_on_stage(spec: ParameterSpec, stage: int, chunks: list[range], recipe: Recipe) -> bool:
     if spec.layer is not None:
-        return spec.layer in layers
+        return any(spec.layer in layers for layers in chunks)
     if spec.kind == "output":
         return stage == recipe.parallel.pipeline_model_parallel_size - 1
     return stage == 0  # embedding, smear, and a shared table, which a pipeline refuses
 
 
-def _activations(recipe: Recipe, stage: int, layers: range) -> int:
-    """Bytes kept for backward by all micro-batches that a 1F1B schedule has in flight on this stage."""
+def _activations(recipe: Recipe, stage: int, chunks: list[list[int]]) -> int:
+    """Bytes kept for backward by all that a 1F1B schedule has in flight on this stage, interleaved or not.
+
+    `chunks`: `layer_activations` of each layer of each model chunk.
+    """
+    kept = [_chunk_activations(recipe, stage == 0 and number == 0, inside) for number, inside in enumerate(chunks)]
+    in_flight = _chunks_in_flight(recipe, stage)
+    last = in_flight[-1]
+    while_recomputing = max(0, kept[last][1] - kept[last][0])
+    return sum(kept[chunk][0] for chunk in in_flight) + while_recomputing
+
+
+def _chunks_in_flight(recipe: Recipe, stage: int) -> list[int]:
+    """Model chunks of this stage, one for each of its forward passes that Megatron's schedule starts before the first
+    of them has come back."""
     parallel, train = recipe.parallel, recipe.train
-    in_flight = min(parallel.pipeline_model_parallel_size - stage, train.global_batch_size // train.micro_batch_size)
-    inside = [layer_activations(recipe, layer) for layer in layers]
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    ahead = stages - stage - 1 if virtual == 1 else 2 * (stages - stage - 1) + (virtual - 1) * stages
+    total = train.global_batch_size // train.micro_batch_size * virtual
+    return [number // stages % virtual for number in range(min(ahead + 1, total))]
+
+
+def _chunk_activations(recipe: Recipe, embeds: bool, inside: list[int]) -> tuple[int, int]:
+    """Bytes of one micro-batch in one model chunk: kept after forward, and held while a layer is recomputed."""
+    parallel = recipe.parallel
+    recomputed = 0
     if parallel.recompute == "full":
-        kept = len(layers) * _residual(recipe) + _carried(recipe)
-        one_layer = max(inside)
-    else:
-        kept, one_layer = sum(inside) + _carried(recipe), 0
-    if stage == 0:
-        kept += 3 * _tokens(recipe) * recipe.model.hidden_size * weight_bytes(recipe)  # embedded, normalised, smeared
-    return in_flight * kept + one_layer
+        recomputed = len(inside) if parallel.recompute_num_layers is None else parallel.recompute_num_layers
+    inputs = len(inside[:recomputed]) * _residual(recipe) + _carried(recipe)
+    if embeds:
+        inputs += 3 * _tokens(recipe) * recipe.model.hidden_size * weight_bytes(recipe)  # embedded, normalised, smeared
+    # What layers keep is gone when the ones before them are recomputed.
+    return inputs + sum(inside[recomputed:]), inputs + max(inside[:recomputed], default=0)
 
 
 def layer_activations(recipe: Recipe, layer: int) -> int:
@@ -118,11 +161,16 @@ def layer_activations(recipe: Recipe, layer: int) -> int:
     Method of arXiv 2205.05198, for this decoder and attention that stores no score matrix.
     """
     m, tensor = recipe.model, recipe.parallel.tensor_model_parallel_size
-    query, kv = m.query_dim, m.kv_dim
+    query, kv = m.query_dim, _kv_width(recipe)
     split = 2 * (query + kv)  # q and k: before the norm, and as attention's inputs
     split += kv + query  # v; attention's output, which its projection keeps
     split += 2 * m.ffn_size  # relu(W_1 x) and its square
     split += _source_activations(recipe, layer)
+    context = recipe.parallel.context_parallel_size
+    if context > 1:
+        split += query  # attention's output once more: its two stretches are put together
+        if recipe.parallel.recompute != "selective":
+            split += 2 * kv * (context - 1)  # keys and values gathered from the other ranks
     logsumexp = 0 if recipe.parallel.recompute == "selective" else 4 * m.num_attention_heads // tensor
     per_token = split // tensor * weight_bytes(recipe) + logsumexp
     inputs = 4  # two residuals, two normalised inputs
@@ -136,12 +184,18 @@ def _source_activations(recipe: Recipe, layer: int) -> int:
     m = recipe.model
     source = m.source_of(layer)
     if source == "gated_value_embedding":
-        return m.kv_dim  # the looked-up row that the gate multiplies
+        return _kv_width(recipe)  # the looked-up row that the gate multiplies
     if source == "projection" or m.value.coefficient == "fixed":
         return 0  # multiplying by a constant and adding keep nothing
     addends = 2 if source in SOURCES_WITH_TWO_COEFFICIENTS else 1
     reused = source in SOURCES_READING_FIRST_LAYER  # layer 0 has kept it already
-    return (addends - reused) * m.kv_dim  # what the coefficients multiply
+    return (addends - reused) * _kv_width(recipe)  # what the coefficients multiply
+
+
+def _kv_width(recipe: Recipe) -> int:
+    """Elements per token of all tensor-parallel ranks' values; ranks that share a query group each have it."""
+    m = recipe.model
+    return max(m.kv_heads, recipe.parallel.tensor_model_parallel_size) * m.kv_channels
 
 
 def _logits(recipe: Recipe) -> int:
@@ -157,7 +211,9 @@ def _carried(recipe: Recipe) -> int:
         return _residual(recipe)
     if m.value.source in SOURCES_WITH_TABLE:
         if m.value.table == "shared":
-            return _tokens(recipe) * m.kv_dim // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
+            return (
+                _tokens(recipe) * _kv_width(recipe) // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
+            )
         return _tokens(recipe) * 8  # ids
     return 0
 

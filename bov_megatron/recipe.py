@@ -154,17 +154,33 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     """Ranks among which heads, feed-forward width and vocabulary rows (tables included) are split."""
     pipeline_model_parallel_size: int = 1
-    """Pipeline stages; layers are split evenly among them."""
+    """Pipeline stages, each of which holds consecutive layers."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Model chunks of each pipeline stage. More than one is an interleaved pipeline: smaller bubbles, more messages."""
+    pipeline_balance: str = "layers"
+    """What stages have equally much of: `layers`, or as nearly as layers allow `time` (FLOPs: a bank saves some, the
+    output matrix adds some) or `memory` (tables, logits and micro-batches in flight included)."""
+    pipeline_layers: list[int] | None = None
+    """Layers of each stage, in place of `pipeline_balance`; interleaved: of the first model chunk of every stage, then
+    of the second of every stage, and so on."""
     context_parallel_size: int = 1
-    """Ranks among which a sequence is split; only 1 is supported yet."""
+    """Ranks among which a sequence is split, in two stretches each; every rank gathers all keys and values."""
     sequence_parallel: bool = False
     """Split the activations between tensor-parallel regions along the sequence; needs tensor parallelism."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state and main weights over data-parallel ranks."""
     recompute: str = "none"
-    """Activation recomputation: `none`, `selective` (core attention) or `full` (every layer)."""
+    """Activation recomputation: `none`, `selective` (core attention) or `full` (whole layers)."""
+    recompute_num_layers: int | None = None
+    """With `recompute: full`, how many layers of each pipeline stage to recompute (interleaved: of each of its model
+    chunks), the first ones; `null` means all."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+
+    @property
+    def virtual_stages(self) -> int | None:
+        """Model chunks of a stage as Megatron wants them: None where the pipeline is not interleaved."""
+        return self.virtual_pipeline_model_parallel_size if self.virtual_pipeline_model_parallel_size > 1 else None
 
     @property
     def model_parallel_size(self) -> int:

@@ -88,11 +88,11 @@ def my_micro_batches(recipe: Recipe, ids: torch.Tensor) -> list[torch.Tensor]:
 
 def load_weights(engine, weights: dict[str, torch.Tensor]) -> None:
     """Put canonical full tensors into this rank's model, and into the optimizer's main weights."""
-    from bov_megatron.model.naming import local_from_full, local_parameters
+    from bov_megatron.model.naming import local_from_full
 
-    group = engine.model.pg_collection.tp
+    group = engine.chunks[0].pg_collection.tp
     with torch.no_grad():
-        for local in local_parameters(engine.model):
+        for local in engine.local_parameters():
             local.parameter.copy_(local_from_full(local, weights, group.rank(), group.size()))
     if engine.optimizer is not None:
         engine.optimizer.reload_model_params()
@@ -105,10 +105,10 @@ def gather_gradients(engine) -> dict[str, torch.Tensor]:
 
 def gather_full(engine, read) -> dict[str, torch.Tensor]:
     """What `read(parameter)` gives of each parameter of this pipeline stage, whole, by canonical name."""
-    from bov_megatron.model.naming import full_from_gathered, local_parameters
+    from bov_megatron.model.naming import full_from_gathered
 
-    full, group = {}, engine.model.pg_collection.tp
-    for local in local_parameters(engine.model):
+    full, group = {}, engine.chunks[0].pg_collection.tp
+    for local in engine.local_parameters():
         parts = [read(local.parameter).detach().clone()]
         if group.size() > 1:
             mine, parts = parts[0].contiguous(), [torch.empty_like(parts[0]) for _ in range(group.size())]

@@ -22,6 +22,7 @@ def _kept(recipe: Recipe) -> int:
     """Bytes of distinct tensors, parameters excluded, that autograd saves."""
     import torch
 
+    from bov_megatron.model import context_parallel
     from bov_megatron.model.decoder import BovModel
 
     model = BovModel(recipe)
@@ -40,7 +41,7 @@ def _kept(recipe: Recipe) -> int:
     shape = (recipe.train.micro_batch_size, recipe.model.sequence_length)
     ids = torch.randint(0, recipe.model.vocab_size, shape)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(ids, ids)
+        model(ids, context_parallel.take(ids, 1, model.pg_collection.cp))
     return sum(size for size, _ in kept.values())
 
 
@@ -77,6 +78,7 @@ def make_recipe(layers: int, source: str = "projection", **layout) -> Recipe:
 LAYOUTS = {
     "one": {},
     "tp2": {"tensor_model_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
     "tp2-sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
 }
 
@@ -84,6 +86,7 @@ LAYOUTS = {
 KEEPING_PROJECTED_VALUES = {"scaled_projection", "projection_plus_bank", "projection_plus_first_layer"}
 CASES = [(source, "one", "learned") for source in VALUE_SOURCES]
 CASES += [("bank", "tp2", "learned"), ("bank", "tp2-sp", "learned"), ("bank", "one", "fixed")]
+CASES += [("bank", "cp2", "learned"), ("projection_plus_bank", "cp2", "learned")]
 CASES += [("projection", "tp2-sp", "learned"), ("projection_plus_bank", "one", "fixed")]
 
 
@@ -92,12 +95,13 @@ def test_layer_keeps_what_the_plan_says(source, layout, coefficient):
     recipes = [make_recipe(layers, source, **LAYOUTS[layout]) for layers in (2, 4)]
     for recipe in recipes:
         recipe.model.value.coefficient = coefficient
-    tensor = recipes[0].parallel.tensor_model_parallel_size
+    parallel = recipes[0].parallel
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     planned = layer_activations(recipes[1], 1)
     if source == "projection" or (source in KEEPING_PROJECTED_VALUES and coefficient == "learned"):
         # Uncompiled, rotation copies q and k while their fused projection lives on: the kept values are a view into it.
-        planned += 2 * 256 * 2 * 128 * 4 // tensor
-    two, four = run_ranks(kept_for_backward, tensor, *(recipe.to_dict() for recipe in recipes))[0]
+        planned += 2 * 256 * 2 * 128 * 4 // tensor // context
+    two, four = run_ranks(kept_for_backward, tensor * context, *(recipe.to_dict() for recipe in recipes))[0]
     assert (four - two) / 2 == pytest.approx(planned, rel=0.02)
 
 
@@ -108,6 +112,13 @@ def test_full_recomputation_keeps_layer_inputs_only():
     assert (four - two) / 2 == pytest.approx(residual, rel=0.05)
     planned = [memory_by_stage(recipe, 1)[0]["activations"] for recipe in recipes]
     assert (planned[1] - planned[0]) / 2 == residual
+
+
+def test_recomputation_of_some_layers_keeps_the_others_whole():
+    recipes = [make_recipe(4, "bank", recompute="full", recompute_num_layers=number) for number in (1, 3)]
+    one, three = run_ranks(kept_for_backward, 1, *(recipe.to_dict() for recipe in recipes))[0]
+    planned = [memory_by_stage(recipe, 1)[0]["activations"] for recipe in recipes]
+    assert one - three == pytest.approx(planned[0] - planned[1], rel=0.02)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -163,6 +163,9 @@ def test_bad_override(overrides, message):
 
 TP2, TP4 = (f"parallel.tensor_model_parallel_size={size}" for size in (2, 4))
 PP2 = "parallel.pipeline_model_parallel_size=2"
+VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
+TP6 = "parallel.tensor_model_parallel_size=6"
+CP2 = "parallel.context_parallel_size=2"
 
 IMPOSSIBLE = [
     # naming
@@ -199,17 +202,47 @@ IMPOSSIBLE = [
     # layout
     (f"{TP4}", "num_attention_heads=6 is not divisible by parallel.tensor_model_parallel_size=4.*can be 1, 2, 3, 6"),
     (f"{TP2} model.num_query_groups=3", "model.num_query_groups=3 is not divisible by parallel.tensor_model_parallel"),
-    (f"{TP2} model.num_query_groups=1 model.value.table_partition=head", "fewer groups than ranks are not supported"),
+    (f"{TP2} model.num_query_groups=1 model.value.table_partition=head", "num_query_groups=1 is less than.*=2.*=vocab"),
+    (f"{TP2} model.num_query_groups=1 model.value.source=gated_value_embedding", "gates, one a group, do not divide"),
+    (
+        f"{TP6} model.num_query_groups=4 model.num_attention_heads=12 model.head_dim=64",
+        "tensor_model_parallel_size=6 is not divisible by model.num_query_groups=4.*num_query_groups can be 1, 2, 3, 6",
+    ),
+    (
+        f"{TP6} model.num_query_groups=1 model.head_dim=32",
+        "num_query_groups × model.head_dim=32 is not divisible by .*=6",
+    ),
     (f"{TP2} model.ffn_hidden_size=999", "model.ffn_hidden_size=999 is not divisible by parallel.tensor_model"),
     ("parallel.pipeline_model_parallel_size=5", "num_layers=12 is not divisible by .*pipeline.*=5.*1, 2, 3, 4, 6, 12"),
     ("parallel.tensor_model_parallel_size=0", "parallel.tensor_model_parallel_size=0: must be at least 1"),
     ("parallel.make_vocab_size_divisible_by=0", "make_vocab_size_divisible_by=0: must be at least 1"),
     ("parallel.recompute=ful", "parallel.recompute='ful' is unknown; did you mean 'full'"),
+    ("parallel.recompute_num_layers=2", "recompute_num_layers=2 needs parallel.recompute=full, found 'none'"),
+    ("parallel.recompute=full parallel.recompute_num_layers=0", "recompute_num_layers=0: must be between 1 and 12"),
+    (f"{PP2} parallel.recompute=full parallel.recompute_num_layers=7", "must be between 1 and 6, the layers of a"),
+    (f"{VPP2}", "virtual_pipeline_model_parallel_size=2 needs parallel.pipeline_model_parallel_size > 1, found 1"),
+    (f"{VPP2} {PP2} model.num_layers=10", "num_layers=10 is not divisible by .*pipeline.* × parallel.virtual.*=4"),
+    (f"{VPP2} {PP2} parallel.recompute=full parallel.recompute_num_layers=4", "must be between 1 and 3, the layers"),
+    (f"{PP2} parallel.pipeline_balance=tim", "parallel.pipeline_balance='tim' is unknown; did you mean 'time'"),
+    (f"{PP2} parallel.pipeline_layers=[12]", "pipeline_layers=.12.: needs 2 numbers, found 1"),
+    (f"{PP2} parallel.pipeline_layers=[5,6]", "add up to model.num_layers=12, found 11"),
+    (f"{PP2} parallel.pipeline_layers=[0,12]", "must be at least 1 each"),
+    (f"{PP2} parallel.pipeline_layers=[6,6] parallel.pipeline_balance=time", "are both set; set one of them"),
+    (f"{PP2} model.num_layers=1 parallel.pipeline_balance=time", "num_layers=1 is less than 2 pipeline stages"),
+    (f"{PP2} {VPP2} parallel.pipeline_balance=memory", "pipeline_balance=memory cannot be used with .*virtual.*=2"),
     ("parallel.sequence_parallel=true", "needs parallel.tensor_model_parallel_size > 1, found 1.*=false"),
     (f"{TP2} parallel.sequence_parallel=true model.sequence_length=2047", "sequence_length=2047 is not divisible by"),
-    ("parallel.context_parallel_size=2", "parallel.context_parallel_size=2 is not supported yet; use 1"),
     (
-        "parallel.context_parallel_size=2 model.sequence_length=2046",
+        f"{CP2} model.core_attention=flex",
+        "core_attention=flex attends to one rank's keys only.*context_parallel_size=2",
+    ),
+    (f"{CP2} model.core_attention=megatron", "core_attention=megatron attends.*use model.core_attention=auto"),
+    (
+        f"{CP2} {TP4} parallel.sequence_parallel=true model.num_attention_heads=8 model.sequence_length=2052",
+        "sequence_length=2052 / parallel.context_parallel_size=2 is not divisible by .*=4.*sequence_parallel=false",
+    ),
+    (
+        f"{CP2} model.sequence_length=2046",
         "sequence_length=2046 is not a multiple of 2 × par",
     ),
     (f"{PP2} model.value.table=shared", "model.value.table=shared would put copies.*pipeline_model_parallel_size=2"),
@@ -288,6 +321,10 @@ def test_world_size():
     assert [recipe.data_parallel_size(world) for world in (4, 16, 128)] == [1, 4, 32]
     with pytest.raises(RecipeError, match=r"world size 6 is not a multiple of 4 \(tensor 2 × pipeline 2 × context 1\)"):
         recipe.data_parallel_size(6)
+    interleaved = load_recipe(RECIPES / "780m_bov.yaml", [PP2, VPP2])
+    assert interleaved.data_parallel_size(64) == 16
+    with pytest.raises(RecipeError, match="takes micro-batches in groups of .*=2, but a step has 1 on each data-paral"):
+        interleaved.data_parallel_size(128)
     with pytest.raises(RecipeError, match="world size 0 is not a multiple of 4"):
         recipe.data_parallel_size(0)
     message = "global_batch_size=512 is not a multiple of train.micro_batch_size=16 × 64 .* = 1024; .* 1, 2, 4, 8$"

@@ -2,7 +2,7 @@
 
 Shapes: B micro-batch, T sequence length. Micro-batches are token ids `[B, T+1]`: inputs `[:, :-1]`, targets
 `[:, 1:]`. Every rank that shares a data-parallel rank is given the same micro-batches, on every pipeline stage:
-a stage that hosts a bank looks values up by token id.
+a stage that hosts a bank looks values up by token id. So is every context-parallel rank, which cuts its part out.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from bov_megatron.model import context_parallel
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
+from bov_megatron.model.naming import LocalParameter, local_parameters
 from bov_megatron.optim.optimizer import BovOptimizer
 from bov_megatron.parallel import cpu
 from bov_megatron.plan import total_steps
@@ -59,19 +61,33 @@ class MegatronEngine:
 
     def __init__(self, recipe: Recipe, with_optimizer: bool = True):
         self.recipe = recipe
-        self.model = BovModel(
-            recipe,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-        )
-        initialize_weights(self.model)
-        self.wrapped, self.optimizer = None, None
+        self.chunks = _build_chunks(recipe)
+        """This pipeline stage's model: one chunk, or several of an interleaved pipeline."""
+        self.wrapped, self.optimizer = [], None
         if with_optimizer:
             settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-            self.wrapped = DistributedDataParallel(self.model.config, settings, self.model)
-            self.model.config.no_sync_func = self.wrapped.no_sync
-            self.model.config.finalize_model_grads_func = finalize_model_grads
-            self.optimizer = BovOptimizer([self.wrapped], recipe, total_steps(recipe))
+            self.wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in self.chunks]
+            config = self.chunks[0].config  # the one that schedules read
+            no_sync = [wrapped.no_sync for wrapped in self.wrapped]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+            config.finalize_model_grads_func = finalize_model_grads
+            self.optimizer = BovOptimizer(self.wrapped, recipe, total_steps(recipe))
+
+    @property
+    def model(self) -> BovModel:
+        """This pipeline stage's model where it is one chunk, as it is unless the pipeline is interleaved."""
+        (chunk,) = self.chunks
+        return chunk
+
+    def local_parameters(self) -> list[LocalParameter]:
+        """Every parameter of this rank."""
+        return [local for chunk in self.chunks for local in local_parameters(chunk)]
+
+    def model_sharded_state_dict(self, metadata: dict) -> dict:
+        """This rank's weights for megatron.core.dist_checkpointing, by chunk; Megatron changes `metadata`."""
+        return {
+            str(number): chunk.sharded_state_dict(metadata=dict(metadata)) for number, chunk in enumerate(self.chunks)
+        }
 
     def train_step(self, micro_batches: Sequence[Tensor]) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step.
@@ -85,17 +101,18 @@ class MegatronEngine:
 
     def forward_backward(self, micro_batches: Sequence[Tensor]) -> float:
         """Leave the global batch's mean gradient in `main_grad`; return its mean loss in nats per token."""
-        self.wrapped.train()
-        self.wrapped.zero_grad_buffer()
+        for wrapped in self.wrapped:
+            wrapped.train()
+            wrapped.zero_grad_buffer()
 
         def mean_loss(labels_BT: Tensor, loss_BT: Tensor):
             loss = loss_BT.mean()
-            # The schedule divides `loss` by the number of micro-batches in place: keep a copy.
-            return loss, loss.detach().clone()
+            # The schedule multiplies by the context-parallel ranks and divides by the micro-batches, in place.
+            return loss / parallel_state.get_context_parallel_world_size(), loss.detach().clone()
 
         losses = self._run(self.wrapped, micro_batches, mean_loss, forward_only=False)
         return self._sum_over_data_parallel(losses, 1)[0] / (
-            len(micro_batches) * parallel_state.get_data_parallel_world_size()
+            len(micro_batches) * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         )
 
     @torch.no_grad()
@@ -107,7 +124,9 @@ class MegatronEngine:
             bytes_per_token: UTF-8 bytes of each token id, 0 for special tokens, `[vocab_size]`.
             counted: per micro-batch, True for the rows that count `[B]` (padding rows don't).
         """
-        self.model.eval()
+        for chunk in self.chunks:
+            chunk.eval()
+        micro_batches, counted = self._fill_groups(micro_batches, counted)
         masks = iter(counted)
 
         def sums(labels_BT: Tensor, loss_BT: Tensor):
@@ -115,28 +134,39 @@ class MegatronEngine:
             nats = (loss_BT.double() * (sizes > 0)).sum()
             return loss_BT.mean(), torch.stack([nats, sizes.sum().double(), (sizes > 0).sum().double()])
 
-        results = self._run(self.model, micro_batches, sums, forward_only=True)
+        results = self._run(self.chunks, micro_batches, sums, forward_only=True)
         nats, size, tokens = self._sum_over_data_parallel(results, 3)
         return ScoreResult(nats, int(size), int(tokens))
 
     def load_state(self, model_state: dict, optimizer_state: dict | None) -> None:
         """Take loaded weights and, with an optimizer, its state (see training/checkpoint.py)."""
-        self.model.load_state_dict(model_state)
+        for number, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(model_state[str(number)])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(optimizer_state)
 
-    def _run(self, model, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
+    def _fill_groups(self, micro_batches: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[list, list]:
+        """An interleaved pipeline takes micro-batches in groups of its stages: add some that count nothing."""
+        missing = -len(micro_batches) % self.recipe.parallel.pipeline_model_parallel_size
+        if len(self.chunks) == 1:
+            missing = 0
+        empty = torch.zeros_like(counted[-1])
+        return [*micro_batches, *[micro_batches[-1]] * missing], [*counted, *[empty] * missing]
+
+    def _run(self, chunks: list, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
         """Megatron's schedule over the micro-batches; what `loss_function(labels, losses)` gave beside the loss."""
+
+        group = parallel_state.get_context_parallel_group()
 
         def forward_step(iterator, chunk):
             ids = next(iterator).to(cpu.device(), non_blocking=True)
-            labels = ids[:, 1:].contiguous()
+            labels = context_parallel.take(ids[:, 1:], 1, group).contiguous()
             return chunk(ids[:, :-1].contiguous(), labels), functools.partial(loss_function, labels)
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=[model],
+            data_iterator=[iter(micro_batches) for _ in chunks],
+            model=chunks,
             num_microbatches=len(micro_batches),
             seq_length=self.recipe.model.sequence_length,
             micro_batch_size=micro_batches[0].size(0),
@@ -144,7 +174,7 @@ class MegatronEngine:
         )
 
     def _sum_over_data_parallel(self, results: list[Tensor], width: int) -> list[float]:
-        """Sum of the last stage's results over micro-batches and data-parallel ranks, on every rank."""
+        """Sum of the last stage's results over micro-batches, data- and context-parallel ranks, on every rank."""
         total = torch.zeros(width, dtype=torch.float64, device=cpu.device())
         if results:
             total += torch.stack(results).double().reshape(-1, width).sum(0)
@@ -153,3 +183,18 @@ class MegatronEngine:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
         return total.tolist()
+
+
+def _build_chunks(recipe: Recipe) -> list[BovModel]:
+    """This pipeline stage's model chunks, with initial weights."""
+    chunks = []
+    for number in range(recipe.parallel.virtual_pipeline_model_parallel_size):
+        chunk = BovModel(
+            recipe,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
+            vp_stage=None if recipe.parallel.virtual_stages is None else number,
+        )
+        initialize_weights(chunk)
+        chunks.append(chunk)
+    return chunks

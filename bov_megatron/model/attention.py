@@ -1,7 +1,8 @@
 """Megatron self-attention that takes its values from a value source.
 
 Shapes: S sequence, B batch, H hidden, N this rank's query heads, G its query groups, D head dimension.
-Under sequence parallelism hidden states are `[S/T, B, H]`; queries, keys and values are whole sequences.
+Under sequence parallelism hidden states are `[S/T, B, H]`; queries, keys and values are whole sequences. Under context
+parallelism S stands for this rank's part of the sequence; core attention alone sees all of it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.jit import jit_fuser
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -55,6 +57,8 @@ class ValueSourceAttention(Attention):
     ):
         super().__init__(config, submodules, layer_number, attn_mask_type, "self", cp_comm_type, pg_collection)
         self.model, self.keeps_values = model, keeps_values
+        # With fewer query groups than tensor-parallel ranks, consecutive ranks share a group's key and value.
+        self.ranks_per_group = max(self.tp_group.size() // model.kv_heads, 1)
         self.value_source = build_value_source(
             source, model, config.params_dtype, self.tp_group, vocab_size, config.sequence_parallel
         )
@@ -103,14 +107,23 @@ class ValueSourceAttention(Attention):
     def get_query_key_value_tensors(self, hidden_SBH: Tensor, *_, **__) -> tuple[Tensor, Tensor, Tensor | None]:
         """Query `[S, B, N, D]`, key `[S, B, G, D]` and, where the value source needs it, projected value."""
         mixed, _ = self.linear_qkv(hidden_SBH)
-        groups = mixed.unflatten(-1, (self.num_query_groups_per_partition, sum(self.split)))
-        query, key, *value = groups.split(self.split, dim=-1)
+        query, key, *value = self._own_groups(mixed, sum(self.split)).split(self.split, dim=-1)
         query = query.reshape(*query.shape[:2], -1, self.hidden_size_per_attention_head)
+        query = query.chunk(self.ranks_per_group, dim=2)[self.tp_group.rank() % self.ranks_per_group]
         return query, key, value[0] if value else None
 
     def _project_values(self, hidden_SBH: Tensor) -> Tensor:
         values, _ = self.linear_v(hidden_SBH)
-        return values.unflatten(-1, (self.num_query_groups_per_partition, -1))
+        return self._own_groups(values, self.hidden_size_per_attention_head)
+
+    def _own_groups(self, columns_SBC: Tensor, width: int) -> Tensor:
+        """This rank's query groups `[S, B, G, width]` from its columns of a projection."""
+        if self.ranks_per_group == 1:
+            return columns_SBC.unflatten(-1, (-1, width))
+        # Its columns are a part of one group's. Backward adds what every rank that shares the group contributes.
+        groups = all_gather_last_dim_from_tensor_parallel_region(columns_SBC, group=self.tp_group)
+        own = self.tp_group.rank() // self.ranks_per_group
+        return groups.unflatten(-1, (-1, width))[:, :, own : own + 1].contiguous()
 
 
 @jit_fuser
@@ -125,10 +138,10 @@ def rotate_and_normalise(x_SBND: Tensor, cos_sin: Tensor, scale: float) -> Tenso
     return rms_norm(rotated) * scale
 
 
-def rotary_cos_sin(length: int, head_dim: int, base: float, device) -> Tensor:
-    """Cosine and sine of every position's angles in fp32, `[2, S, 1, 1, D/2]`."""
-    channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), 1.0 / base ** (channels / head_dim))
+def rotary_cos_sin(positions_S: Tensor, head_dim: int, base: float) -> Tensor:
+    """Cosine and sine of each position's angles in fp32, `[2, S, 1, 1, D/2]`."""
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_S.device)
+    angles = torch.outer(positions_S.float(), 1.0 / base ** (channels / head_dim))
     return torch.stack((angles.cos(), angles.sin()))[:, :, None, None, :]
 
 

@@ -2,7 +2,8 @@
 
 A query at position i sees key j where `0 <= i - j <= window`.
 
-Shapes: S sequence, B batch, N this rank's query heads, G its query groups, D head dimension.
+Shapes: S sequence (under context parallelism this rank's part of it), B batch, N this rank's query heads, G its query
+groups, D head dimension.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from bov_megatron.model.context_parallel import gather_sequence, stretches
+
 
 class SdpaCoreAttention(torch.nn.Module):
     """torch's scaled_dot_product_attention; flash attention where torch has it for the device.
 
     Full-causal layers take the causal kernel. Windowed layers attend block by block (see `windowed_sdpa`), or
-    through FlexAttention on a GPU.
+    through FlexAttention on a GPU. Under context parallelism each rank gathers all keys and values, and its two
+    stretches of queries attend to those that they see, block by block.
     """
 
     def __init__(
@@ -30,17 +34,21 @@ class SdpaCoreAttention(torch.nn.Module):
         attn_mask_type,
         attention_type,
         window: int,
+        pg_collection,
         kernel: str = "auto",
         **megatron_options,
     ):
         super().__init__()
         self.window = window
+        self.cp_group = pg_collection.cp
         self.flex = kernel == "flex" or (kernel == "auto" and torch.cuda.is_available())
 
     def forward(
         self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask=None, **megatron_options
     ) -> Tensor:
         """Mixed values `[S, B, N·D]`. `attention_mask` is unused: causality and window are known."""
+        if self.cp_group.size() > 1:
+            return self._over_ranks(query_SBND, key_SBGD, value_SBGD)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
         length = query.size(2)
         grouped = query.size(1) != key.size(1)
@@ -54,28 +62,52 @@ class SdpaCoreAttention(torch.nn.Module):
             mixed = windowed_sdpa(query, key, value, self.window)
         return mixed.permute(2, 0, 1, 3).flatten(2)
 
+    def _over_ranks(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
+        """The same where queries, keys and values are this rank's part of the sequence."""
+        group = self.cp_group
+        both = gather_sequence(torch.stack((key_SBGD, value_SBGD), dim=1), group)
+        key, value = (x.permute(1, 2, 0, 3) for x in both.unbind(1))
+        query = query_SBND.permute(1, 2, 0, 3)
+        held = stretches(key.size(2), group.rank(), group.size())
+        window = min(self.window, key.size(2))
+        mixed = [
+            windowed_sdpa(queries, key, value, window, start)
+            for queries, (start, _) in zip(query.chunk(len(held), dim=2), held, strict=True)
+        ]
+        return torch.cat(mixed, dim=2).permute(2, 0, 1, 3).flatten(2)
 
-def windowed_sdpa(query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, window: int) -> Tensor:
+
+def windowed_sdpa(
+    query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, window: int, first_query: int = 0
+) -> Tensor:
     """Exact causal window attention in blocks of queries, each against just the keys that any of them sees: work
-    grows with S · 1.5·window instead of S², and nothing is copied on the way in. Returns `[B, N, S, D]`."""
+    grows with S · 1.5·window instead of S², and nothing is copied on the way in. Returns `[B, N, S, D]`.
+
+    Args:
+        first_query: position of the first query; the keys' positions begin at 0.
+    """
     grouped = query_BNSD.size(1) != key_BGSD.size(1)
-    block = max(window // 2, 1)  # measured on a CPU: faster than window or window / 4
-    visible = _band(block, window, query_BNSD.device)
+    # Half a window, measured on a CPU: faster than a window or a quarter of one.
+    block = min(max(window // 2, 1), query_BNSD.size(2))
+    mask = _band(block, window, query_BNSD.dtype, query_BNSD.device)
     mixed = []
-    for start, queries in zip(range(0, query_BNSD.size(2), block), query_BNSD.split(block, dim=2), strict=True):
+    starts = range(first_query, first_query + query_BNSD.size(2), block)
+    for start, queries in zip(starts, query_BNSD.split(block, dim=2), strict=True):
         first, stop = max(start - window, 0), start + queries.size(2)
         keys, values = key_BGSD[:, :, first:stop], value_BGSD[:, :, first:stop]
-        mask = visible[: stop - start, first - start + window : stop - start + window]
-        mixed.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped))
+        seen = mask[: stop - start, first - start + window : stop - start + window]
+        mixed.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, enable_gqa=grouped))
     return torch.cat(mixed, dim=2)
 
 
 @functools.lru_cache(maxsize=8)
-def _band(block: int, window: int, device: torch.device) -> Tensor:
-    """Keys visible to each query of a block, `[block, window + block]`; column 0 is `window` keys before the block."""
+def _band(block: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 where a query of a block sees a key, else -inf, `[block, window + block]`; column 0 is `window` keys before the
+    block. Not a boolean mask: torch would make one of these of it at each call, and keep it for the backward pass."""
     query = torch.arange(block, device=device).unsqueeze(1) + window
     key = torch.arange(window + block, device=device)
-    return (key <= query) & (query - key <= window)
+    hidden = (key > query) | (query - key > window)
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 @functools.lru_cache(maxsize=1)

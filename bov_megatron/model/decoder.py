@@ -1,6 +1,7 @@
 """The paper's decoder on Megatron-core's GPTModel: smear, weightless norms, soft-capped logits, value sources.
 
-Shapes: B batch, S sequence, H hidden, V vocabulary (padded), T tensor-parallel ranks.
+Shapes: B batch, S sequence, s this context-parallel rank's part of it (all of it without context parallelism),
+H hidden, V vocabulary (padded), T tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from torch import Tensor
 
+from bov_megatron.model import context_parallel
 from bov_megatron.model.attention import rotary_cos_sin
 from bov_megatron.model.naming import tag_parameters
 from bov_megatron.model.norm import rms_norm
@@ -25,7 +27,7 @@ from bov_megatron.recipe import SOURCES_READING_EMBEDDING, SOURCES_WITH_TABLE, R
 class Smear(torch.nn.Module):
     """Mixes each token with the one before: `x[t] += scale · sigmoid(gate · x[t, :24]) · x[t-1]`, t ≥ 1.
 
-    Takes the whole sequence: it runs before sequence parallelism splits it, so no rank needs a neighbour's token.
+    Runs before sequence parallelism splits the sequence, so no rank needs a neighbour's token.
     """
 
     def __init__(self, dtype: torch.dtype):
@@ -40,7 +42,7 @@ class Smear(torch.nn.Module):
 
 
 class BovModel(GPTModel):
-    """One pipeline stage of the decoder (or all of it).
+    """One pipeline stage of the decoder, or one model chunk of it (or all).
 
     Weights are uninitialised: call model.initialization.initialize_weights, or load a checkpoint.
 
@@ -48,6 +50,7 @@ class BovModel(GPTModel):
         recipe: the run; `recipe.model` says what to compute, `recipe.parallel` how it is laid out.
         pre_process: whether this stage embeds tokens.
         post_process: whether this stage makes logits.
+        vp_stage: number of the model chunk in an interleaved pipeline.
     """
 
     def __init__(
@@ -75,45 +78,55 @@ class BovModel(GPTModel):
             self.value_table = new_table(recipe.model, config.params_dtype, self.pg_collection.tp, self.vocab_size)
         tag_parameters(self)
 
-    def forward(self, ids_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+    def forward(self, ids_BS: Tensor, labels_Bs: Tensor | None = None) -> Tensor:
         """One micro-batch through this stage.
 
         Args:
-            ids_BS: token ids, on every stage that hosts a bank, not only the first.
-            labels_BS: next tokens.
+            ids_BS: token ids of whole sequences, on every stage that hosts a bank, not only the first.
+            labels_Bs: next tokens of this context-parallel rank's positions.
 
         Returns:
-            Before the last stage: hidden states `[S, B, H]`. On the last: loss per token in nats `[B, S]`, or
-            without labels soft-capped fp32 logits of this rank's vocabulary `[B, S, V/T]`.
+            Before the last stage: hidden states `[s, B, H]`. On the last: loss per token in nats `[B, s]`, or
+            without labels soft-capped fp32 logits of this rank's vocabulary `[B, s, V/T]`.
         """
         hidden = self._embed(ids_BS) if self.pre_process else None
-        model = self.recipe.model
+        model, group = self.recipe.model, self.pg_collection.cp
+        positions_s = context_parallel.positions(ids_BS.size(1), group, ids_BS.device)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            context=self._carried(ids_BS, hidden),
-            rotary_pos_emb=rotary_cos_sin(ids_BS.size(1), model.kv_channels, model.rotary_base, ids_BS.device),
+            context=self._carried(context_parallel.take(ids_BS, 1, group), hidden),
+            rotary_pos_emb=rotary_cos_sin(positions_s, model.kv_channels, model.rotary_base),
         )
         if not self.post_process:
             return hidden
         logits_SBV, _ = self.output_layer(hidden)
         logits_SBV = self._hide_padding(soft_cap(logits_SBV, model.logit_softcap))
-        if labels_BS is None:
+        if labels_Bs is None:
             return logits_SBV.transpose(0, 1).contiguous()
-        return self.compute_language_model_loss(labels_BS, logits_SBV)
+        return self.compute_language_model_loss(labels_Bs, logits_SBV)
 
     def _embed(self, ids_BS: Tensor) -> Tensor:
-        """The decoder's input x0, `[S, B, H]`, or this rank's chunk of it under sequence parallelism."""
-        x_SBH = self.smear(rms_norm(self.embedding(input_ids=ids_BS, position_ids=None)))
-        if self.config.sequence_parallel:
-            x_SBH = scatter_to_sequence_parallel_region(x_SBH, group=self.pg_collection.tp)
-        return x_SBH
+        """The decoder's input x0, `[s, B, H]`, or this rank's chunk of it under sequence parallelism.
 
-    def _carried(self, ids_BS: Tensor, x0: Tensor | None) -> Tensor | None:
+        Smear looks one token back: a stretch that begins inside the sequence is embedded with the token before it.
+        """
+        group = self.pg_collection.cp
+        held = context_parallel.stretches(ids_BS.size(1), group.rank(), group.size())
+        before = [min(start, 1) for start, _ in held]
+        ids = torch.cat([ids_BS[:, start - n : stop] for n, (start, stop) in zip(before, held, strict=True)], dim=1)
+        x = rms_norm(self.embedding(input_ids=ids, position_ids=None))
+        parts = x.split([n + stop - start for n, (start, stop) in zip(before, held, strict=True)])
+        x_sBH = torch.cat([self.smear(part)[n:] for n, part in zip(before, parts, strict=True)])
+        if self.config.sequence_parallel:
+            x_sBH = scatter_to_sequence_parallel_region(x_sBH, group=self.pg_collection.tp)
+        return x_sBH
+
+    def _carried(self, ids_Bs: Tensor, x0: Tensor | None) -> Tensor | None:
         """What travels beside the hidden states from the first layer on; see value_sources.py."""
         source = self.recipe.model.value.source
         if source in SOURCES_WITH_TABLE:
-            return ids_BS if self.value_table is None else self.value_table(ids_BS)
+            return ids_Bs if self.value_table is None else self.value_table(ids_Bs)
         return x0 if source in SOURCES_READING_EMBEDDING else None
 
     def _hide_padding(self, logits_SBV: Tensor) -> Tensor:

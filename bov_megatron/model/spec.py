@@ -18,7 +18,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from bov_megatron.model.attention import ValueSourceAttention, ValueSourceLayer
 from bov_megatron.model.core_attention import MegatronCoreAttention, SdpaCoreAttention
 from bov_megatron.model.norm import WeightlessRMSNorm
-from bov_megatron.recipe import SOURCES_READING_FIRST_LAYER, ModelConfig, Recipe
+from bov_megatron.pipeline_layout import megatron_layout
+from bov_megatron.recipe import SOURCES_READING_FIRST_LAYER, ModelConfig, ParallelConfig, Recipe
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:
@@ -40,15 +41,18 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         normalization="RMSNorm",
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_stages,
+        pipeline_model_parallel_layout=megatron_layout(recipe),
+        # Interleaved, batched messages of two stages pair up wrongly: gradients come out wrong without an error.
+        overlap_p2p_comm=layout.virtual_stages is not None,
+        batch_p2p_comm=layout.virtual_stages is None,
         context_parallel_size=layout.context_parallel_size,
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=bf16,
         deterministic_mode=recipe.train.deterministic,
-        recompute_granularity=None if layout.recompute == "none" else layout.recompute,
-        recompute_method="uniform" if layout.recompute == "full" else None,
-        recompute_num_layers=1 if layout.recompute == "full" else None,
+        **_recomputation(layout),
         perform_initialization=False,  # model/initialization.py does it, independent of the layout
         use_cpu_initialization=not torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
@@ -60,8 +64,20 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     )
 
 
+def _recomputation(layout: ParallelConfig) -> dict:
+    """Megatron's three fields. Its `block` method recomputes the first layers of a stage, one at a time."""
+    if layout.recompute != "full":
+        return {"recompute_granularity": None if layout.recompute == "none" else layout.recompute}
+    method = "uniform" if layout.recompute_num_layers is None else "block"
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": method,
+        "recompute_num_layers": layout.recompute_num_layers or 1,
+    }
+
+
 def block_spec(recipe: Recipe, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Specs of the layers that this rank's pipeline stage holds."""
+    """Specs of the layers that this rank's pipeline stage holds, or its model chunk `vp_stage`."""
     first = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
     layers = [layer_spec(recipe.model, first + i, recipe.padded_vocab_size()) for i in range(count)]

@@ -1,7 +1,7 @@
 """The Bank of Values: a table of value rows, looked up by token id, split over tensor-parallel ranks.
 
 Shapes: B batch, S sequence, V vocabulary (padded), G query groups, D head dimension, K = G·D (`kv_dim`),
-T tensor-parallel ranks. A lookup returns this rank's groups: `[S, B, G/T, D]`.
+T tensor-parallel ranks. A lookup returns this rank's groups: `[S, B, G/T, D]` (of fewer groups than ranks, one).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_last_dim_to_tensor_parallel_region,
     scatter_to_tensor_model_parallel_region,
@@ -23,7 +24,8 @@ class ValueTable(torch.nn.Module):
 
     Args:
         vocab_size: padded vocabulary V; a multiple of the tensor-parallel size.
-        num_groups: query groups G of the whole layer; a multiple of the tensor-parallel size.
+        num_groups: query groups G of the whole layer; a multiple of the tensor-parallel size, or a divisor of it
+            (with `partition="vocab"`), and then consecutive ranks share a group.
         head_dim: D.
         partition: `vocab`: this rank owns rows `[rank·V/T, (rank+1)·V/T)` and a lookup communicates;
             `head`: it owns all rows of its own groups' columns and a lookup needs no traffic.
@@ -35,7 +37,7 @@ class ValueTable(torch.nn.Module):
     def __init__(self, vocab_size: int, num_groups: int, head_dim: int, partition: str, lookup: str, dtype, tp_group):
         super().__init__()
         self.tp_group, self.partition, self.lookup = tp_group, partition, lookup
-        self.head_dim = head_dim
+        self.head_dim, self.ranks_per_group = head_dim, max(tp_group.size() // num_groups, 1)
         size, rank = tp_group.size(), tp_group.rank()
         kv_dim = num_groups * head_dim
         rows, columns = (vocab_size // size, kv_dim) if partition == "vocab" else (vocab_size, kv_dim // size)
@@ -61,12 +63,22 @@ class ValueTable(torch.nn.Module):
         Every variant is a sum followed by a scatter whose backward gathers: a plain slice after an all-reduce
         would leave each rank with its own columns' gradient only.
         """
+        if self.ranks_per_group > 1:
+            return self._combine_shared(partial_SBK)
         if self.lookup == "reduce_scatter":
             return reduce_scatter_last_dim_to_tensor_parallel_region(partial_SBK, group=self.tp_group)
         if self.lookup == "all_to_all":
             return _SumByAllToAll.apply(partial_SBK, self.tp_group)
         summed_SBK = reduce_from_tensor_model_parallel_region(partial_SBK.contiguous(), group=self.tp_group)
         return scatter_to_tensor_model_parallel_region(summed_SBK, group=self.tp_group)
+
+    def _combine_shared(self, partial_SBK: Tensor) -> Tensor:
+        """Sum the ranks' partial rows and keep the one group that this rank shares with others, whatever `lookup`: a
+        rank's equal share of the columns would be less than a group. Backward sums over the ranks again."""
+        summed_SBK = reduce_from_tensor_model_parallel_region(partial_SBK.contiguous(), group=self.tp_group)
+        summed_SBK = copy_to_tensor_model_parallel_region(summed_SBK, group=self.tp_group)
+        group = self.tp_group.rank() // self.ranks_per_group
+        return summed_SBK.narrow(-1, group * self.head_dim, self.head_dim).contiguous()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         # The padded vocabulary, and so the global shape, differs between tensor-parallel sizes.

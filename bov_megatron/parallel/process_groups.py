@@ -45,6 +45,7 @@ def initialize(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_stages,
         context_parallel_size=layout.context_parallel_size,
         create_gloo_process_groups=False,
     )

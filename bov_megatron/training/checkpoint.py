@@ -197,7 +197,7 @@ def _compare(stored: dict, now: dict, where: str, free: set[str], path: Path, re
 
 
 def _sharded_state(engine: MegatronEngine) -> dict[str, Any]:
-    model = engine.model.sharded_state_dict(metadata=_metadata())
+    model = engine.model_sharded_state_dict(_metadata())
     state: dict[str, Any] = {"model": model}
     if engine.optimizer is not None:
         state["optimizer"] = engine.optimizer.sharded_state_dict(model)

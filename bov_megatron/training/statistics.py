@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from bov_megatron.engines.megatron import MegatronEngine
-from bov_megatron.model.naming import LocalParameter, local_parameters
+from bov_megatron.model.naming import LocalParameter
 
 _COLUMNS = ("squares", "rows", "touched")
 
@@ -19,7 +19,7 @@ def coefficient_values(engine: MegatronEngine) -> dict[str, float]:
     values = torch.zeros(2, model.num_layers, dtype=torch.float64, device=_device(engine))
     present = torch.zeros_like(values)
     kinds = ("coefficient", "projection_coefficient")
-    for local in local_parameters(engine.model):
+    for local in engine.local_parameters():
         spec = local.specs[0]
         if spec.kind in kinds and _first_tensor_rank():
             values[kinds.index(spec.kind), spec.layer] = local.parameter.double().item()
@@ -37,7 +37,7 @@ def table_statistics(engine: MegatronEngine) -> dict[str, float]:
     model = engine.recipe.model
     layers = model.num_layers
     sums = torch.zeros(layers + 1, len(_COLUMNS), dtype=torch.float64, device=_device(engine))
-    for local in local_parameters(engine.model):
+    for local in engine.local_parameters():
         if local.specs[0].kind == "table":
             index = layers if local.specs[0].layer is None else local.specs[0].layer
             sums[index] += _table_sums(local, engine)
@@ -74,4 +74,4 @@ def _sum_over_model(values: torch.Tensor) -> None:
 
 
 def _device(engine: MegatronEngine) -> torch.device:
-    return next(engine.model.parameters()).device
+    return next(engine.chunks[0].parameters()).device

@@ -12,6 +12,8 @@ TP2, TP4, PP2 = (
     {"tensor_model_parallel_size": 4},
     {"pipeline_model_parallel_size": 2},
 )
+VPP2 = {"virtual_pipeline_model_parallel_size": 2}
+CP2, CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
 SP, FULL, SELECTIVE = {"sequence_parallel": True}, {"recompute": "full"}, {"recompute": "selective"}
 LAYOUTS = {
     "tp2": (2, TP2),
@@ -22,12 +24,27 @@ LAYOUTS = {
     "pp2-tp2-sp-full": (4, {**PP2, **TP2, **SP, **FULL}),
     "pp2-full": (2, {**PP2, **FULL}),
     "full": (1, FULL),
+    "full-of-2": (1, {**FULL, "recompute_num_layers": 2}),
+    "pp2-full-of-1": (2, {**PP2, **FULL, "recompute_num_layers": 1}),
     "selective": (1, SELECTIVE),
     "tp2-selective": (2, {**TP2, **SELECTIVE}),
     "dp2": (2, {}),
     "dp2-replicated-optimizer": (2, {"use_distributed_optimizer": False}),
     "dp2-tp2": (4, TP2),
     "dp2-pp2": (4, PP2),
+    "vpp2": (2, {**PP2, **VPP2}),
+    "pp2-uneven": (2, {**PP2, "pipeline_layers": [1, 3]}),
+    "pp3-by-time": (3, {"pipeline_model_parallel_size": 3, "pipeline_balance": "time"}),
+    "pp3-by-memory": (3, {"pipeline_model_parallel_size": 3, "pipeline_balance": "memory"}),
+    "vpp2-tp2-sp-full": (4, {**PP2, **VPP2, **TP2, **SP, **FULL}),
+    "vpp2-dp2": (4, {**PP2, **VPP2}),
+    "vpp2-cp2": (4, {**PP2, **VPP2, **CP2}),
+    "cp2": (2, CP2),
+    "cp4": (4, CP4),
+    "cp2-tp2-sp": (4, {**CP2, **TP2, **SP}),
+    "cp2-pp2-full": (4, {**CP2, **PP2, **FULL}),
+    "cp2-dp2": (4, CP2),
+    "cp2-selective": (2, {**CP2, **SELECTIVE}),
 }
 
 
@@ -63,6 +80,11 @@ def test_every_value_source_over_tensor_parallel_ranks(source):
 
 
 @pytest.mark.parametrize("source", [s for s in VALUE_SOURCES if s not in ("projection", "bank")])
+def test_every_value_source_over_context_parallel_ranks(source):
+    check(source, *LAYOUTS["cp2"])
+
+
+@pytest.mark.parametrize("source", [s for s in VALUE_SOURCES if s not in ("projection", "bank")])
 def test_every_value_source_recomputed(source):
     check(source, *LAYOUTS["full"])
 
@@ -77,5 +99,45 @@ def test_shared_table(source):
     check(source, *LAYOUTS["tp2-sp"], table="shared")
 
 
-def test_micro_batch_of_two():
-    check("bank", *LAYOUTS["tp2"], micro_batch_size=2)
+def test_shared_table_over_context_parallel_ranks():
+    check("bank", *LAYOUTS["cp2"], table="shared")
+
+
+SHARED_GROUPS = [
+    # query groups, layout, value source, its options
+    (2, TP4, "bank", {}),
+    (1, TP4, "bank", {}),
+    (1, {**TP2, **SP}, "bank", {}),
+    (1, {**TP2, **CP2}, "bank", {}),
+    # No gamma: one of this model's gradients is a sum of terms that nearly cancel.
+    (2, TP4, "bank", {"table": "shared", "coefficient": "fixed"}),
+    (2, TP4, "projection", {}),
+    (2, {**TP4, **SP}, "projection_plus_bank", {}),
+    (2, TP4, "projection_plus_embedding", {}),
+    (2, TP4, "projection_plus_first_layer", {}),
+]
+
+
+@pytest.mark.parametrize("groups, layout, source, value", SHARED_GROUPS)
+def test_fewer_query_groups_than_tensor_parallel_ranks(groups, layout, source, value):
+    model = small_model(num_query_groups=groups, value=ValueConfig(source=source, **value))
+    expected_losses, expected_gradients = train_on_layout(small_recipe(model), 1)
+    recipe = small_recipe(model, **layout)
+    losses, gradients = train_on_layout(recipe, recipe.parallel.model_parallel_size)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    error, worst = worst_gradient(gradients, expected_gradients)
+    assert error < 1e-5, f"gradient of {worst} is off by {error:.1e}"
+
+
+def test_uneven_interleaved_pipeline():
+    model = small_model(num_layers=6, value=ValueConfig(source="bank"))
+    expected_losses, expected_gradients = train_on_layout(small_recipe(model), 1)
+    recipe = small_recipe(model, **PP2, **VPP2, pipeline_layers=[1, 2, 2, 1])
+    losses, gradients = train_on_layout(recipe, 2)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert worst_gradient(gradients, expected_gradients)[0] < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["tp2", "cp2"])
+def test_micro_batch_of_two(layout):
+    check("bank", *LAYOUTS[layout], micro_batch_size=2)

@@ -4,10 +4,7 @@ A trap is a function that makes the mistake in a rank's own modules. What it bre
 with untouched code, beside the same layout untouched; so these tests show that the parity tests can fail.
 
 Mistakes that cannot be made here, and why:
-- interleaved pipelines' message order, one iterator per chunk: the recipe has no virtual stages;
-- context parallelism's masks, its share of the loss, smear at its borders: the recipe refuses context_parallel_size > 1
-  (tests/test_recipe.py);
-- sources that read the first stage on a later one, fewer query groups than ranks: refused too (tests/test_recipe.py);
+- sources that read the first stage on a later one: refused (tests/test_recipe.py);
 - rates lost in Megatron's parameter-group overrides, optimizer state under its `dp_reshardable` format: the
   optimizer is not Megatron's;
 - a 0-dim gamma: the optimizer refuses one (tests/optim);
@@ -126,6 +123,64 @@ def smear_after_the_split():
     BovModel._embed = embed
 
 
+def smear_after_the_zigzag():
+    """The first token of each of a context-parallel rank's two stretches has no neighbour."""
+    from bov_megatron.model import context_parallel
+    from bov_megatron.model.decoder import BovModel
+    from bov_megatron.model.norm import rms_norm
+
+    def embed(self, ids_BS):
+        ids = context_parallel.take(ids_BS, 1, self.pg_collection.cp)
+        return self.smear(rms_norm(self.embedding(input_ids=ids, position_ids=None)))
+
+    BovModel._embed = embed
+
+
+def angles_from_zero_on_each_rank():
+    from bov_megatron.model import context_parallel
+
+    positions = context_parallel.positions
+    context_parallel.positions = lambda length, group, device: positions(length, group, device).argsort()
+
+
+def keys_gathered_in_rank_order():
+    """Queries of one rank then see keys that come after them."""
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+    from bov_megatron.model import core_attention
+
+    core_attention.gather_sequence = lambda part, group: gather_from_sequence_parallel_region(part, group=group)
+
+
+def local_mean_as_the_loss():
+    """The schedule multiplies by the context-parallel ranks what the gradients' mean doesn't divide by them again."""
+    from bov_megatron.engines.megatron import MegatronEngine
+
+    run = MegatronEngine._run
+
+    def undivided(self, model, micro_batches, loss_function, forward_only):
+        def mean(labels, losses):
+            return losses.mean(), loss_function(labels, losses)[1]
+
+        return run(self, model, micro_batches, mean, forward_only)
+
+    MegatronEngine._run = undivided
+
+
+def batched_messages_when_interleaved():
+    """Megatron's defaults; two stages, each of them the other's next and previous one, mix them up."""
+    from bov_megatron.model import decoder
+
+    configure = decoder.transformer_config
+
+    def batched(recipe):
+        config = configure(recipe)
+        config.overlap_p2p_comm, config.batch_p2p_comm = False, True
+        return config
+
+    decoder.transformer_config = batched
+
+
 def padding_in_the_loss():
     """Rows of the vocabulary that are no tokens take part in the softmax; how many depends on the layout."""
     from bov_megatron.model.decoder import BovModel
@@ -207,6 +262,11 @@ TRAPS = [
     (gamma_without_copy_to, "tp2", "bank", {}, "source_coefficient.* differs between ranks", None),
     (gate_without_copy_to, "tp2", "gated_value_embedding", {}, "smear.gate.* differs between ranks", None),
     (smear_after_the_split, "tp2-sp", "bank", {}, "smear.gate.* differs between ranks", None),
+    (smear_after_the_zigzag, "cp2", "bank", {}, "gradients", 1e-3),
+    (angles_from_zero_on_each_rank, "cp2", "bank", {}, "gradients", 0.1),
+    (keys_gathered_in_rank_order, "cp2", "bank", {}, "gradients", 0.1),
+    (local_mean_as_the_loss, "cp2", "bank", {}, "gradients", 0.9),
+    (batched_messages_when_interleaved, "vpp2", "bank", {}, "gradients", 0.3),
     (padding_in_the_loss, "tp2", "bank", {}, "losses", 0.01),
     (loss_logged_without_a_copy, "dp2", "bank", {}, "losses", 0.4),
     (table_taken_for_a_matrix, "tp2", "bank", {}, "updates", 0.3),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bov_megatron.model.context_parallel import stretches
 from bov_megatron.model.core_attention import windowed_sdpa
 
 
@@ -17,9 +18,29 @@ def test_windows_equal_plain_attention_with_a_mask(length, window, groups):
     mixed = windowed_sdpa(query, key, value, window)
     gradients = torch.autograd.grad(mixed, (query, key, value), grad)
 
+    expected = plain_attention(query, key, value, window)
+    torch.testing.assert_close(mixed, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, (query, key, value), grad))
+
+
+def plain_attention(query, key, value, window):
+    length, groups = key.size(2), key.size(1)
     distance = torch.arange(length)[:, None] - torch.arange(length)
     wide_key, wide_value = (x.repeat_interleave(4 // groups, 1) for x in (key, value))
     scores = (query @ wide_key.mT / 4).masked_fill((distance < 0) | (distance > window), float("-inf"))
-    expected = scores.softmax(-1) @ wide_value
-    torch.testing.assert_close(mixed, expected)
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected, (query, key, value), grad))
+    return scores.softmax(-1) @ wide_value
+
+
+@pytest.mark.parametrize("window", [384, 128, 7])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_stretches_of_queries_see_their_own_windows(window, ranks):
+    """Each context-parallel rank's two stretches of queries, against all keys; together, the whole sequence."""
+    generator = torch.Generator().manual_seed(ranks)
+    query, key, value = (torch.randn(2, n, 384, 16, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
+    expected, seen = plain_attention(query, key, value, window), []
+    for rank in range(ranks):
+        for start, stop in stretches(384, rank, ranks):
+            mixed = windowed_sdpa(query[:, :, start:stop], key, value, window, start)
+            torch.testing.assert_close(mixed, expected[:, :, start:stop])
+            seen += range(start, stop)
+    assert sorted(seen) == list(range(384))

@@ -25,8 +25,9 @@ def golden_rank(rank: int, world_size: int, name: str, sequence_parallel: bool):
     process_groups.initialize(recipe, rank, world_size)
     engine = MegatronEngine(recipe)
     load_weights(engine, golden.weights)
-    engine.wrapped.zero_grad_buffer()
-    loss = engine.wrapped(golden.tokens, golden.targets).mean()
+    (wrapped,) = engine.wrapped
+    wrapped.zero_grad_buffer()
+    loss = wrapped(golden.tokens, golden.targets).mean()
     loss.backward()
     gradients = gather_gradients(engine)
     with torch.no_grad():

@@ -18,12 +18,17 @@ LAYOUTS = {
     "dp2": (2, {}),
     "dp4": (4, {}),
     "tp2-dp2": (4, {"tensor_model_parallel_size": 2}),
+    "pp2-uneven": (2, {"pipeline_model_parallel_size": 2, "pipeline_layers": [3, 1]}),
+    "vpp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    "cp2": (2, {"context_parallel_size": 2}),
+    "cp2-tp2": (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2}),
 }
 """The vocabulary of 96 pads to 128 · TP rows, so most pairs of these differ in their tensors' shapes."""
 
 
-def recipe_of(layout: str, source: str, optimizer: str, precision: str = "fp32") -> Recipe:
-    recipe = small_recipe(small_model(value=ValueConfig(source=source)), precision=precision, **LAYOUTS[layout][1])
+def recipe_of(layout: str, source: str, optimizer: str, precision: str = "fp32", groups: int = 4) -> Recipe:
+    model = small_model(num_query_groups=groups, value=ValueConfig(source=source))
+    recipe = small_recipe(model, precision=precision, **LAYOUTS[layout][1])
     recipe.optimizer = OptimizerConfig(
         name=optimizer, warmup_steps=0, reference_batch_tokens=None, reference_parameters=None
     )
@@ -78,7 +83,10 @@ def saved(tmp_path_factory):
 
 
 FROM_TP2_DP2 = [
-    *[("bank", "muon", "fp32", layout) for layout in ("one rank", "tp4", "pp2", "dp2", "dp4", "tp2")],
+    *[
+        ("bank", "muon", "fp32", layout)
+        for layout in ("one rank", "tp4", "pp2", "dp2", "dp4", "tp2", "cp2", "vpp2", "pp2-uneven")
+    ],
     *[("projection", "muon", "fp32", layout) for layout in ("one rank", "tp4", "pp2")],
     *[("bank", "adamw", "fp32", layout) for layout in ("dp4", "pp2-tp2")],
     ("bank", "muon", "bf16", "pp2"),
@@ -91,13 +99,32 @@ def test_saved_over_four_ranks(saved, source, optimizer, precision, layout):
     check(saved, "tp2-dp2", source, optimizer, precision, layout)
 
 
+@pytest.mark.parametrize("layout", ["one rank", "dp2"])
+def test_saved_over_context_parallel_ranks(saved, layout):
+    check(saved, "cp2-tp2", "bank", "muon", "fp32", layout)
+
+
+@pytest.mark.parametrize("layout", ["one rank", "pp2-uneven"])
+def test_saved_by_an_interleaved_pipeline(saved, layout):
+    check(saved, "vpp2", "bank", "muon", "fp32", layout)
+
+
+def test_saved_by_an_uneven_pipeline(saved):
+    check(saved, "pp2-uneven", "bank", "muon", "fp32", "tp2")
+
+
 @pytest.mark.parametrize("layout", ["one rank", "tp2-dp2"])
 def test_saved_by_a_pipeline(saved, layout):
     check(saved, "pp2", "bank", "muon", "fp32", layout)
 
 
-def check(saved, layout, source, optimizer, precision, target):
-    model = (source, optimizer, precision)
+@pytest.mark.parametrize("layout", ["one rank", "tp2-dp2"])
+def test_saved_by_ranks_that_share_query_groups(saved, layout):
+    check(saved, "tp4", "projection_plus_bank", "muon", "fp32", layout, groups=2)
+
+
+def check(saved, layout, source, optimizer, precision, target, groups=4):
+    model = (source, optimizer, precision, groups)
     folder, expected = saved(layout, *model)
     losses = run_ranks(loading_rank, LAYOUTS[target][0], recipe_of(target, *model).to_dict(), folder)[0]
     # The first loss shows the weights, later ones the optimizer's state. AdamW's updates agree to rounding; Muon's bf16

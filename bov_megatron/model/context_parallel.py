@@ -1,0 +1,60 @@
+"""Context parallelism: a sequence split over ranks, and put together again where attention needs all of it.
+
+The sequence is cut into 2C equal chunks, and rank r of C holds chunks r and 2C-1-r ("zigzag"): a late chunk, whose
+queries see many keys, goes with an early one, so that causal attention is the same work on every rank. Every rank is
+given whole samples, so ids and labels are cut, not communicated.
+
+Shapes: S sequence, C context-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def stretches(length: int, rank: int, size: int) -> list[tuple[int, int]]:
+    """Positions that a rank holds, as `[start, stop)` in the order it holds them; of one rank, all."""
+    if size == 1:
+        return [(0, length)]
+    chunk = length // (2 * size)
+    return [(n * chunk, (n + 1) * chunk) for n in (rank, 2 * size - 1 - rank)]
+
+
+def take(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """This rank's positions of a tensor that has all of them along `dim`."""
+    parts = [whole.narrow(dim, a, b - a) for a, b in stretches(whole.size(dim), group.rank(), group.size())]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def positions(length: int, group: dist.ProcessGroup, device) -> Tensor:
+    """Positions in the whole sequence of what this rank holds, `[S/C]`."""
+    return take(torch.arange(length, device=device), 0, group)
+
+
+def gather_sequence(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All positions, in order, from each rank's part: `[S/C, …]` -> `[S, …]`.
+
+    An all-gather; backward, a reduce-scatter: every rank's queries add to every key's gradient.
+    """
+    return _GatherSequence.apply(part, group)
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part, group):
+        ctx.group, size = group, group.size()
+        by_rank = part.new_empty(size * part.size(0), *part.shape[1:])
+        dist.all_gather_into_tensor(by_rank, part.contiguous(), group=group)
+        early, late = by_rank.unflatten(0, (size, 2, -1)).unbind(1)
+        return torch.cat((early, late.flip(0))).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        size = ctx.group.size()
+        early, late = grad.unflatten(0, (2, size, -1))
+        by_rank = torch.stack((early, late.flip(0)), dim=1).flatten(0, 2)
+        own = by_rank.new_empty(by_rank.size(0) // size, *by_rank.shape[1:])
+        dist.reduce_scatter_tensor(own, by_rank, group=ctx.group)
+        return own, None
