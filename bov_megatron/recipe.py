@@ -315,6 +315,8 @@ class CheckpointConfig:
     """Newest checkpoints kept; older ones are deleted."""
     keep_every: int = 0
     """Kept as well, for good: checkpoints of steps that this divides; 0 means none."""
+    asynchronous: bool = False
+    """Write while training goes on, which then stalls for a copy in host memory only. Linux."""
 
 
 @dataclass

@@ -244,29 +244,25 @@ class Checkpoints(Callback):
     """Saves every `interval` steps, at the end, and when the run is told to stop. Comes last: whatever the step wrote
     is then on disk.
 
-    A save that fails is said and tried again at the next interval; a run whose last save failed raises TrainingError.
+    With `checkpoint.asynchronous`, a save is written while the next steps run, and finished at the first step boundary
+    at which all ranks have written, before the next save, or at the end. A save that fails is said and tried again at
+    the next interval; a run whose last save failed raises TrainingError.
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig):
-        self.run_dir, self.config, self.failure = run_dir, config, None
+        self.run_dir, self.config = run_dir, config
+        self.pending: checkpoint.PendingSave | None = None
+        self.failure: str | None = None
 
     def after_step(self, trainer, record):
-        if not trainer.stopping and not trainer.is_due(self.config.interval):
-            return
-        try:
-            checkpoint.save(
-                trainer.engine,
-                self.run_dir,
-                trainer.step,
-                self.config.keep_last,
-                trainer.checkpoint_extra,
-                self.config.keep_every,
-            )
-            self.failure = None
-        except checkpoint.SaveError as error:
-            self.failure = f"the checkpoint of step {trainer.step} was NOT saved: {error}"
-            if dist.get_rank() == 0 and not trainer.stopping and trainer.step < trainer.total_steps:
-                checkpoint.warn(f"{self.failure}; training goes on, the next save tries again")
+        last = trainer.stopping or trainer.step == trainer.total_steps
+        due = last or trainer.is_due(self.config.interval)
+        if self.pending is not None and (due or self.pending.is_written()):
+            self._finish(last)
+        if due:
+            self._begin(trainer, last)
+        if self.pending is not None and (last or not self.config.asynchronous):
+            self._finish(last)
 
     def finish(self, trainer):
         if self.failure is None:
@@ -274,6 +270,34 @@ class Checkpoints(Callback):
         newest = checkpoint.latest_checkpoint(self.run_dir)
         kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
         raise TrainingError(f"{self.failure}; {kept}. Start again to repeat the steps after it")
+
+    def _begin(self, trainer, last: bool) -> None:
+        config = self.config
+        try:
+            self.pending = checkpoint.begin_save(
+                trainer.engine,
+                self.run_dir,
+                trainer.step,
+                config.keep_last,
+                trainer.checkpoint_extra,
+                config.keep_every,
+                config.asynchronous and not last,
+            )
+        except checkpoint.SaveError as error:
+            self._note(trainer.step, error, last)
+
+    def _finish(self, last: bool) -> None:
+        pending, self.pending = self.pending, None
+        try:
+            pending.finish()
+            self.failure = None
+        except checkpoint.SaveError as error:
+            self._note(pending.step, error, last)
+
+    def _note(self, step: int, error: checkpoint.SaveError, last: bool) -> None:
+        self.failure = f"the checkpoint of step {step} was NOT saved: {error}"
+        if dist.get_rank() == 0 and not last:
+            checkpoint.warn(f"{self.failure}; training goes on, the next save tries again")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

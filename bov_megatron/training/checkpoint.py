@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
@@ -33,10 +34,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.parallel import cpu
 from bov_megatron.recipe import Recipe, RecipeError
 from bov_megatron.training import checkpoint_manifest, checkpoint_writing
+from bov_megatron.training.checkpoint_background import BackgroundWriter
 from bov_megatron.training.checkpoint_manifest import Damage, Manifest
-from bov_megatron.training.checkpoint_writing import Written
+from bov_megatron.training.checkpoint_writing import ForegroundWriter, Written
 
 FORMAT_VERSION = 2
 """1 is the same without a manifest."""
@@ -98,6 +101,23 @@ def save(
 
     Raises SaveError on all ranks where one cannot write.
     """
+    return begin_save(engine, run_dir, step, keep_last, extra, keep_every, asynchronous=False).finish()
+
+
+def begin_save(
+    engine: MegatronEngine,
+    run_dir: Path,
+    step: int,
+    keep_last: int,
+    extra: dict[str, Any],
+    keep_every: int = 0,
+    asynchronous: bool = True,
+) -> PendingSave:
+    """Like `save`, but returns when this rank's share is copied, and a process beside this one writes it; collective.
+
+    Training may go on at once: the checkpoint holds what was there when this was called. It exists once
+    `PendingSave.finish` has returned. One at a time.
+    """
     final = run_dir / CHECKPOINTS / f"step_{step:08d}"
     saving = _begin(final)
     state = _sharded_state(engine)
@@ -105,18 +125,36 @@ def save(
     state["content_metadata"] = _metadata()
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     share = checkpoint_writing.plan_share(state, saving, group)
-    written = checkpoint_writing.write_share(share)
+    writer = BackgroundWriter(share) if asynchronous else ForegroundWriter(share)
 
     def complete(all_written: list[Written]) -> None:
         files = checkpoint_writing.write_index(share, all_written)
         checkpoint_manifest.write_manifest(saving, Manifest(step, _layout(engine.recipe), files))
         _publish(saving, final)
-
-    _agree(written, saving, complete)
-    if dist.get_rank() == 0:
         _prune(run_dir, keep_last, keep_every)
-    dist.barrier()
-    return final
+
+    return PendingSave(step, final, saving, writer, complete)
+
+
+class PendingSave:
+    """A checkpoint that is being written; the same on every rank."""
+
+    def __init__(self, step: int, final: Path, saving: Path, writer, complete: Callable[[list[Written]], None]):
+        self.step, self.final = step, final
+        self._saving, self._writer, self._complete = saving, writer, complete
+
+    def is_written(self) -> bool:
+        """Whether all ranks have written their shares, so that `finish` waits for none; one number from each rank,
+        collective."""
+        done = torch.tensor(float(self._writer.done()), device=cpu.device())
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        return bool(done)
+
+    def finish(self) -> Path:
+        """Wait for all shares, give the checkpoint its name and remove old ones; collective. Raises SaveError on all
+        ranks where one could not write."""
+        _agree(self._writer.result(), self._saving, self._complete)
+        return self.final
 
 
 def load(engine: MegatronEngine, path: Path, contents: bool = False) -> Loaded:

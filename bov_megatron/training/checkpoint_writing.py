@@ -107,6 +107,21 @@ def write_share(share: Share) -> Written:
         return Written(error=describe_error(error, share.folder))
 
 
+class ForegroundWriter:
+    """`write_share(share)` before anything else happens."""
+
+    def __init__(self, share: Share):
+        self.written = write_share(share)
+
+    def done(self) -> bool:
+        """Yes."""
+        return True
+
+    def result(self) -> Written:
+        """What became of the share."""
+        return self.written
+
+
 def write_index(share: Share, all_written: list[Written]) -> dict[str, FileEntry]:
     """Write what says where each tensor lies, on rank 0, once all ranks have written; returns every file's entry.
 

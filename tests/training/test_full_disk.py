@@ -56,10 +56,12 @@ def lines(results, start: str) -> list[str]:
     return [line for _, text in results for line in text.splitlines() if line.startswith(start)]
 
 
-def test_a_full_disk_fails_the_save_and_not_the_run(prepared_data, small_disk):
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_full_disk_fails_the_save_and_not_the_run(prepared_data, small_disk, asynchronous):
     run_dir = small_disk / "run"
     fill(small_disk, leave=400_000)
-    results = run_ranks(disk_rank, 2, overrides(prepared_data, run_dir), small_disk / "filler", 5)
+    arguments = overrides(prepared_data, run_dir, f"checkpoint.asynchronous={asynchronous}")
+    results = run_ranks(disk_rank, 2, arguments, small_disk / "filler", 6)
     assert [code for code, _ in results] == [0, 0], results
     (warning,) = lines(results, "WARNING: ")
     assert re.search(r"checkpoint of step 3 was NOT saved: rank \d \(\S+\) could not write \S+: No space left", warning)
