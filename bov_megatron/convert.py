@@ -87,7 +87,7 @@ def open_checkpoint(path: Path) -> Iterator[MegatronEngine]:
         process_groups.initialize(recipe, 0, 1, init_method=f"file://{folder}/rendezvous")
         try:
             engine = MegatronEngine(recipe, with_optimizer=False)
-            checkpoint.load(engine, path)
+            checkpoint.load(engine, path, contents=True)
             yield engine
         finally:
             process_groups.shutdown()

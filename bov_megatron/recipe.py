@@ -328,7 +328,11 @@ class CheckpointConfig:
     interval: int = 1000
     """Steps between checkpoints; 0 means only at the end."""
     keep_last: int = 3
-    """Checkpoints kept; older ones are deleted."""
+    """Newest checkpoints kept; older ones are deleted."""
+    keep_every: int = 0
+    """Kept as well, for good: checkpoints of steps that this divides; 0 means none."""
+    asynchronous: bool = False
+    """Write while training goes on, which then stalls for a copy in host memory only. Linux."""
 
 
 @dataclass

@@ -395,6 +395,7 @@ def _check_intervals(recipe: Recipe) -> None:
         _at_least("validation.micro_batch_size", v.micro_batch_size, 1)
     _at_least("checkpoint.interval", recipe.checkpoint.interval, 0)
     _at_least("checkpoint.keep_last", recipe.checkpoint.keep_last, 1)
+    _at_least("checkpoint.keep_every", recipe.checkpoint.keep_every, 0)
 
 
 def _check_logging(log: LoggingConfig) -> None:

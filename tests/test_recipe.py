@@ -291,6 +291,7 @@ IMPOSSIBLE = [
     ("validation.tokens=100", "validation.tokens=100: must be at least 2048 .one sequence"),
     ("validation.micro_batch_size=0", "validation.micro_batch_size=0: must be at least 1"),
     ("checkpoint.keep_last=0", "checkpoint.keep_last=0: must be at least 1"),
+    ("checkpoint.keep_every=-1", "checkpoint.keep_every=-1: must be at least 0"),
     ("logging.interval=0", "logging.interval=0: must be at least 1"),
     ("logging.wandb=onlin", "logging.wandb='onlin' is unknown; did you mean 'online'"),
     ("logging.peak_flops=0", "logging.peak_flops=0.0: must be greater than 0"),

@@ -1,4 +1,4 @@
-"""Measure this machine: training step, core attention, data loader, table lookups.
+"""Measure this machine: training step, core attention, data loader, table lookups, checkpoints.
 
     python tools/bench.py                        everything this machine can run
     OMP_NUM_THREADS=2 python tools/bench.py step attention --turns 15 --json bench.json

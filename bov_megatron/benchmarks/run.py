@@ -19,6 +19,7 @@ NAMES = {
     "attention": "a whole training step: our core attention against Megatron's own local one",
     "loader": "the data loader by itself, and its share of a training step",
     "lookup": "the value table's lookup over two tensor-parallel ranks: variants of its communication",
+    "checkpoint": "how long a save stalls training: waiting for it, and written beside training",
     "recipes": "tokens/s, MFU and peak memory of the published recipes (GPU only)",
 }
 TURNS, QUICK_TURNS = 9, 1
@@ -57,7 +58,7 @@ def run(names: Sequence[str] = (), quick: bool = False, turns: int | None = None
 
 def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
     # Here, not above: --help and a wrong name shouldn't wait for Megatron's import.
-    from bov_megatron.benchmarks import loader, lookup, training_step
+    from bov_megatron.benchmarks import checkpoint, loader, lookup, training_step
 
     if name == "step":
         return training_step.bench_step(turns, quick)
@@ -65,6 +66,8 @@ def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
         return training_step.bench_attention(turns, quick)
     if name == "lookup":
         return lookup.bench_lookup(turns, quick, torch.get_num_threads())
+    if name == "checkpoint":
+        return checkpoint.bench_checkpoint(turns, quick)
     if name == "recipes":
         return training_step.bench_recipes(turns, RECIPES)
     step_seconds = None

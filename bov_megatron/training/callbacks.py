@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from bov_megatron.parallel import cpu
+from bov_megatron.recipe import CheckpointConfig
 from bov_megatron.training import checkpoint
 from bov_megatron.training.statistics import coefficient_values, table_statistics
 
@@ -117,10 +118,14 @@ class Interruption(Callback):
 
 
 class MetricsFile(Callback):
-    """One JSON object a step in RUN/metrics.jsonl. A resumed run first drops the lines after its checkpoint."""
+    """One JSON object a step in RUN/metrics.jsonl. A resumed run first drops the lines after its checkpoint.
+
+    Lines that a full disk doesn't take are said once, kept, and written when it does.
+    """
 
     def __init__(self, run_dir: Path, interval: int):
         self.path, self.interval, self.file = run_dir / METRICS_FILE, interval, None
+        self.unwritten = b""
 
     def start(self, trainer):
         if dist.get_rank() != 0:
@@ -129,16 +134,26 @@ class MetricsFile(Callback):
         part = self.path.with_suffix(".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(part, self.path)
-        self.file = self.path.open("a")
+        self.file = self.path.open("ab", buffering=0)
 
     def after_step(self, trainer, record):
         if self.file and (trainer.is_due(self.interval) or "validation_bits_per_byte" in record):
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+            self._write(json.dumps(record).encode() + b"\n")
 
     def finish(self, trainer):
         if self.file:
+            self._write(b"")
             self.file.close()
+
+    def _write(self, line: bytes) -> None:
+        failed_before = bool(self.unwritten)
+        self.unwritten += line
+        try:
+            while self.unwritten:  # part of it may be taken
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            if not failed_before:
+                checkpoint.warn(f"cannot write {self.path}: {error.strerror}; its lines are kept until it can be")
 
 
 class Progress(Callback):
@@ -227,14 +242,62 @@ class Wandb(Callback):
 
 class Checkpoints(Callback):
     """Saves every `interval` steps, at the end, and when the run is told to stop. Comes last: whatever the step wrote
-    is then on disk."""
+    is then on disk.
 
-    def __init__(self, run_dir: Path, interval: int, keep_last: int):
-        self.run_dir, self.interval, self.keep_last = run_dir, interval, keep_last
+    With `checkpoint.asynchronous`, a save is written while the next steps run, and finished at the first step boundary
+    at which all ranks have written, before the next save, or at the end. A save that fails is said and tried again at
+    the next interval; a run whose last save failed raises TrainingError.
+    """
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig):
+        self.run_dir, self.config = run_dir, config
+        self.pending: checkpoint.PendingSave | None = None
+        self.failure: str | None = None
 
     def after_step(self, trainer, record):
-        if trainer.stopping or trainer.is_due(self.interval):
-            checkpoint.save(trainer.engine, self.run_dir, trainer.step, self.keep_last, trainer.checkpoint_extra)
+        last = trainer.stopping or trainer.step == trainer.total_steps
+        due = last or trainer.is_due(self.config.interval)
+        if self.pending is not None and (due or self.pending.is_written()):
+            self._finish(last)
+        if due:
+            self._begin(trainer, last)
+        if self.pending is not None and (last or not self.config.asynchronous):
+            self._finish(last)
+
+    def finish(self, trainer):
+        if self.failure is None:
+            return
+        newest = checkpoint.latest_checkpoint(self.run_dir)
+        kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
+        raise TrainingError(f"{self.failure}; {kept}. Start again to repeat the steps after it")
+
+    def _begin(self, trainer, last: bool) -> None:
+        config = self.config
+        try:
+            self.pending = checkpoint.begin_save(
+                trainer.engine,
+                self.run_dir,
+                trainer.step,
+                config.keep_last,
+                trainer.checkpoint_extra,
+                config.keep_every,
+                config.asynchronous and not last,
+            )
+        except checkpoint.SaveError as error:
+            self._note(trainer.step, error, last)
+
+    def _finish(self, last: bool) -> None:
+        pending, self.pending = self.pending, None
+        try:
+            pending.finish()
+            self.failure = None
+        except checkpoint.SaveError as error:
+            self._note(pending.step, error, last)
+
+    def _note(self, step: int, error: checkpoint.SaveError, last: bool) -> None:
+        self.failure = f"the checkpoint of step {step} was NOT saved: {error}"
+        if dist.get_rank() == 0 and not last:
+            checkpoint.warn(f"{self.failure}; training goes on, the next save tries again")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

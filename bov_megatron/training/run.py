@@ -70,7 +70,7 @@ def _trainer(recipe: Recipe):
                 Wandb(recipe.run_dir, recipe.logging.wandb, recipe.logging.wandb_project),
                 MetricsFile(recipe.run_dir, recipe.logging.interval),
                 Interruption(),
-                Checkpoints(recipe.run_dir, recipe.checkpoint.interval, recipe.checkpoint.keep_last),
+                Checkpoints(recipe.run_dir, recipe.checkpoint),
             ],
             bytes_per_token=_padded(validation_loader.bytes_per_token(), recipe.model.vocab_size),
             start_step=start.step if start else 0,
@@ -79,10 +79,8 @@ def _trainer(recipe: Recipe):
 
 
 def _resume(engine: MegatronEngine) -> checkpoint.Loaded | None:
-    """Load the newest checkpoint of the run folder. All ranks take the one that rank 0 found."""
-    found = [checkpoint.latest_checkpoint(engine.recipe.run_dir) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    path = found[0]
+    """Load the newest valid checkpoint of the run folder."""
+    path = checkpoint.newest_valid(engine.recipe.run_dir)
     if path is None:
         return None
     stored = _on_all_ranks(lambda: checkpoint.read_run(path))

@@ -72,6 +72,14 @@ def test_loader_reports_its_share_of_a_step(results):
         assert results["loader"][mode]["share_of_step"] > 0
 
 
+def test_checkpoint_stalls_are_reported(results):
+    found = results["checkpoint"]
+    check_spread(found["beside / waiting"])
+    assert found["checkpoint_bytes"] > 1_000_000
+    for way in ("waiting", "beside"):
+        check_spread(found["variants"][way]["stall_seconds"])
+
+
 def test_the_machine_is_described(results):
     assert results["machine"]["threads"] == 1 and results["quick"] and results["turns"] == 1
 
@@ -79,7 +87,7 @@ def test_the_machine_is_described(results):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["lokup"], "unknown benchmark 'lokup'; known: step, attention, loader, lookup, recipes"),
+        (["lokup"], "unknown benchmark 'lokup'; known: step, attention, loader, lookup, checkpoint, recipes"),
         (["--turns", "0"], "--turns 0: must be at least 1"),
         (["recipes"], "needs a GPU"),
     ],

@@ -1,6 +1,7 @@
 """Checkpoint folders: whole or absent whenever a run is killed, and refused with a reason where they don't fit."""
 
 import os
+import re
 import shutil
 
 import pytest
@@ -80,21 +81,22 @@ def test_a_crash_while_saving_hides_no_checkpoint(tmp_path, crash):
     assert names(tmp_path) == ["step_00000003"]
 
 
-def keeping_rank(rank, world_size, run_dir):
+def keeping_rank(rank, world_size, run_dir, keep_every):
     from bov_megatron.training import checkpoint
 
     engine = start_engine(rank, world_size)
     listed = []
-    for step in (5, 10, 15, 15, 20):
-        checkpoint.save(engine, run_dir, step, keep_last=2, extra={})
+    for step in (5, 10, 15, 15, 20, 25):
+        checkpoint.save(engine, run_dir, step, keep_last=2, extra={}, keep_every=keep_every)
         listed.append([step for step, _ in checkpoint.list_checkpoints(run_dir)])
     return listed
 
 
-def test_keep_last_and_the_same_step_again(tmp_path):
-    for listed in run_ranks(keeping_rank, 2, tmp_path):
-        assert listed == [[5], [5, 10], [10, 15], [10, 15], [15, 20]]
-    assert names(tmp_path) == ["step_00000015", "step_00000020"]
+@pytest.mark.parametrize("keep_every, kept", [(0, []), (10, [10])])
+def test_keep_last_and_the_same_step_again(tmp_path, keep_every, kept):
+    for listed in run_ranks(keeping_rank, 2, tmp_path, keep_every):
+        assert listed == [[5], [5, 10], [10, 15], [10, 15], [*kept, 15, 20], [*kept, 20, 25]]
+    assert names(tmp_path) == [f"step_{step:08d}" for step in (*kept, 20, 25)]
 
 
 def truncate_tensors(folder):
@@ -134,9 +136,9 @@ def refusing_rank(rank, world_size, run_dir):
         shutil.copytree(whole, path)
         damage(path)
         note(name, checkpoint.CheckpointError, path)
-    checkpoint.FORMAT_VERSION = 2
+    checkpoint.FORMAT_VERSION = 3
     note("another format", checkpoint.CheckpointError, whole)
-    checkpoint.FORMAT_VERSION = 1
+    checkpoint.FORMAT_VERSION = 2
     recipe = engine.recipe
     for name, changed in {
         "another model": tiny_recipe(rotary_base=5.0),
@@ -156,8 +158,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     (errors,) = run_ranks(refusing_rank, 1, tmp_path)
     for damage in DAMAGES:
         assert f"checkpoint {tmp_path / damage} is damaged or incomplete" in errors[damage]
-        assert "move it away to continue from the one before" in errors[damage]
-    assert "format version 1, this code reads 2" in errors["another format"]
+        assert "restore it from a copy, or use the one before" in errors[damage]
+        if damage != "empty":
+            assert re.search(r"\(\S+: expected \d+ bytes, found (no such file|\d+ bytes)\)", errors[damage])
+    assert "format version 2, this code reads 3" in errors["another format"]
     assert errors["another model"].startswith("model.rotary_base=5.0, but the checkpoint")
     assert "saved with 100000.0; use the recipe stored with it" in errors["another model"]
     assert errors["another optimizer"].startswith("optimizer.name='adamw', but the checkpoint")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -85,11 +84,6 @@ def test_what_a_checkpoint_refuses_on_resume(prepared_data, other_prepared_data,
     refuse(2, larger, "model.hidden_size=64", "saved with 32")
     adamw = overrides(prepared_data, tmp_path / "run", *again, "optimizer.name=adamw")
     refuse(2, adamw, "optimizer.name='adamw'", "saved with 'muon'")
-    damaged = tmp_path / "run" / "checkpoints" / "step_00000002"
-    (damaged / "common.pt").unlink()
-    refuse(2, overrides(prepared_data, tmp_path / "run", *again), f"checkpoint {damaged} is damaged", "move it away")
-    shutil.rmtree(damaged)
-    assert "resuming after step 1" in train(2, overrides(prepared_data, tmp_path / "run", *again))
 
 
 def test_resuming_on_other_shards_of_the_same_tokenizer(prepared_data, tmp_path):

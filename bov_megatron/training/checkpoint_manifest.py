@@ -1,0 +1,155 @@
+"""The manifest of a checkpoint: size and checksum of each of its files, and who wrote them. Needs neither torch nor
+process groups.
+
+    RUN/checkpoints/step_00000200/manifest.json
+
+It is written last, just before the folder gets its final name: a folder with a complete manifest was complete once,
+and comparing says whether it still is. Sizes take a look at the folder; checksums take reading every byte.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import xxhash
+
+MANIFEST_FILE = "manifest.json"
+CHUNK_BYTES = 4 * 2**20
+_OWN_CHECKSUM = "manifest_xxh3_64"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file as it was written."""
+
+    size: int
+    """Bytes."""
+    xxh3_64: str
+    """Checksum of the content, 16 hexadecimal digits (XXH3, 64 bits)."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of."""
+
+    step: int
+    layout: dict[str, int]
+    """`world_size` and the parallel sizes of the run that saved it."""
+    files: dict[str, FileEntry]
+    """By path below the checkpoint's folder."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.files.values())
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that is not what the manifest says."""
+
+    file: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: expected {self.expected}, found {self.found}"
+
+
+class ManifestError(ValueError):
+    """No manifest, or one that cannot be believed; `damage` says which."""
+
+    def __init__(self, found: str):
+        self.damage = Damage(MANIFEST_FILE, "a manifest", found)
+        super().__init__(str(self.damage))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Store `manifest` with the files it describes, on disk when this returns."""
+    content = {"version": 1, **asdict(manifest)}
+    content[_OWN_CHECKSUM] = _checksum_of(content)
+    with (folder / MANIFEST_FILE).open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in a checkpoint's folder. Raises ManifestError where there is none, or a damaged one."""
+    try:
+        content = json.loads((folder / MANIFEST_FILE).read_bytes())
+        stated = content.pop(_OWN_CHECKSUM)
+        files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
+        manifest = Manifest(content["step"], content["layout"], files)
+    except FileNotFoundError:
+        raise ManifestError("none") from None
+    except OSError as error:
+        raise ManifestError(_unreadable(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(f"a damaged one ({type(error).__name__})") from error
+    if stated != _checksum_of(content):
+        raise ManifestError("one with another checksum than it states")
+    return manifest
+
+
+def find_damage(folder: Path, contents: bool, share: int = 0, shares: int = 1) -> list[Damage]:
+    """What is wrong with the files of a checkpoint; empty where nothing is.
+
+    Args:
+        contents: read every byte and compare checksums; otherwise sizes only.
+        share, shares: look at this share of the files alone, of so many that are about equally large.
+
+    Raises OSError where a file is there and may not be read.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except ManifestError as error:
+        return [error.damage]
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+    found = (_damage_of(folder, name, manifest.files[name], contents) for name in by_size[share::shares])
+    return [damage for damage in found if damage]
+
+
+def _damage_of(folder: Path, name: str, entry: FileEntry, contents: bool) -> Damage | None:
+    expected = f"{entry.size} bytes"
+    try:
+        size = (folder / name).stat().st_size
+        if size != entry.size:
+            return Damage(name, expected, f"{size} bytes")
+        checksum = file_checksum(folder / name) if contents else entry.xxh3_64
+    except FileNotFoundError:
+        return Damage(name, expected, "no such file")
+    except OSError as error:
+        return Damage(name, expected, _unreadable(error))
+    if checksum != entry.xxh3_64:
+        return Damage(name, f"checksum {entry.xxh3_64}", f"checksum {checksum}")
+    return None
+
+
+def _unreadable(error: OSError) -> str:
+    """What to call a file that the disk cannot read; raises `error` where it is the reader who may not."""
+    if error.errno != errno.EIO:
+        raise error
+    return error.strerror
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Size and checksum of a file as it lies on disk."""
+    return FileEntry(path.stat().st_size, file_checksum(path))
+
+
+def file_checksum(path: Path) -> str:
+    """XXH3 (64 bits) of a file's content, in hexadecimal."""
+    digest, buffer = xxhash.xxh3_64(), memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
+
+
+def _checksum_of(content: dict) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
