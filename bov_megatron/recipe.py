@@ -183,6 +183,8 @@ class TrainConfig:
     """Optimizer steps; `null` means as many as `budget_flops` pays for."""
     budget_flops: float | None = None
     """Training FLOPs to spend, as `plan` counts them; used when `steps` is null."""
+    max_minutes: float | None = None
+    """Minutes after which a start of the run saves and ends with status 143, to be started again; `null`: no limit."""
     seed: int = 1234
     """Seed of the initial weights, which depend on it and on parameter names alone."""
     precision: str = "bf16"

@@ -237,6 +237,8 @@ def _check_train(t: TrainConfig) -> None:
         _at_least("train.steps", t.steps, 1)
     if t.budget_flops is not None:
         _above_zero("train.budget_flops", t.budget_flops)
+    if t.max_minutes is not None:
+        _above_zero("train.max_minutes", t.max_minutes)
     if t.steps is None and t.budget_flops is None:
         raise RecipeError(
             "train.steps and train.budget_flops are both null: the run has no end; set one, e.g. train.steps=1000"

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from bov_megatron.parallel import cpu
 from bov_megatron.training import checkpoint
 from bov_megatron.training.statistics import coefficient_values, table_statistics
 
@@ -35,20 +32,33 @@ class Callback:
         """After each optimizer step. `record` is the step's line of metrics; a callback may add to it for those
         that come after."""
 
+    def finish_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """Once before the first step of a run that was stopped while it validated: `record` is the line of that
+        step, done by the start before, which lacks the validation."""
+
     def finish(self, trainer: Trainer) -> None:
         """After the last step, or the one after which the run was told to stop; not called when training raises."""
 
 
 class Validation(Callback):
-    """Adds `validation_bits_per_byte` every `validation.interval` steps and at the end."""
+    """Adds `validation_bits_per_byte` every `validation.interval` steps and at the end.
+
+    A run that is told to stop meanwhile abandons it: the next start validates with the same weights.
+    """
 
     def __init__(self, loader, interval: int):
         self.loader, self.interval = loader, interval
 
     def after_step(self, trainer, record):
         if trainer.is_due(self.interval):
-            started = time.perf_counter()
-            record["validation_bits_per_byte"] = trainer.validate(self.loader)
+            self.finish_step(trainer, record)
+
+    def finish_step(self, trainer, record):
+        started = time.perf_counter()
+        bits = trainer.validate(self.loader)
+        trainer.unfinished = record if bits is None else None
+        if bits is not None:
+            record["validation_bits_per_byte"] = bits
             record["validation_seconds"] = time.perf_counter() - started
 
 
@@ -87,35 +97,6 @@ class Health(Callback):
             )
 
 
-class Interruption(Callback):
-    """Ends the run, with a checkpoint, after the step in which any rank got SIGTERM or SIGUSR1: what schedulers send
-    before a time limit or a preemption. The second such signal kills as usual."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self):
-        self.received, self.handlers = False, {}
-
-    def start(self, trainer):
-        self.handlers = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-
-    def after_step(self, trainer, record):
-        received = torch.tensor(float(self.received), device=cpu.device())
-        dist.all_reduce(received, op=dist.ReduceOp.MAX)
-        trainer.stopping = bool(received)
-
-    def finish(self, trainer):
-        self._restore()
-
-    def _receive(self, number, frame):
-        self.received = True
-        self._restore()
-
-    def _restore(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-
 class MetricsFile(Callback):
     """One JSON object a step in RUN/metrics.jsonl. A resumed run first drops the lines after its checkpoint."""
 
@@ -125,7 +106,8 @@ class MetricsFile(Callback):
     def start(self, trainer):
         if dist.get_rank() != 0:
             return
-        kept = [line for line in read_lines(self.path) if line["step"] <= trainer.step]
+        last = trainer.step - (trainer.unfinished is not None)
+        kept = [line for line in read_lines(self.path) if line["step"] <= last]
         part = self.path.with_suffix(".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(part, self.path)
@@ -135,6 +117,9 @@ class MetricsFile(Callback):
         if self.file and (trainer.is_due(self.interval) or "validation_bits_per_byte" in record):
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
+
+    def finish_step(self, trainer, record):
+        self.after_step(trainer, record)
 
     def finish(self, trainer):
         if self.file:
@@ -168,8 +153,7 @@ class Progress(Callback):
             rates += f" · MFU {record['mfu']:.1%}"
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         text = f"loss {loss} · {rates} · {_clock(left)} left"
-        if "validation_bits_per_byte" in record:
-            self._print(f"step {record['step']}: validation {record['validation_bits_per_byte']:.4f} bits per byte")
+        self.finish_step(trainer, record)
         if not record["updated"]:
             self._print(f"step {record['step']}: gradient norm is not finite, weights left as they were")
         if self.bar is not None:
@@ -177,6 +161,10 @@ class Progress(Callback):
             self.bar.update()
         elif trainer.is_due(self.plain_interval) or record["step"] == 1:
             self._print(f"step {record['step']}/{trainer.total_steps} · {text}")
+
+    def finish_step(self, trainer, record):
+        if dist.get_rank() == 0 and "validation_bits_per_byte" in record:
+            self._print(f"step {record['step']}: validation {record['validation_bits_per_byte']:.4f} bits per byte")
 
     def finish(self, trainer):
         if self.bar is not None:
@@ -220,6 +208,9 @@ class Wandb(Callback):
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
             self.run.log(numbers, step=record["step"])
 
+    def finish_step(self, trainer, record):
+        self.after_step(trainer, record)
+
     def finish(self, trainer):
         if self.run is not None:
             self.run.finish()
@@ -235,6 +226,9 @@ class Checkpoints(Callback):
     def after_step(self, trainer, record):
         if trainer.stopping or trainer.is_due(self.interval):
             checkpoint.save(trainer.engine, self.run_dir, trainer.step, self.keep_last, trainer.checkpoint_extra)
+
+    def finish_step(self, trainer, record):
+        self.after_step(trainer, record)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -23,36 +23,37 @@ from bov_megatron.training import checkpoint
 from bov_megatron.training.callbacks import (
     Checkpoints,
     Health,
-    Interruption,
     MetricsFile,
     Progress,
     Validation,
     ValueStatistics,
     Wandb,
 )
+from bov_megatron.training.interruption import StopReason, StopRequest, StopSignals
 from bov_megatron.training.trainer import Trainer
 
 RECIPE_FILE, TOKENIZER_FOLDER = "recipe.yaml", "tokenizer"
 T = TypeVar("T")
 
 
-def train(recipe: Recipe, world: World) -> bool:
+def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
     """Train `recipe` on this rank of `world`; continue from the newest checkpoint in its run folder, if any.
 
-    Returns whether all steps are done: False where a signal ended the run early, after a checkpoint.
+    Returns NONE where all is done, else what ended the run early, after a checkpoint of the steps done.
 
     Raises RecipeError, DataError or CheckpointError with the remedy where the run cannot start.
     """
+    stop_request = StopRequest(signals, recipe.train.max_minutes)
     process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
-    with _trainer(recipe) as trainer:
+    with _trainer(recipe, stop_request) as trainer:
         trainer.fit()
     # Not after an error: the other ranks may be inside a collective, and leaving would wait for them.
     process_groups.shutdown()
-    return trainer.step == trainer.total_steps
+    return StopReason.NONE if trainer.done else trainer.stop_reason
 
 
 @contextlib.contextmanager
-def _trainer(recipe: Recipe):
+def _trainer(recipe: Recipe, stop_request: StopRequest):
     """Everything a run consists of, put together."""
     engine = MegatronEngine(recipe)
     start = _resume(engine)
@@ -69,12 +70,13 @@ def _trainer(recipe: Recipe):
                 Progress(recipe.logging.print_interval),
                 Wandb(recipe.run_dir, recipe.logging.wandb, recipe.logging.wandb_project),
                 MetricsFile(recipe.run_dir, recipe.logging.interval),
-                Interruption(),
                 Checkpoints(recipe.run_dir, recipe.checkpoint.interval, recipe.checkpoint.keep_last),
             ],
             bytes_per_token=_padded(validation_loader.bytes_per_token(), recipe.model.vocab_size),
             start_step=start.step if start else 0,
             checkpoint_extra={"tokenizer_hash": train_loader.tokenizer_hash, "shards": _shards(train_loader)},
+            stop_request=stop_request,
+            unfinished=start.extra.get("unfinished") if start else None,
         )
 
 
