@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 for a run not worth going on with, 2 for a recipe, data set or
-    checkpoint that cannot be used, 143 (as for SIGTERM) for a run that ended early, after a checkpoint: by a signal or
-    by train.max_minutes."""
+    """Entry point; returns the exit status: 0 done, 1 for a run not worth going on with, 2 for a recipe, data set,
+    checkpoint or run folder that cannot be used, 143 (as for SIGTERM) for a run that ended early, after a checkpoint:
+    by a signal or by train.max_minutes."""
     parser = argparse.ArgumentParser(
         prog="python -m bov_megatron.train",
         description="Train the model of a recipe. A run folder that holds a checkpoint is continued from it.",
@@ -57,10 +57,11 @@ def _train(recipe: Recipe, world: World, signals: StopSignals) -> int:
     from bov_megatron.training import run
     from bov_megatron.training.callbacks import TrainingError
     from bov_megatron.training.checkpoint import CheckpointError
+    from bov_megatron.training.lease import RunBusyError
 
     try:
         stopped_by = run.train(recipe, world, signals)
-    except (RecipeError, CheckpointError, TrainingError) as error:  # the same on every rank
+    except (RecipeError, CheckpointError, RunBusyError, TrainingError) as error:  # the same on every rank
         return _refuse(error, 1 if isinstance(error, TrainingError) else 2, world.rank == 0)
     except DataError as error:
         # At the start the same on every rank; later, a shard may be damaged for one rank alone.

@@ -9,6 +9,8 @@ import enum
 import signal
 import time
 
+from bov_megatron.training.lease import Lease
+
 
 class StopReason(enum.IntEnum):
     """Why a run is to end after the current step; of several ranks' reasons the highest counts."""
@@ -17,6 +19,8 @@ class StopReason(enum.IntEnum):
     TIME_LIMIT = 1
     SIGUSR1 = 2
     SIGTERM = 3
+    LEASE_LOST = 4
+    """Another start has taken the run folder, e.g. while this one was suspended: nothing may be saved."""
 
     def describe(self) -> str:
         """For a message: `stopped by …`."""
@@ -57,9 +61,15 @@ class StopRequest:
     """
 
     def __init__(self, signals: StopSignals, max_minutes: float | None):
-        self.signals = signals
+        self.signals, self.lease = signals, None
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
 
+    def watch(self, lease: Lease) -> None:
+        """Stop also when `lease` is lost."""
+        self.lease = lease
+
     def __call__(self) -> StopReason:
+        if self.lease is not None and self.lease.lost:
+            return StopReason.LEASE_LOST
         late = self.deadline is not None and time.monotonic() >= self.deadline
         return max(self.signals.reason, StopReason.TIME_LIMIT if late else StopReason.NONE)

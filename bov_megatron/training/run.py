@@ -30,6 +30,7 @@ from bov_megatron.training.callbacks import (
     Wandb,
 )
 from bov_megatron.training.interruption import StopReason, StopRequest, StopSignals
+from bov_megatron.training.lease import Lease, RunBusyError
 from bov_megatron.training.trainer import Trainer
 
 RECIPE_FILE, TOKENIZER_FOLDER = "recipe.yaml", "tokenizer"
@@ -41,15 +42,25 @@ def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
 
     Returns NONE where all is done, else what ended the run early, after a checkpoint of the steps done.
 
-    Raises RecipeError, DataError or CheckpointError with the remedy where the run cannot start.
+    Raises RecipeError, DataError, CheckpointError or RunBusyError with the remedy where the run cannot start.
     """
     stop_request = StopRequest(signals, recipe.train.max_minutes)
     process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
-    with _trainer(recipe, stop_request) as trainer:
+    with _run_folder(recipe) as lease, _trainer(recipe, stop_request) as trainer:
+        stop_request.watch(lease)
         trainer.fit()
     # Not after an error: the other ranks may be inside a collective, and leaving would wait for them.
     process_groups.shutdown()
     return StopReason.NONE if trainer.done else trainer.stop_reason
+
+
+@contextlib.contextmanager
+def _run_folder(recipe: Recipe):
+    """The run folder, held by rank 0 for all; collective."""
+    lease = Lease(recipe.run_dir)
+    with contextlib.ExitStack() as stack:
+        _on_all_ranks(lambda: stack.enter_context(lease) if dist.get_rank() == 0 else None)
+        yield lease
 
 
 @contextlib.contextmanager
@@ -98,7 +109,7 @@ def _on_all_ranks(function: Callable[[], T]) -> T:
     result, error = None, None
     try:
         result = function()
-    except (RecipeError, DataError, checkpoint.CheckpointError) as raised:
+    except (RecipeError, DataError, checkpoint.CheckpointError, RunBusyError) as raised:
         error = raised
     errors: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)

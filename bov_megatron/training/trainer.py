@@ -13,7 +13,7 @@ import torch.distributed as dist
 from bov_megatron.engines.megatron import MegatronEngine
 from bov_megatron.parallel import cpu
 from bov_megatron.plan import total_steps
-from bov_megatron.training.callbacks import Callback
+from bov_megatron.training.callbacks import Callback, TrainingError
 from bov_megatron.training.interruption import StopReason
 from bov_megatron.training.throughput import Throughput
 
@@ -112,6 +112,11 @@ class Trainer:
         reason = torch.tensor(int(self._stop_request()), device=cpu.device())
         dist.all_reduce(reason, op=dist.ReduceOp.MAX)
         self.stop_reason = max(self.stop_reason, StopReason(int(reason)))
+        if self.stop_reason is StopReason.LEASE_LOST:
+            raise TrainingError(
+                f"another start has taken the run folder {self.recipe.run_dir}, as this one gave no sign of life for a "
+                "while (suspended, or cut off from the file system); it ends without saving, the other goes on"
+            )
 
     def is_due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps (0: only at the end) happens after this one."""
