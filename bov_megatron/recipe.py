@@ -318,6 +318,15 @@ class CheckpointConfig:
 
 
 @dataclass
+class HealthConfig:
+    """When a run is not well, and what happens then."""
+
+    hang_minutes: float = 20.0
+    """Without a finished step, validation chunk or checkpoint for so long, every rank writes its stacks to
+    `stacks/` in the run folder and ends with status 4; 0 means never."""
+
+
+@dataclass
 class LoggingConfig:
     """What is written down."""
 
@@ -350,6 +359,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property

@@ -15,6 +15,7 @@ from bov_megatron.recipe import (
     TARGET_LAYERS,
     VALUE_SOURCES,
     DataConfig,
+    HealthConfig,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
@@ -48,6 +49,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_optimizer(recipe.optimizer)
     _check_data(recipe.data, recipe.train.global_batch_size)
     _check_intervals(recipe)
+    _check_health(recipe.health)
     _check_logging(recipe.logging)
     _check_duration(recipe)
 
@@ -301,6 +303,10 @@ def _check_intervals(recipe: Recipe) -> None:
         _at_least("validation.micro_batch_size", v.micro_batch_size, 1)
     _at_least("checkpoint.interval", recipe.checkpoint.interval, 0)
     _at_least("checkpoint.keep_last", recipe.checkpoint.keep_last, 1)
+
+
+def _check_health(health: HealthConfig) -> None:
+    _at_least("health.hang_minutes", health.hang_minutes, 0)
 
 
 def _check_logging(log: LoggingConfig) -> None:

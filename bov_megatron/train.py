@@ -10,6 +10,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from bov_megatron import exit_status
+
 if TYPE_CHECKING:
     from bov_megatron.parallel.launch import World
     from bov_megatron.recipe import Recipe
@@ -17,9 +19,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 for a run not worth going on with, 2 for a recipe, data set,
-    checkpoint or run folder that cannot be used, 143 (as for SIGTERM) for a run that ended early, after a checkpoint:
-    by a signal or by train.max_minutes."""
+    """Entry point; returns the exit status: see bov_megatron.exit_status."""
     parser = argparse.ArgumentParser(
         prog="python -m bov_megatron.train",
         description="Train the model of a recipe. A run folder that holds a checkpoint is continued from it.",
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         export_world(world)
         quiet_megatron_imports()
     except (RecipeError, LaunchError) as error:
-        return _refuse(error, 2, speaks)
+        return _refuse(error, exit_status.CANNOT_START, speaks)
     with StopSignals() as signals:  # importing takes its time
         return _train(recipe, world, signals)
 
@@ -62,17 +62,19 @@ def _train(recipe: Recipe, world: World, signals: StopSignals) -> int:
     try:
         stopped_by = run.train(recipe, world, signals)
     except (RecipeError, CheckpointError, RunBusyError, TrainingError) as error:  # the same on every rank
-        return _refuse(error, 1 if isinstance(error, TrainingError) else 2, world.rank == 0)
+        status = exit_status.NOT_WORTH_GOING_ON if isinstance(error, TrainingError) else exit_status.CANNOT_START
+        return _refuse(error, status, world.rank == 0)
     except DataError as error:
         # At the start the same on every rank; later, a shard may be damaged for one rank alone.
-        return _refuse(error, 2, world.rank == 0 or not getattr(error, "on_all_ranks", False), world.rank)
+        speaks = world.rank == 0 or not getattr(error, "on_all_ranks", False)
+        return _refuse(error, exit_status.CANNOT_START, speaks, world.rank)
     if stopped_by and world.rank == 0:
         print(
             f"stopped by {stopped_by.describe()}, all steps done are saved: start again to continue",
             file=sys.stderr,
             flush=True,
         )
-    return 143 if stopped_by else 0
+    return exit_status.INTERRUPTED if stopped_by else exit_status.DONE
 
 
 def _refuse(error: Exception, status: int, speaks: bool, rank: int = 0) -> int:

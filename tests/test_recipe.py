@@ -227,6 +227,7 @@ IMPOSSIBLE = [
     ("train.micro_batch_size=24", "global_batch_size=256 is not divisible by train.micro_batch_size=24"),
     ("train.precision=fp16", "train.precision='fp16' is unknown.*bf16, fp32"),
     ("train.steps=0", "train.steps=0: must be at least 1"),
+    ("health.hang_minutes=-1", "health.hang_minutes=-1.0: must be at least 0"),
     ("train.max_minutes=0", "train.max_minutes=0.0: must be greater than 0"),
     ("train.seed=-1", "train.seed=-1: must be at least 0"),
     ("train.budget_flops=null", "train.steps and train.budget_flops are both null.*train.steps=1000"),

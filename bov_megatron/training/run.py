@@ -32,6 +32,7 @@ from bov_megatron.training.callbacks import (
 from bov_megatron.training.interruption import StopReason, StopRequest, StopSignals
 from bov_megatron.training.lease import Lease, RunBusyError
 from bov_megatron.training.trainer import Trainer
+from bov_megatron.training.watchdog import Watchdog
 
 RECIPE_FILE, TOKENIZER_FOLDER = "recipe.yaml", "tokenizer"
 T = TypeVar("T")
@@ -46,7 +47,8 @@ def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
     """
     stop_request = StopRequest(signals, recipe.train.max_minutes)
     process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
-    with _run_folder(recipe) as lease, _trainer(recipe, stop_request) as trainer:
+    watchdog = Watchdog(recipe.run_dir, world.rank, recipe.health.hang_minutes)
+    with _run_folder(recipe) as lease, watchdog, _trainer(recipe, stop_request, watchdog) as trainer:
         stop_request.watch(lease)
         trainer.fit()
     # Not after an error: the other ranks may be inside a collective, and leaving would wait for them.
@@ -64,7 +66,7 @@ def _run_folder(recipe: Recipe):
 
 
 @contextlib.contextmanager
-def _trainer(recipe: Recipe, stop_request: StopRequest):
+def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
     """Everything a run consists of, put together."""
     engine = MegatronEngine(recipe)
     start = _resume(engine)
@@ -87,6 +89,7 @@ def _trainer(recipe: Recipe, stop_request: StopRequest):
             start_step=start.step if start else 0,
             checkpoint_extra={"tokenizer_hash": train_loader.tokenizer_hash, "shards": _shards(train_loader)},
             stop_request=stop_request,
+            alive=watchdog.alive,
             unfinished=start.extra.get("unfinished") if start else None,
         )
 

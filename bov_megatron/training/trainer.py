@@ -32,6 +32,7 @@ class Trainer:
         bytes_per_token: UTF-8 bytes of each token id, 0 for special tokens, `[vocab_size]`.
         start_step: steps done already.
         checkpoint_extra: stored with every checkpoint.
+        alive: called whenever a limited piece of work is done: a step, a piece of validation, a checkpoint.
         stop_request: this rank's reason to end the run early, if any; what any rank says holds for all.
         unfinished: record of the last step done, where an interruption broke its validation off.
     """
@@ -45,6 +46,7 @@ class Trainer:
         start_step: int = 0,
         checkpoint_extra: dict[str, Any] | None = None,
         stop_request: Callable[[], StopReason] = lambda: StopReason.NONE,
+        alive: Callable[[], None] = lambda: None,
         unfinished: dict[str, Any] | None = None,
     ):
         self.engine, self.loader, self.callbacks = engine, loader, callbacks
@@ -54,7 +56,7 @@ class Trainer:
         self.stop_reason = StopReason.NONE
         self.unfinished = unfinished
         self.total_steps = total_steps(self.recipe)
-        self._checkpoint_extra, self._stop_request = checkpoint_extra or {}, stop_request
+        self._checkpoint_extra, self._stop_request, self._alive = checkpoint_extra or {}, stop_request, alive
         self.throughput = Throughput(self.recipe, dist.get_world_size())
 
     @property
@@ -87,6 +89,7 @@ class Trainer:
             record = self._train_step(next(batches))
             for callback in self.callbacks:
                 callback.after_step(self, record)
+            self._alive()
         for callback in self.callbacks:
             callback.finish(self)
 
@@ -112,6 +115,7 @@ class Trainer:
         reason = torch.tensor(int(self._stop_request()), device=cpu.device())
         dist.all_reduce(reason, op=dist.ReduceOp.MAX)
         self.stop_reason = max(self.stop_reason, StopReason(int(reason)))
+        self._alive()
         if self.stop_reason is StopReason.LEASE_LOST:
             raise TrainingError(
                 f"another start has taken the run folder {self.recipe.run_dir}, as this one gave no sign of life for a "
