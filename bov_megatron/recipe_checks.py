@@ -33,6 +33,7 @@ CORE_ATTENTIONS = ("auto", "sdpa", "flex", "megatron")
 RECOMPUTES = ("none", "selective", "full")
 PRECISIONS = ("bf16", "fp32")
 OPTIMIZERS = ("muon", "adamw")
+SPIKE_POLICIES = ("warn", "skip")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -307,6 +308,12 @@ def _check_intervals(recipe: Recipe) -> None:
 
 def _check_health(health: HealthConfig) -> None:
     _at_least("health.hang_minutes", health.hang_minutes, 0)
+    _one_of("health.on_spike", health.on_spike, SPIKE_POLICIES)
+    _at_least("health.spike_deviations", health.spike_deviations, 0)
+    _at_least("health.spike_window", health.spike_window, 4, "of fewer losses there is no telling what is usual")
+    for name in ("max_not_finite_steps", "max_skips_within"):
+        _at_least(f"health.{name}", getattr(health, name), 1)
+    _at_least("health.max_skips", health.max_skips, 0)
 
 
 def _check_logging(log: LoggingConfig) -> None:

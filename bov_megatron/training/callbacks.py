@@ -78,27 +78,11 @@ class TrainingError(RuntimeError):
     """A run that is not worth going on with; the message says why and what to do."""
 
 
-class Health(Callback):
-    """Ends a run whose gradients have not been finite for `patience` steps on end.
-
-    Such steps change nothing, so the checkpoints before are good; going on would only spend hours.
-    """
-
-    def __init__(self, patience: int = 10):
-        self.patience, self.skipped = patience, 0
-
-    def after_step(self, trainer, record):
-        self.skipped = 0 if record["updated"] else self.skipped + 1
-        if self.skipped == self.patience:
-            raise TrainingError(
-                f"gradients were not finite at {self.patience} steps on end, up to step {record['step']}; weights are "
-                "those before. Lower the learning rates (optimizer.matrix_lr, …) or set optimizer.clip_grad=1.0, and "
-                "start again: the run continues from its newest checkpoint"
-            )
-
-
 class MetricsFile(Callback):
     """One JSON object a step in RUN/metrics.jsonl. A resumed run first drops the lines after its checkpoint."""
+
+    ALWAYS = frozenset({"validation_bits_per_byte", "sample_ids"})
+    """A line with one of these is written whatever the interval."""
 
     def __init__(self, run_dir: Path, interval: int):
         self.path, self.interval, self.file = run_dir / METRICS_FILE, interval, None
@@ -114,7 +98,7 @@ class MetricsFile(Callback):
         self.file = self.path.open("a")
 
     def after_step(self, trainer, record):
-        if self.file and (trainer.is_due(self.interval) or "validation_bits_per_byte" in record):
+        if self.file and (trainer.is_due(self.interval) or self.ALWAYS & record.keys()):
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
 
@@ -154,8 +138,12 @@ class Progress(Callback):
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         text = f"loss {loss} · {rates} · {_clock(left)} left"
         self.finish_step(trainer, record)
-        if not record["updated"]:
-            self._print(f"step {record['step']}: gradient norm is not finite, weights left as they were")
+        if "spike_deviations" in record:
+            what = "weights left as they were" if "skipped" in record else "taken all the same (health.on_spike=warn)"
+            above = f"{record['spike_deviations']:.0f} deviations above those before"
+            self._print(f"step {record['step']}: loss {record['loss']:.4f} is {above}, {what}")
+        elif not record["updated"]:
+            self._print(f"step {record['step']}: loss or gradients are not finite, weights left as they were")
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update()

@@ -22,13 +22,13 @@ from bov_megatron.recipe import Recipe, RecipeError
 from bov_megatron.training import checkpoint
 from bov_megatron.training.callbacks import (
     Checkpoints,
-    Health,
     MetricsFile,
     Progress,
     Validation,
     ValueStatistics,
     Wandb,
 )
+from bov_megatron.training.health import Health
 from bov_megatron.training.interruption import StopReason, StopRequest, StopSignals
 from bov_megatron.training.lease import Lease, RunBusyError
 from bov_megatron.training.trainer import Trainer
@@ -73,13 +73,14 @@ def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
     train_loader, validation_loader = _on_all_ranks(lambda: _open_data(recipe, start))
     with train_loader:
         _announce(recipe, start, train_loader)
+        health = Health(recipe.health, start.extra.get("health") if start else None)
         yield Trainer(
             engine,
             train_loader,
             [
                 Validation(validation_loader, recipe.validation.interval),
                 ValueStatistics(recipe.logging.table_interval),
-                Health(),
+                health,
                 Progress(recipe.logging.print_interval),
                 Wandb(recipe.run_dir, recipe.logging.wandb, recipe.logging.wandb_project),
                 MetricsFile(recipe.run_dir, recipe.logging.interval),
@@ -88,6 +89,7 @@ def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
             bytes_per_token=_padded(validation_loader.bytes_per_token(), recipe.model.vocab_size),
             start_step=start.step if start else 0,
             checkpoint_extra={"tokenizer_hash": train_loader.tokenizer_hash, "shards": _shards(train_loader)},
+            health=health,
             stop_request=stop_request,
             alive=watchdog.alive,
             unfinished=start.extra.get("unfinished") if start else None,
