@@ -126,25 +126,26 @@ class Lease:
         if _is_gone(holder, self.me):
             _say(f"taking over from {holder.describe()}: it has ended without giving the run folder back")
             return
-        _say(f"{self.path} is held by {holder.describe()}; waiting for a sign of life, {self.stale_seconds:.0f} s long")
-        deadline = time.monotonic() + self.stale_seconds
-        while time.monotonic() < deadline:
-            if _is_on_this_machine(holder, self.me):
-                break
-            time.sleep(min(1.0, self.beat_seconds))
-            now = read_holder(self.path)
-            if now is None:
+        if not _is_on_this_machine(holder, self.me):
+            holder = self._watch(holder)
+            if holder is None:
                 return
-            if now != holder:
-                holder = now
-                break
-        else:
-            _say(f"taking over from {holder.describe()}: no sign of life for {self.stale_seconds:.0f} s")
-            return
         raise RunBusyError(
             f"run folder {self.path.parent} is in use: {holder.describe()}. Wait until that has ended or end it, or "
             "start another run with name=… or output_dir=…"
         )
+
+    def _watch(self, holder: Holder) -> Holder | None:
+        """The holder as of its first sign of life; None where it gave none for long enough, or gave the folder back."""
+        _say(f"{self.path} is held by {holder.describe()}; waiting for a sign of life, {self.stale_seconds:.0f} s long")
+        deadline = time.monotonic() + self.stale_seconds
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, self.beat_seconds))
+            now = read_holder(self.path)
+            if now != holder:
+                return now
+        _say(f"taking over from {holder.describe()}: no sign of life for {self.stale_seconds:.0f} s")
+        return None
 
     def _remove(self, holder: Holder) -> None:
         """Remove the lease if it is still `holder`'s. By renaming, which only one can do; what turns out to be a third
