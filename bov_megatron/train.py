@@ -19,7 +19,17 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: see bov_megatron.exit_status."""
+    """Entry point; returns the exit status: see bov_megatron.exit_status.
+
+    Rank 0 also reports it to a launcher that asks for it.
+    """
+    status = _main(arguments)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        exit_status.report(status)
+    return status
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bov_megatron.train",
         description="Train the model of a recipe. A run folder that holds a checkpoint is continued from it.",

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import yaml
 from megatron.core import parallel_state
 
+from bov_megatron import exit_status
 from bov_megatron.data.errors import DataError
 from bov_megatron.data.loader import TrainLoader, ValidationLoader
 from bov_megatron.engines.megatron import MegatronEngine
@@ -51,9 +52,14 @@ def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
     with _run_folder(recipe) as lease, watchdog, _trainer(recipe, stop_request, watchdog) as trainer:
         stop_request.watch(lease)
         trainer.fit()
+    reason = StopReason.NONE if trainer.done else trainer.stop_reason
+    if world.rank == 0:
+        exit_status.report(exit_status.INTERRUPTED if reason else exit_status.DONE)
+    # srun terminates all ranks as soon as one leaves with a status other than 0: not before rank 0 has said everything.
+    dist.barrier()
     # Not after an error: the other ranks may be inside a collective, and leaving would wait for them.
     process_groups.shutdown()
-    return StopReason.NONE if trainer.done else trainer.stop_reason
+    return reason
 
 
 @contextlib.contextmanager

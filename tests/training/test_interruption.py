@@ -36,7 +36,7 @@ def stopped_rank(rank, world_size, arguments, where, at_call):
     return code, stderr.getvalue(), len(calls)
 
 
-def late_rank(rank, world_size, arguments, at_step):
+def late_rank(rank, world_size, arguments, at_step, status_file):
     """The run, with the second rank's clock an hour ahead from a step on."""
     from bov_megatron import train as command
     from bov_megatron.engines.megatron import MegatronEngine
@@ -53,6 +53,7 @@ def late_rank(rank, world_size, arguments, at_step):
         return forward_backward(self, micro_batches)
 
     interruption.time = Clock()
+    os.environ["BOV_STATUS_FILE"] = status_file
     forward_backward, MegatronEngine.forward_backward = MegatronEngine.forward_backward, counting
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         code = command.main([SMOKE, *arguments])
@@ -90,8 +91,9 @@ def test_before_the_first_step_there_is_nothing_to_save(prepared_data, tmp_path,
 
 def test_time_limit(prepared_data, tmp_path, undisturbed):
     arguments = overrides(prepared_data, tmp_path, "checkpoint.interval=0")
-    results = run_ranks(late_rank, 2, [*arguments, "train.max_minutes=59"], 5)
+    results = run_ranks(late_rank, 2, [*arguments, "train.max_minutes=59"], 5, str(tmp_path / "status"))
     assert [code for code, _ in results] == [143, 143]
+    assert (tmp_path / "status").read_text() == "143\n", "for a launcher that asks"
     assert "stopped by train.max_minutes, all steps done are saved" in results[0][1]
     assert len(metrics(tmp_path)) == 5
     assert "resuming after step 5" in train(2, arguments)
