@@ -67,11 +67,11 @@ def _train(recipe: Recipe, world: World, signals: StopSignals) -> int:
     from bov_megatron.training import run
     from bov_megatron.training.callbacks import TrainingError
     from bov_megatron.training.checkpoint import CheckpointError
-    from bov_megatron.training.lease import RunBusyError
+    from bov_megatron.training.lease import RunFolderError
 
     try:
         stopped_by = run.train(recipe, world, signals)
-    except (RecipeError, CheckpointError, RunBusyError, TrainingError) as error:  # the same on every rank
+    except (RecipeError, CheckpointError, RunFolderError, TrainingError) as error:  # the same on every rank
         status = exit_status.NOT_WORTH_GOING_ON if isinstance(error, TrainingError) else exit_status.CANNOT_START
         return _refuse(error, status, world.rank == 0)
     except DataError as error:

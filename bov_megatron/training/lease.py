@@ -28,8 +28,9 @@ BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 
 
-class RunBusyError(RuntimeError):
-    """The run folder belongs to another start of the run; the message names who holds it and since when."""
+class RunFolderError(RuntimeError):
+    """The run folder cannot be had: another start holds it (the message says who, and since when), or it cannot be
+    written."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Lease:
             stopped process is not taken for a dead one.
         environ: where Slurm's variables are looked up.
 
-    Raises RunBusyError on entering, at once where the holder is known to live, else after at most `stale_seconds`.
+    Raises RunFolderError on entering, at once where the holder is known to live, else after at most `stale_seconds`.
     """
 
     def __init__(
@@ -86,12 +87,18 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        while not self._create():
-            holder = read_holder(self.path)
-            if holder is not None:
-                self._wait_until_free(holder)
-                self._remove(holder)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while not self._create():
+                holder = read_holder(self.path)
+                if holder is not None:
+                    self._wait_until_free(holder)
+                    self._remove(holder)
+        except OSError as error:
+            raise RunFolderError(
+                f"run folder {self.path.parent} cannot be written ({error}): make room or give permission there, or "
+                "set output_dir=… to another place"
+            ) from error
         self._thread.start()
         return self
 
@@ -106,23 +113,24 @@ class Lease:
     def _create(self) -> bool:
         """Whether the lease is now ours. A hard link to a complete file: the one step that network file systems, too,
         grant to only one."""
-        part = self._part()
-        part.write_text(json.dumps(dataclasses.asdict(self.me)))
+        part, text = self._part(), json.dumps(dataclasses.asdict(self.me))
         try:
-            os.link(part, self.path)
+            part.write_text(text)
+            try:
+                os.link(part, self.path)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without links
+                with self.path.open("x") as file:
+                    file.write(text)
             return True
         except FileExistsError:
             return False
-        except OSError:  # a file system without links
-            with contextlib.suppress(FileExistsError), self.path.open("x") as file:
-                file.write(part.read_text())
-                return True
-            return False
         finally:
-            part.unlink()
+            part.unlink(missing_ok=True)
 
     def _wait_until_free(self, holder: Holder) -> None:
-        """Return as soon as the holder is known to be gone. Raises RunBusyError as soon as it is known to live."""
+        """Return as soon as the holder is known to be gone. Raises RunFolderError as soon as it is known to live."""
         if _is_gone(holder, self.me):
             _say(f"taking over from {holder.describe()}: it has ended without giving the run folder back")
             return
@@ -130,7 +138,7 @@ class Lease:
             holder = self._watch(holder)
             if holder is None:
                 return
-        raise RunBusyError(
+        raise RunFolderError(
             f"run folder {self.path.parent} is in use: {holder.describe()}. Wait until that has ended or end it, or "
             "start another run with name=… or output_dir=…"
         )
@@ -187,7 +195,7 @@ def read_holder(path: Path) -> Holder | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise RunBusyError(
+        raise RunFolderError(
             f"{path} is no lease of this version ({error}): remove it once no run uses the folder"
         ) from None
 

@@ -31,7 +31,7 @@ from bov_megatron.training.callbacks import (
 )
 from bov_megatron.training.health import Health
 from bov_megatron.training.interruption import StopReason, StopRequest, StopSignals
-from bov_megatron.training.lease import Lease, RunBusyError
+from bov_megatron.training.lease import Lease, RunFolderError
 from bov_megatron.training.trainer import Trainer
 from bov_megatron.training.watchdog import Watchdog
 
@@ -44,7 +44,7 @@ def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
 
     Returns NONE where all is done, else what ended the run early, after a checkpoint of the steps done.
 
-    Raises RecipeError, DataError, CheckpointError or RunBusyError with the remedy where the run cannot start.
+    Raises RecipeError, DataError, CheckpointError or RunFolderError with the remedy where the run cannot start.
     """
     stop_request = StopRequest(signals, recipe.train.max_minutes)
     process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
@@ -120,7 +120,7 @@ def _on_all_ranks(function: Callable[[], T]) -> T:
     result, error = None, None
     try:
         result = function()
-    except (RecipeError, DataError, checkpoint.CheckpointError, RunBusyError) as raised:
+    except (RecipeError, DataError, checkpoint.CheckpointError, RunFolderError) as raised:
         error = raised
     errors: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from bov_megatron.training import lease as module
-from bov_megatron.training.lease import LEASE_FILE, Lease, RunBusyError, read_holder
+from bov_megatron.training.lease import LEASE_FILE, Lease, RunFolderError, read_holder
 from tests.training.runs import launch, overrides, train
 
 FAST = {"beat_seconds": 0.1, "stale_seconds": 1.0, "environ": {}}
@@ -42,7 +42,7 @@ def elsewhere(path, **changes) -> None:
 
 def test_refused_at_once_while_the_holder_lives(tmp_path, other):
     started = time.monotonic()
-    with pytest.raises(RunBusyError) as refused, Lease(tmp_path, environ={}):
+    with pytest.raises(RunFolderError) as refused, Lease(tmp_path, environ={}):
         pass
     assert time.monotonic() - started < 2
     holder = read_holder(tmp_path / LEASE_FILE)
@@ -95,7 +95,7 @@ def test_another_machine_is_watched(tmp_path, capsys):
     with Lease(tmp_path, beat_seconds=0.1, environ={}) as living:
         living.me = dataclasses.replace(living.me, machine="another")
         time.sleep(0.3)
-        with pytest.raises(RunBusyError, match="is in use"), Lease(tmp_path, **FAST | {"stale_seconds": 30}):
+        with pytest.raises(RunFolderError, match="is in use"), Lease(tmp_path, **FAST | {"stale_seconds": 30}):
             pass
         assert not living.lost
 
@@ -118,9 +118,15 @@ def test_a_folder_with_nothing_in_it_goes_again(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="run folder .*/file/run cannot be written .*: .*output_dir=…"):
+        Lease(tmp_path / "file" / "run", **FAST).__enter__()
+
+
 def test_a_strange_file_is_named(tmp_path):
     (tmp_path / LEASE_FILE).write_text("{}")
-    with pytest.raises(RunBusyError, match="no lease of this version.*remove it once no run uses the folder"):
+    with pytest.raises(RunFolderError, match="no lease of this version.*remove it once no run uses the folder"):
         Lease(tmp_path, **FAST).__enter__()
 
 
