@@ -31,7 +31,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 # A requeued job waits until its credentials have expired: two minutes, unless told otherwise.
-AuthInfo=socket={munge}/munge.socket,cred_expire=5
+AuthInfo=socket={munge}/munge.socket,cred_expire=10
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
