@@ -199,6 +199,8 @@ class TrainConfig:
     """Optimizer steps; `null` means as many as `budget_flops` pays for."""
     budget_flops: float | None = None
     """Training FLOPs to spend, as `plan` counts them; used when `steps` is null."""
+    max_minutes: float | None = None
+    """Minutes after which a start of the run saves and ends with status 143, to be started again; `null`: no limit."""
     seed: int = 1234
     """Seed of the initial weights, which depend on it and on parameter names alone."""
     precision: str = "bf16"
@@ -336,6 +338,28 @@ class CheckpointConfig:
 
 
 @dataclass
+class HealthConfig:
+    """When a run is not well, and what happens then."""
+
+    hang_minutes: float = 20.0
+    """Without a finished step, validation chunk or checkpoint for so long, every rank writes its stacks to
+    `stacks/` in the run folder and ends with status 4; 0 means never."""
+    on_spike: str = "warn"
+    """What happens to a step whose loss is a spike: `warn` (taken, and remarked on) or `skip` (weights and optimizer
+    state stay as they were). Steps whose loss or gradients are not finite are always skipped."""
+    spike_deviations: float = 12.0
+    """A loss so many robust standard deviations above the median of the window is a spike; 0 means none is."""
+    spike_window: int = 128
+    """Losses of steps taken that a loss is compared with; nothing is judged before there are so many."""
+    max_not_finite_steps: int = 10
+    """So many steps on end whose loss or gradients are not finite end the run with status 3."""
+    max_skips: int = 20
+    """More skipped steps than this, among the last `max_skips_within`, end the run with status 3."""
+    max_skips_within: int = 1000
+    """Steps among which `max_skips` may be skipped."""
+
+
+@dataclass
 class LoggingConfig:
     """What is written down."""
 
@@ -368,6 +392,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property

@@ -15,6 +15,7 @@ from bov_megatron.recipe import (
     TARGET_LAYERS,
     VALUE_SOURCES,
     DataConfig,
+    HealthConfig,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
@@ -33,6 +34,7 @@ PIPELINE_BALANCES = ("layers", "time", "memory")
 RECOMPUTES = ("none", "selective", "full")
 PRECISIONS = ("bf16", "fp32")
 OPTIMIZERS = ("muon", "adamw")
+SPIKE_POLICIES = ("warn", "skip")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -50,6 +52,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_optimizer(recipe.optimizer)
     _check_data(recipe.data, recipe.train.global_batch_size)
     _check_intervals(recipe)
+    _check_health(recipe.health)
     _check_logging(recipe.logging)
     _check_duration(recipe)
 
@@ -333,6 +336,8 @@ def _check_train(t: TrainConfig) -> None:
         _at_least("train.steps", t.steps, 1)
     if t.budget_flops is not None:
         _above_zero("train.budget_flops", t.budget_flops)
+    if t.max_minutes is not None:
+        _above_zero("train.max_minutes", t.max_minutes)
     if t.steps is None and t.budget_flops is None:
         raise RecipeError(
             "train.steps and train.budget_flops are both null: the run has no end; set one, e.g. train.steps=1000"
@@ -396,6 +401,16 @@ def _check_intervals(recipe: Recipe) -> None:
     _at_least("checkpoint.interval", recipe.checkpoint.interval, 0)
     _at_least("checkpoint.keep_last", recipe.checkpoint.keep_last, 1)
     _at_least("checkpoint.keep_every", recipe.checkpoint.keep_every, 0)
+
+
+def _check_health(health: HealthConfig) -> None:
+    _at_least("health.hang_minutes", health.hang_minutes, 0)
+    _one_of("health.on_spike", health.on_spike, SPIKE_POLICIES)
+    _at_least("health.spike_deviations", health.spike_deviations, 0)
+    _at_least("health.spike_window", health.spike_window, 4, "of fewer losses there is no telling what is usual")
+    for name in ("max_not_finite_steps", "max_skips_within"):
+        _at_least(f"health.{name}", getattr(health, name), 1)
+    _at_least("health.max_skips", health.max_skips, 0)
 
 
 def _check_logging(log: LoggingConfig) -> None:

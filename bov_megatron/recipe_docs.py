@@ -13,7 +13,7 @@ from bov_megatron import recipe as recipe_module
 from bov_megatron.recipe import Recipe
 
 SECTION_ORDER = ("", "model", "model.value", "parallel", "train", "optimizer", "data", "data.streams[]", "validation")
-SECTION_ORDER += ("checkpoint", "logging")
+SECTION_ORDER += ("checkpoint", "health", "logging")
 
 
 def update(text: str, recipes: Path) -> str:

@@ -8,11 +8,28 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
+
+from bov_megatron import exit_status
+
+if TYPE_CHECKING:
+    from bov_megatron.parallel.launch import World
+    from bov_megatron.recipe import Recipe
+    from bov_megatron.training.interruption import StopSignals
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 for a run not worth going on with, 2 for a recipe, data set or
-    checkpoint that cannot be used, 143 (as for SIGTERM) for a run that a signal ended early, after a checkpoint."""
+    """Entry point; returns the exit status: see bov_megatron.exit_status.
+
+    Rank 0 also reports it to a launcher that asks for it.
+    """
+    status = _main(arguments)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        exit_status.report(status)
+    return status
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bov_megatron.train",
         description="Train the model of a recipe. A run folder that holds a checkpoint is continued from it.",
@@ -28,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     from bov_megatron.compat import quiet_megatron_imports
     from bov_megatron.parallel.launch import LaunchError, detect_world, export_world
     from bov_megatron.recipe import RecipeError, load_recipe
+    from bov_megatron.training.interruption import StopSignals
 
     # The first rank of each node speaks: a recipe may be missing on one node alone.
     speaks = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
@@ -37,23 +55,36 @@ def main(arguments: list[str] | None = None) -> int:
         recipe.data_parallel_size(world.world_size)
         export_world(world)
         quiet_megatron_imports()
-
-        from bov_megatron.data.errors import DataError
-        from bov_megatron.training import run
-        from bov_megatron.training.callbacks import TrainingError
-        from bov_megatron.training.checkpoint import CheckpointError
     except (RecipeError, LaunchError) as error:
-        return _refuse(error, 2, speaks)
+        return _refuse(error, exit_status.CANNOT_START, speaks)
+    with StopSignals() as signals:  # importing takes its time
+        return _train(recipe, world, signals)
+
+
+def _train(recipe: Recipe, world: World, signals: StopSignals) -> int:
+    from bov_megatron.data.errors import DataError
+    from bov_megatron.recipe import RecipeError
+    from bov_megatron.training import run
+    from bov_megatron.training.callbacks import TrainingError
+    from bov_megatron.training.checkpoint import CheckpointError
+    from bov_megatron.training.lease import RunFolderError
+
     try:
-        done = run.train(recipe, world)
-    except (RecipeError, CheckpointError, TrainingError) as error:  # the same on every rank
-        return _refuse(error, 1 if isinstance(error, TrainingError) else 2, world.rank == 0)
+        stopped_by = run.train(recipe, world, signals)
+    except (RecipeError, CheckpointError, RunFolderError, TrainingError) as error:  # the same on every rank
+        status = exit_status.NOT_WORTH_GOING_ON if isinstance(error, TrainingError) else exit_status.CANNOT_START
+        return _refuse(error, status, world.rank == 0)
     except DataError as error:
         # At the start the same on every rank; later, a shard may be damaged for one rank alone.
-        return _refuse(error, 2, world.rank == 0 or not getattr(error, "on_all_ranks", False), world.rank)
-    if not done and world.rank == 0:
-        print("stopped by a signal, after a checkpoint: start again to continue", file=sys.stderr, flush=True)
-    return 0 if done else 143
+        speaks = world.rank == 0 or not getattr(error, "on_all_ranks", False)
+        return _refuse(error, exit_status.CANNOT_START, speaks, world.rank)
+    if stopped_by and world.rank == 0:
+        print(
+            f"stopped by {stopped_by.describe()}, all steps done are saved: start again to continue",
+            file=sys.stderr,
+            flush=True,
+        )
+    return exit_status.INTERRUPTED if stopped_by else exit_status.DONE
 
 
 def _refuse(error: Exception, status: int, speaks: bool, rank: int = 0) -> int:

@@ -37,30 +37,13 @@ commit() {
     fi
 }
 
-# Run a command in the background and pass signals to this job on to its ranks. In the background, because a shell
-# that waits for a foreground command runs its traps only after that command has ended. Through scancel, because a
-# SIGTERM to srun itself kills all ranks at once, without their hearing a signal.
-run_with_signals() {
-    local pid status name
-    "$@" &
-    pid=$!
-    for name in TERM INT USR1 USR2; do
-        # shellcheck disable=SC2064  # name is meant to be expanded now
-        trap "echo 'launch.sh: passing SIG$name on to the ranks' >&2
-              scancel --signal=$name $SLURM_JOB_ID || true" "$name"
-    done
-    while kill -0 "$pid" 2>/dev/null; do
-        wait "$pid" || true # returns early at every trapped signal
-    done
-    status=0
-    wait "$pid" || status=$? # bash remembers how it ended
-    return "$status"
-}
-
 [[ $# -ge 1 ]] || die "usage: launch.sh RECIPE [section.field=value ...], called by the scripts beside it"
 [[ -n ${SLURM_JOB_ID:-} ]] || die "not in a Slurm job: submit one of the scripts beside it, e.g. sbatch slurm/780m_bov.sh"
 [[ -n ${SLURM_NTASKS:-} ]] || die "the number of ranks is unknown: give sbatch or salloc --ntasks-per-node"
 [[ -d bov_megatron ]] || die "$PWD is not the repository's root"
+# shellcheck source=slurm/lifecycle.sh
+source slurm/lifecycle.sh
+hear_signals
 
 recipe=${BOV_RECIPE:-$1}
 overrides=("${@:2}")
@@ -90,7 +73,7 @@ if [[ -n ${BOV_SRUN_ARGS:-} ]]; then
 fi
 
 cat <<INFO
-job       $SLURM_JOB_ID ($SLURM_JOB_NAME), $(date --iso-8601=seconds)
+job       $SLURM_JOB_ID ($SLURM_JOB_NAME), $(date --iso-8601=seconds)${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}
 recipe    $recipe ${overrides[*]-}
 world     $SLURM_NTASKS ranks on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), rank 0 at $MASTER_ADDR
 folder    $PWD
@@ -98,12 +81,31 @@ commit    $(commit)
 python    $python ($("$python" --version 2>&1 || true))
 INFO
 
+# The end of this script, with the status of whatever has ended; Slurm may then start it again.
+finish() {
+    requeue_unless_final "$1" "$python" "$recipe" ${overrides[@]+"${overrides[@]}"} || true
+    exit "$1"
+}
+
 # What the job is about to cost, for the record. A recipe that cannot run on this many ranks ends the job here, with
 # one error instead of one per rank.
 "${srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 \
-    "$python" tools/plan.py --world-size "$SLURM_NTASKS" "$recipe" ${overrides[@]+"${overrides[@]}"}
+    "$python" tools/plan.py --world-size "$SLURM_NTASKS" "$recipe" ${overrides[@]+"${overrides[@]}"} || finish $?
+[[ -z $interrupted ]] || finish 143
 
 # A rank that fails takes the others with it: they would wait for it in a collective until that times out.
 # --label begins each line with its rank, as tracebacks of all ranks arrive at once.
+# srun's own status is the highest of all ranks', and 143 once it has terminated some because another one crashed. The
+# run's status is what rank 0, which runs on this node, leaves in a file; if it could leave none, it crashed.
+BOV_STATUS_FILE=$(mktemp)
+export BOV_STATUS_FILE
+status=0
 run_with_signals "${srun[@]}" --kill-on-bad-exit=1 --label \
-    "$python" -m bov_megatron.train "$recipe" ${overrides[@]+"${overrides[@]}"}
+    "$python" -m bov_megatron.train "$recipe" ${overrides[@]+"${overrides[@]}"} || status=$?
+if [[ -s $BOV_STATUS_FILE ]]; then
+    status=$(<"$BOV_STATUS_FILE")
+elif [[ $status == 143 ]]; then
+    status=1
+fi
+rm -f "$BOV_STATUS_FILE"
+finish "$status"

@@ -8,7 +8,8 @@ a stage that hosts a bank looks values up by token id. So is every context-paral
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +36,9 @@ class StepResult:
     loss: float
     """Mean cross-entropy of the global batch, nats per token, before the update."""
     gradient_norm: float
+    """`nan` where it was not finite or not needed."""
     updated: bool
-    """False if gradients were not finite: weights and optimizer state are then untouched."""
+    """False if gradients were not finite or the loss was not accepted: weights and optimizer state are untouched."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,18 @@ class MegatronEngine:
             str(number): chunk.sharded_state_dict(metadata=dict(metadata)) for number, chunk in enumerate(self.chunks)
         }
 
-    def train_step(self, micro_batches: Sequence[Tensor]) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[Tensor], accept: Callable[[float], bool] = lambda loss: True
+    ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step.
 
         Args:
             micro_batches: this data-parallel rank's share of the global batch, each `[B, T+1]`.
+            accept: called with the loss before the update; False, on all ranks alike, leaves the update out.
         """
         loss = self.forward_backward(micro_batches)
+        if not accept(loss):
+            return StepResult(loss, math.nan, False)
         update = self.optimizer.step()
         return StepResult(loss, update.grad_norm, update.applied)
 

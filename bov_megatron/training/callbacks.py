@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from bov_megatron.parallel import cpu
 from bov_megatron.recipe import CheckpointConfig
 from bov_megatron.training import checkpoint
 from bov_megatron.training.statistics import coefficient_values, table_statistics
@@ -36,20 +33,33 @@ class Callback:
         """After each optimizer step. `record` is the step's line of metrics; a callback may add to it for those
         that come after."""
 
+    def finish_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """Once before the first step of a run that was stopped while it validated: `record` is the line of that
+        step, done by the start before, which lacks the validation."""
+
     def finish(self, trainer: Trainer) -> None:
         """After the last step, or the one after which the run was told to stop; not called when training raises."""
 
 
 class Validation(Callback):
-    """Adds `validation_bits_per_byte` every `validation.interval` steps and at the end."""
+    """Adds `validation_bits_per_byte` every `validation.interval` steps and at the end.
+
+    A run that is told to stop meanwhile abandons it: the next start validates with the same weights.
+    """
 
     def __init__(self, loader, interval: int):
         self.loader, self.interval = loader, interval
 
     def after_step(self, trainer, record):
         if trainer.is_due(self.interval):
-            started = time.perf_counter()
-            record["validation_bits_per_byte"] = trainer.validate(self.loader)
+            self.finish_step(trainer, record)
+
+    def finish_step(self, trainer, record):
+        started = time.perf_counter()
+        bits = trainer.validate(self.loader)
+        trainer.unfinished = record if bits is None else None
+        if bits is not None:
+            record["validation_bits_per_byte"] = bits
             record["validation_seconds"] = time.perf_counter() - started
 
 
@@ -69,59 +79,14 @@ class TrainingError(RuntimeError):
     """A run that is not worth going on with; the message says why and what to do."""
 
 
-class Health(Callback):
-    """Ends a run whose gradients have not been finite for `patience` steps on end.
-
-    Such steps change nothing, so the checkpoints before are good; going on would only spend hours.
-    """
-
-    def __init__(self, patience: int = 10):
-        self.patience, self.skipped = patience, 0
-
-    def after_step(self, trainer, record):
-        self.skipped = 0 if record["updated"] else self.skipped + 1
-        if self.skipped == self.patience:
-            raise TrainingError(
-                f"gradients were not finite at {self.patience} steps on end, up to step {record['step']}; weights are "
-                "those before. Lower the learning rates (optimizer.matrix_lr, …) or set optimizer.clip_grad=1.0, and "
-                "start again: the run continues from its newest checkpoint"
-            )
-
-
-class Interruption(Callback):
-    """Ends the run, with a checkpoint, after the step in which any rank got SIGTERM or SIGUSR1: what schedulers send
-    before a time limit or a preemption. The second such signal kills as usual."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self):
-        self.received, self.handlers = False, {}
-
-    def start(self, trainer):
-        self.handlers = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-
-    def after_step(self, trainer, record):
-        received = torch.tensor(float(self.received), device=cpu.device())
-        dist.all_reduce(received, op=dist.ReduceOp.MAX)
-        trainer.stopping = bool(received)
-
-    def finish(self, trainer):
-        self._restore()
-
-    def _receive(self, number, frame):
-        self.received = True
-        self._restore()
-
-    def _restore(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-
 class MetricsFile(Callback):
     """One JSON object a step in RUN/metrics.jsonl. A resumed run first drops the lines after its checkpoint.
 
     Lines that a full disk doesn't take are said once, kept, and written when it does.
     """
+
+    ALWAYS = frozenset({"validation_bits_per_byte", "sample_ids"})
+    """A line with one of these is written whatever the interval."""
 
     def __init__(self, run_dir: Path, interval: int):
         self.path, self.interval, self.file = run_dir / METRICS_FILE, interval, None
@@ -130,15 +95,19 @@ class MetricsFile(Callback):
     def start(self, trainer):
         if dist.get_rank() != 0:
             return
-        kept = [line for line in read_lines(self.path) if line["step"] <= trainer.step]
+        last = trainer.step - (trainer.unfinished is not None)
+        kept = [line for line in read_lines(self.path) if line["step"] <= last]
         part = self.path.with_suffix(".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(part, self.path)
         self.file = self.path.open("ab", buffering=0)
 
     def after_step(self, trainer, record):
-        if self.file and (trainer.is_due(self.interval) or "validation_bits_per_byte" in record):
+        if self.file and (trainer.is_due(self.interval) or self.ALWAYS & record.keys()):
             self._write(json.dumps(record).encode() + b"\n")
+
+    def finish_step(self, trainer, record):
+        self.after_step(trainer, record)
 
     def finish(self, trainer):
         if self.file:
@@ -183,15 +152,22 @@ class Progress(Callback):
             rates += f" · MFU {record['mfu']:.1%}"
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         text = f"loss {loss} · {rates} · {_clock(left)} left"
-        if "validation_bits_per_byte" in record:
-            self._print(f"step {record['step']}: validation {record['validation_bits_per_byte']:.4f} bits per byte")
-        if not record["updated"]:
-            self._print(f"step {record['step']}: gradient norm is not finite, weights left as they were")
+        self.finish_step(trainer, record)
+        if "spike_deviations" in record:
+            what = "weights left as they were" if "skipped" in record else "taken all the same (health.on_spike=warn)"
+            above = f"{record['spike_deviations']:.0f} deviations above those before"
+            self._print(f"step {record['step']}: loss {record['loss']:.4f} is {above}, {what}")
+        elif not record["updated"]:
+            self._print(f"step {record['step']}: loss or gradients are not finite, weights left as they were")
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update()
         elif trainer.is_due(self.plain_interval) or record["step"] == 1:
             self._print(f"step {record['step']}/{trainer.total_steps} · {text}")
+
+    def finish_step(self, trainer, record):
+        if dist.get_rank() == 0 and "validation_bits_per_byte" in record:
+            self._print(f"step {record['step']}: validation {record['validation_bits_per_byte']:.4f} bits per byte")
 
     def finish(self, trainer):
         if self.bar is not None:
@@ -234,6 +210,9 @@ class Wandb(Callback):
             # A resumed offline run starts to count at 0 again: the step must be said with every line.
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
             self.run.log(numbers, step=record["step"])
+
+    def finish_step(self, trainer, record):
+        self.after_step(trainer, record)
 
     def finish(self, trainer):
         if self.run is not None:
@@ -298,6 +277,9 @@ class Checkpoints(Callback):
         self.failure = f"the checkpoint of step {step} was NOT saved: {error}"
         if dist.get_rank() == 0 and not last:
             checkpoint.warn(f"{self.failure}; training goes on, the next save tries again")
+
+    def finish_step(self, trainer, record):
+        self.after_step(trainer, record)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

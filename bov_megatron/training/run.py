@@ -13,6 +13,7 @@ import torch.distributed as dist
 import yaml
 from megatron.core import parallel_state
 
+from bov_megatron import exit_status
 from bov_megatron.data.errors import DataError
 from bov_megatron.data.loader import TrainLoader, ValidationLoader
 from bov_megatron.engines.megatron import MegatronEngine
@@ -22,59 +23,82 @@ from bov_megatron.recipe import Recipe, RecipeError
 from bov_megatron.training import checkpoint
 from bov_megatron.training.callbacks import (
     Checkpoints,
-    Health,
-    Interruption,
     MetricsFile,
     Progress,
     Validation,
     ValueStatistics,
     Wandb,
 )
+from bov_megatron.training.health import Health
+from bov_megatron.training.interruption import StopReason, StopRequest, StopSignals
+from bov_megatron.training.lease import Lease, RunFolderError
 from bov_megatron.training.trainer import Trainer
+from bov_megatron.training.watchdog import Watchdog
 
 RECIPE_FILE, TOKENIZER_FOLDER = "recipe.yaml", "tokenizer"
 T = TypeVar("T")
 
 
-def train(recipe: Recipe, world: World) -> bool:
+def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
     """Train `recipe` on this rank of `world`; continue from the newest checkpoint in its run folder, if any.
 
-    Returns whether all steps are done: False where a signal ended the run early, after a checkpoint.
+    Returns NONE where all is done, else what ended the run early, after a checkpoint of the steps done.
 
-    Raises RecipeError, DataError or CheckpointError with the remedy where the run cannot start.
+    Raises RecipeError, DataError, CheckpointError or RunFolderError with the remedy where the run cannot start.
     """
+    stop_request = StopRequest(signals, recipe.train.max_minutes)
     process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
-    with _trainer(recipe) as trainer:
+    watchdog = Watchdog(recipe.run_dir, world.rank, recipe.health.hang_minutes)
+    with _run_folder(recipe) as lease, watchdog, _trainer(recipe, stop_request, watchdog) as trainer:
+        stop_request.watch(lease)
         trainer.fit()
+    reason = StopReason.NONE if trainer.done else trainer.stop_reason
+    if world.rank == 0:
+        exit_status.report(exit_status.INTERRUPTED if reason else exit_status.DONE)
+    # srun terminates all ranks as soon as one leaves with a status other than 0: not before rank 0 has said everything.
+    dist.barrier()
     # Not after an error: the other ranks may be inside a collective, and leaving would wait for them.
     process_groups.shutdown()
-    return trainer.step == trainer.total_steps
+    return reason
 
 
 @contextlib.contextmanager
-def _trainer(recipe: Recipe):
+def _run_folder(recipe: Recipe):
+    """The run folder, held by rank 0 for all; collective."""
+    lease = Lease(recipe.run_dir)
+    with contextlib.ExitStack() as stack:
+        _on_all_ranks(lambda: stack.enter_context(lease) if dist.get_rank() == 0 else None)
+        yield lease
+
+
+@contextlib.contextmanager
+def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
     """Everything a run consists of, put together."""
     engine = MegatronEngine(recipe)
     start = _resume(engine)
     train_loader, validation_loader = _on_all_ranks(lambda: _open_data(recipe, start))
     with train_loader:
         _announce(recipe, start, train_loader)
+        health = Health(recipe.health, start.extra.get("health") if start else None)
         yield Trainer(
             engine,
             train_loader,
             [
                 Validation(validation_loader, recipe.validation.interval),
                 ValueStatistics(recipe.logging.table_interval),
-                Health(),
+                health,
                 Progress(recipe.logging.print_interval),
                 Wandb(recipe.run_dir, recipe.logging.wandb, recipe.logging.wandb_project),
                 MetricsFile(recipe.run_dir, recipe.logging.interval),
-                Interruption(),
                 Checkpoints(recipe.run_dir, recipe.checkpoint),
             ],
             bytes_per_token=_padded(validation_loader.bytes_per_token(), recipe.model.vocab_size),
             start_step=start.step if start else 0,
             checkpoint_extra={"tokenizer_hash": train_loader.tokenizer_hash, "shards": _shards(train_loader)},
+            health=health,
+            stop_request=stop_request,
+            alive=watchdog.alive,
+            unfinished=start.extra.get("unfinished") if start else None,
         )
 
 
@@ -94,7 +118,7 @@ def _on_all_ranks(function: Callable[[], T]) -> T:
     result, error = None, None
     try:
         result = function()
-    except (RecipeError, DataError, checkpoint.CheckpointError) as raised:
+    except (RecipeError, DataError, checkpoint.CheckpointError, RunFolderError) as raised:
         error = raised
     errors: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ import torch.distributed as dist
 from bov_megatron.engines.megatron import MegatronEngine
 from bov_megatron.parallel import cpu
 from bov_megatron.plan import total_steps
-from bov_megatron.training.callbacks import Callback
+from bov_megatron.training.callbacks import Callback, TrainingError
+from bov_megatron.training.health import Health, Verdict
+from bov_megatron.training.interruption import StopReason
 from bov_megatron.training.throughput import Throughput
 
 VALIDATION_CHUNK = 16
@@ -31,6 +33,10 @@ class Trainer:
         bytes_per_token: UTF-8 bytes of each token id, 0 for special tokens, `[vocab_size]`.
         start_step: steps done already.
         checkpoint_extra: stored with every checkpoint.
+        health: judges each loss before the update; to be among the callbacks as well.
+        alive: called whenever a limited piece of work is done: a step, a piece of validation, a checkpoint.
+        stop_request: this rank's reason to end the run early, if any; what any rank says holds for all.
+        unfinished: record of the last step done, where an interruption broke its validation off.
     """
 
     def __init__(
@@ -41,52 +47,112 @@ class Trainer:
         bytes_per_token: torch.Tensor,
         start_step: int = 0,
         checkpoint_extra: dict[str, Any] | None = None,
+        health: Health | None = None,
+        stop_request: Callable[[], StopReason] = lambda: StopReason.NONE,
+        alive: Callable[[], None] = lambda: None,
+        unfinished: dict[str, Any] | None = None,
     ):
         self.engine, self.loader, self.callbacks = engine, loader, callbacks
         self.recipe = engine.recipe
         self.bytes_per_token = bytes_per_token.to(cpu.device())
         self.step = start_step
-        self.stopping = False
-        """Set by a callback, on all ranks alike: this step is the last one for now."""
+        self.batch = None
+        """The global batch of the step at hand (data.loader.TrainBatch)."""
+        self.stop_reason = StopReason.NONE
+        self.health, self.unfinished = health, unfinished
         self.total_steps = total_steps(self.recipe)
-        self.checkpoint_extra = checkpoint_extra or {}
+        self._checkpoint_extra, self._stop_request, self._alive = checkpoint_extra or {}, stop_request, alive
         self.throughput = Throughput(self.recipe, dist.get_world_size())
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the step at hand is the last one for now; the same on all ranks."""
+        return self.stop_reason is not StopReason.NONE
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do: all steps, and the validation after the last one."""
+        return self.step == self.total_steps and self.unfinished is None
+
+    @property
+    def checkpoint_extra(self) -> dict[str, Any]:
+        """What goes into a checkpoint of this moment besides weights and optimizer state."""
+        health = self.health.state() if self.health else None
+        return {**self._checkpoint_extra, "unfinished": self.unfinished, "health": health}
+
     def fit(self) -> None:
-        """Train to the last step, or to the one after which a callback sets `stopping`."""
+        """Train to the last step, or to the one in which any rank had a reason to stop."""
         for callback in self.callbacks:
             callback.start(self)
+        self.agree()
+        if self.unfinished is not None and not self.stopping:
+            record = self.unfinished
+            for callback in self.callbacks:
+                callback.finish_step(self, record)
         batches = iter(self.loader)
         while self.step < self.total_steps and not self.stopping:
             self.throughput.start()
-            batch = next(batches)
-            rates = self.engine.optimizer.learning_rates()
-            result = self.engine.train_step(batch.micro_batches)
-            self.step += 1
-            record = {
-                "step": self.step,
-                "loss": _finite(result.loss),
-                "gradient_norm": _finite(result.gradient_norm),
-                "updated": result.updated,
-                "digest": batch.digest,
-                "tokens": self.step * self.recipe.batch_tokens,
-                **{f"learning_rate/{kind}": rate for kind, rate in rates.items()},
-                **self.throughput.stop(),
-            }
+            self.batch = next(batches)
+            record = self._train_step()
             for callback in self.callbacks:
                 callback.after_step(self, record)
+            self._alive()
         for callback in self.callbacks:
             callback.finish(self)
+
+    def _train_step(self) -> dict[str, Any]:
+        """One optimizer step; its line of metrics."""
+        rates = self.engine.optimizer.learning_rates()
+        result = self.engine.train_step(self.batch.micro_batches, self._accepts)
+        self.step += 1
+        return {
+            "step": self.step,
+            "loss": _finite(result.loss),
+            "gradient_norm": _finite(result.gradient_norm),
+            "updated": result.updated,
+            "digest": self.batch.digest,
+            "tokens": self.step * self.recipe.batch_tokens,
+            **{f"learning_rate/{kind}": rate for kind, rate in rates.items()},
+            **self.throughput.stop(),
+        }
+
+    def _accepts(self, loss: float) -> bool:
+        """Whether the update is made that the gradients of `loss` are ready for; the same on every rank."""
+        if self.health is None:
+            return not self.agree()
+        self.health.verdict = Verdict(self.agree(self.health.judge(loss)))
+        return self.health.verdict is Verdict.TAKE
+
+    def agree(self, verdict: int = 0) -> int:
+        """One small reduction: any rank's reason to stop becomes everyone's `stop_reason`; collective.
+
+        Returns the highest of all ranks' verdicts on the step at hand.
+        """
+        words = torch.tensor([int(self._stop_request()), int(verdict)], device=cpu.device())
+        dist.all_reduce(words, op=dist.ReduceOp.MAX)
+        reason, verdict = words.tolist()
+        self.stop_reason = max(self.stop_reason, StopReason(reason))
+        self._alive()
+        if self.stop_reason is StopReason.LEASE_LOST:
+            raise TrainingError(
+                f"another start has taken the run folder {self.recipe.run_dir}, as this one gave no sign of life for a "
+                "while (suspended, or cut off from the file system); it ends without saving, the other goes on"
+            )
+        return verdict
 
     def is_due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps (0: only at the end) happens after this one."""
         return self.step == self.total_steps or (interval > 0 and self.step % interval == 0)
 
-    def validate(self, loader) -> float:
-        """Bits per byte over the held-out split; the same on every rank."""
+    def validate(self, loader) -> float | None:
+        """Bits per byte over the held-out split, or None where the run was told to stop; the same on every rank."""
         nats, size = 0.0, 0
         batches = iter(loader)
         while several := list(itertools.islice(batches, VALIDATION_CHUNK)):
+            if not self.stopping:
+                self.agree()
+            if self.stopping:
+                return None
             score = self.engine.score(
                 [batch.tokens for batch in several], self.bytes_per_token, [batch.mask for batch in several]
             )

@@ -30,7 +30,8 @@ SlurmctldPort={controller_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={munge}/munge.socket
+# A requeued job waits until its credentials have expired: two minutes, unless told otherwise.
+AuthInfo=socket={munge}/munge.socket,cred_expire=10
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n

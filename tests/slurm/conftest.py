@@ -48,6 +48,7 @@ def job_environ(tmp_path) -> dict[str, str]:
         "BOV_OUTPUT_DIR": str(tmp_path / "runs"),
         "OMP_NUM_THREADS": "1",
         "TMPDIR": str(tmp_path),
+        "BOV_REQUEUE": "0",  # tests of failures want to see them; those of restarts set it
     }
 
 

@@ -126,6 +126,7 @@ def test_scripts_ask_for_what_they_say(cluster, name):
     cluster.command("scancel", str(job))
     assert fields["JobName"] == name
     assert fields["NumNodes"].startswith("2") and fields["NumTasks"] == "16"
+    assert fields["Requeue"] == "1"
     assert fields["StdOut"] == f"{REPOSITORY}/logs/slurm-{name}-{job}.out"
     assert Path(fields["StdOut"]).parent.is_dir(), "Slurm drops a job whose log it cannot open, without a word"
     assert f"recipes/{name}.yaml" in (REPOSITORY / "slurm" / f"{name}.sh").read_text()

@@ -43,7 +43,7 @@ def test_a_step_is_skipped_by_all_ranks(prepared_data, tmp_path):
 def test_a_run_without_updates_ends(prepared_data, tmp_path):
     arguments = overrides(prepared_data, tmp_path, "train.steps=30", "validation.interval=0")
     results = run_ranks(poisoned_rank, 2, arguments, tuple(range(5, 99)))
-    assert [code for code, _ in results] == [1, 1]
+    assert [code for code, _ in results] == [3, 3]
     errors = [line for _, text in results for line in text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "not finite at 10 steps on end, up to step 14" in errors[0]
