@@ -19,6 +19,7 @@ import re
 import shutil
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def begin_save(
         files = checkpoint_writing.write_index(share, all_written)
         checkpoint_manifest.write_manifest(saving, Manifest(step, _layout(engine.recipe), files))
         _publish(saving, final)
-        _prune(run_dir, keep_last, keep_every)
+        _prune(run_dir, keep_last, keep_every, asynchronous)
 
     return PendingSave(step, final, saving, writer, complete)
 
@@ -429,22 +430,26 @@ def _describe_failure(saving: Path, errors: list[str]) -> str:
     return f"{errors[0]}{more}; {free:,.1f} MiB are free in {existing}. Free space there, or lower checkpoint.keep_last"
 
 
-def _prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Remove what neither rule keeps; a folder that cannot be removed is no reason to stop."""
+def _prune(run_dir: Path, keep_last: int, keep_every: int, asynchronous: bool) -> None:
+    """Remove what neither rule keeps; a folder that cannot be removed is no reason to stop. Names go at once; files,
+    which takes a file system its time, in a thread if `asynchronous`."""
     for step, old in list_checkpoints(run_dir)[:-keep_last]:
         if keep_every and step % keep_every == 0:
             continue
         try:
-            _remove(old)
+            nameless = _take_name(old)
+            if asynchronous:
+                threading.Thread(target=shutil.rmtree, args=(nameless, True)).start()
+            else:
+                shutil.rmtree(nameless, ignore_errors=True)
         except OSError as error:
             warn(f"cannot remove the old checkpoint {old}: {error.strerror}")
 
 
 def _publish(saving: Path, final: Path) -> None:
-    """Flush what rank 0 wrote and the folder, look that it is whole, and give it its final name, in this order.
-    The other files were flushed by the ranks that wrote them."""
-    for name in (*checkpoint_writing.FIRST_RANK_FILES, checkpoint_manifest.MANIFEST_FILE):
-        _flush(saving / name)
+    """Flush the folder, look that it is whole, and give it its final name, in this order. Files are flushed where they
+    are written; Megatron doesn't for this one."""
+    _flush(saving / checkpoint_writing.FORMAT_FILE)
     _flush(saving)
     if damage := checkpoint_manifest.find_damage(saving, contents=False):
         reason = f"written, but {damage[0]}: the run folder must be on a file system that all nodes share"
@@ -456,12 +461,8 @@ def _publish(saving: Path, final: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    """Take a checkpoint's name away, then its files."""
-    shutil.rmtree(_take_name(path), ignore_errors=True)
-
-
 def _take_name(path: Path) -> Path:
+    """Rename a checkpoint before its files are removed: half a one must not look like a whole one."""
     nameless = path.with_name(f"{path.name}.{os.urandom(2).hex()}{SAVING}")
     path.rename(nameless)
     return nameless

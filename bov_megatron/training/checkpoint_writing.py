@@ -36,7 +36,6 @@ from bov_megatron.training.checkpoint_manifest import FileEntry, describe_file
 
 BACKEND, BACKEND_VERSION = "torch_dist", 1
 INDEX_FILE, FORMAT_FILE = ".metadata", "metadata.json"
-FIRST_RANK_FILES = (INDEX_FILE, FORMAT_FILE, COMMON_STATE_FNAME)
 FILES_PER_RANK = 2
 
 

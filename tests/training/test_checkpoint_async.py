@@ -151,3 +151,18 @@ def test_a_writer_that_dies_fails_its_save_alone(prepared_data, tmp_path):
         r"checkpoint of step 3 was NOT saved: rank 1 \(\S+\): its writing process was killed by signal 9", warnings[0]
     )
     assert names(tmp_path) == ["step_00000006", "step_00000008"]
+
+
+def pruning_rank(rank, world_size, folder):
+    from bov_megatron.training import checkpoint
+
+    engine = start_engine(rank, world_size)
+    for step in range(1, 5):
+        checkpoint.begin_save(engine, folder, step, keep_last=1, extra={}, keep_every=2).finish()
+        assert checkpoint.list_checkpoints(folder)[-1][0] == step
+    return [step for step, _ in checkpoint.list_checkpoints(folder)]
+
+
+def test_old_ones_are_removed(tmp_path):
+    assert run_ranks(pruning_rank, 1, tmp_path) == [[2, 4]]
+    assert names(tmp_path) == ["step_00000002", "step_00000004"], "nor their files, once the run has ended"
