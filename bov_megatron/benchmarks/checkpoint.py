@@ -7,15 +7,19 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from bov_megatron.benchmarks.timing import Spread
 from bov_megatron.benchmarks.training_step import bench_recipe, one_process, random_micro_batches
 from bov_megatron.engines.megatron import MegatronEngine
 from bov_megatron.training import checkpoint
 from bov_megatron.training.checkpoint_manifest import read_manifest
 
+CPU_VOCABULARY = 32768
+
 
 def bench_checkpoint(turns: int, quick: bool, folder: Path | None = None) -> dict:
-    """Seconds that a save of the step benchmark's model (one rank) stalls training.
+    """Seconds that a save of the step benchmark's model stalls training: one rank, on a CPU a vocabulary of 32,768.
 
     A turn saves once each way, the first turn doesn't count. `waiting`: until the checkpoint has its name. `beside`
     (checkpoint.asynchronous): the copy, the polls at step boundaries and the naming; `steps_while_writing` is how much
@@ -25,6 +29,9 @@ def bench_checkpoint(turns: int, quick: bool, folder: Path | None = None) -> dic
         folder: on the file system to measure; default: the one for temporary files.
     """
     recipe = bench_recipe("bank", quick)
+    if not quick and not torch.cuda.is_available():  # more to write, and steps that take no longer
+        recipe.model.vocab_size = CPU_VOCABULARY
+        recipe.train.global_batch_size = recipe.train.micro_batch_size = 1
     seconds: dict[str, list[float]] = {"waiting": [], "beside": [], "slowed": []}
     scratch = Path(tempfile.mkdtemp(prefix="bench-", dir=folder))
     try:
