@@ -55,11 +55,13 @@ def _wait(ranks, folder: Path, timeout: float) -> None:
             alive = [rank for rank, process in enumerate(ranks) if process.is_alive()]
             raise TimeoutError(f"ranks {alive} still running after {timeout} s")
         time.sleep(0.01)
-    for error in sorted(folder.glob("*.error")):
-        raise AssertionError(f"rank {error.stem} failed:\n{error.read_text()}")
+    failed = [f"rank {error.stem} failed:\n{error.read_text()}" for error in sorted(folder.glob("*.error"))]
+    if failed:  # one that was killed may be what the others complain of
+        for process in ranks:
+            process.join(0.1)
     codes = [process.exitcode for process in ranks]
-    if any(codes):
-        raise AssertionError(f"ranks ended with exit codes {codes}")
+    if failed or any(codes):
+        raise AssertionError("\n".join([*failed, f"ranks ended with exit codes {codes}"]))
 
 
 def _rank_main(function, rank: int, world_size: int, port: int, folder: str, args: tuple) -> None:
@@ -80,7 +82,9 @@ def _rank_main(function, rank: int, world_size: int, port: int, folder: str, arg
         target.with_suffix(".part").write_bytes(pickle.dumps(result))
         target.with_suffix(".part").rename(target)
     except BaseException:
-        (Path(folder) / f"{rank}.error").write_text(traceback.format_exc())
+        error = Path(folder) / f"{rank}.error"
+        error.with_suffix(".part-error").write_text(traceback.format_exc())
+        error.with_suffix(".part-error").rename(error)
         os._exit(1)
     finally:
         import torch.distributed as dist
