@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -78,6 +79,7 @@ def _prepare(out: Path) -> Path:
 
 def _train_and_evaluate(name: str, source: str, out: Path, data: Path, steps: int | None) -> Result:
     run_dir, export = out / "runs" / name, out / "hf" / name
+    shutil.rmtree(run_dir, ignore_errors=True)  # an earlier demo's would be continued
     _title(f"3. {name}: train with values from `{source}`, {TENSOR_PARALLEL} tensor-parallel ranks")
     overrides = [f"name={name}", f"model.value.source={source}", f"data.path={data}", f"output_dir={run_dir}"]
     if steps is not None:
