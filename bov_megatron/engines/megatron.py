@@ -162,7 +162,6 @@ class MegatronEngine:
 
     def _run(self, chunks: list, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
         """Megatron's schedule over the micro-batches; what `loss_function(labels, losses)` gave beside the loss."""
-
         group = parallel_state.get_context_parallel_group()
 
         def forward_step(iterator, chunk):
