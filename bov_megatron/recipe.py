@@ -91,6 +91,8 @@ class ModelConfig:
     core_attention: str = "auto"
     """`auto` (sdpa on CPU; on GPU flash through SDPA, FlexAttention for windows), `sdpa`, `flex` or
     `megatron` (Megatron's own local attention, for comparison)."""
+    linear_layers: str = "megatron"
+    """The blocks' linear layers: `megatron` or, where it is installed, `transformer_engine`."""
     value: ValueConfig = field(default_factory=ValueConfig)
     """Where the target layers' values come from; the fields are in the section `model.value`."""
 
@@ -205,6 +207,9 @@ class TrainConfig:
     """Seed of the initial weights, which depend on it and on parameter names alone."""
     precision: str = "bf16"
     """`bf16` (fp32 main weights and gradients) or `fp32`."""
+    fp8: str = "none"
+    """Products of the blocks' linear layers in FP8, by how operands are scaled: `none`, `tensorwise` (H100 and later),
+    `blockwise` (of 128 values, H100) or `mxfp8` (of 32, B200). Needs `model.linear_layers: transformer_engine`."""
     deterministic: bool = False
     """Ask torch for deterministic kernels."""
 

@@ -30,9 +30,11 @@ TABLES = ("per_layer", "shared")
 TABLE_PARTITIONS = ("vocab", "head")
 LOOKUPS = ("reduce_scatter", "all_reduce", "all_to_all")
 CORE_ATTENTIONS = ("auto", "sdpa", "flex", "megatron")
+LINEAR_LAYERS = ("megatron", "transformer_engine")
 PIPELINE_BALANCES = ("layers", "time", "memory")
 RECOMPUTES = ("none", "selective", "full")
 PRECISIONS = ("bf16", "fp32")
+FP8_SCALINGS = ("none", "tensorwise", "blockwise", "mxfp8")
 OPTIMIZERS = ("muon", "adamw")
 SPIKE_POLICIES = ("warn", "skip")
 WANDB_MODES = ("offline", "online", "disabled")
@@ -49,6 +51,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_sequence_split(recipe.model, recipe.parallel)
     _check_recomputation(recipe)
     _check_train(recipe.train)
+    _check_fp8(recipe)
     _check_optimizer(recipe.optimizer)
     _check_data(recipe.data, recipe.train.global_batch_size)
     _check_intervals(recipe)
@@ -136,6 +139,7 @@ def _check_model_sizes(m: ModelConfig) -> None:
             "e.g. SSSL; L alone means no windows"
         )
     _one_of("model.core_attention", m.core_attention, CORE_ATTENTIONS)
+    _one_of("model.linear_layers", m.linear_layers, LINEAR_LAYERS)
 
 
 def _check_value(m: ModelConfig) -> None:
@@ -341,6 +345,23 @@ def _check_train(t: TrainConfig) -> None:
     if t.steps is None and t.budget_flops is None:
         raise RecipeError(
             "train.steps and train.budget_flops are both null: the run has no end; set one, e.g. train.steps=1000"
+        )
+
+
+def _check_fp8(recipe: Recipe) -> None:
+    fp8 = recipe.train.fp8
+    _one_of("train.fp8", fp8, FP8_SCALINGS)
+    if fp8 == "none":
+        return
+    if recipe.model.linear_layers != "transformer_engine":
+        raise RecipeError(
+            f"train.fp8={fp8} needs model.linear_layers=transformer_engine, found '{recipe.model.linear_layers}': "
+            "Megatron's own linear layers would leave FP8 out without a word; set it, or train.fp8=none"
+        )
+    if recipe.train.precision != "bf16":
+        raise RecipeError(
+            f"train.fp8={fp8} needs train.precision=bf16, found '{recipe.train.precision}': what is not in FP8 "
+            "is in bf16; set it, or train.fp8=none"
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bov_megatron.model import context_parallel
 from bov_megatron.model.attention import rotary_cos_sin
+from bov_megatron.model.linear import load_without_extra_state, without_extra_state
 from bov_megatron.model.naming import tag_parameters
 from bov_megatron.model.norm import rms_norm
 from bov_megatron.model.spec import block_spec, transformer_config
@@ -77,6 +78,7 @@ class BovModel(GPTModel):
         if shared:
             self.value_table = new_table(recipe.model, config.params_dtype, self.pg_collection.tp, self.vocab_size)
         tag_parameters(self)
+        load_without_extra_state(self)
 
     def forward(self, ids_BS: Tensor, labels_Bs: Tensor | None = None) -> Tensor:
         """One micro-batch through this stage.
@@ -105,6 +107,10 @@ class BovModel(GPTModel):
         if labels_Bs is None:
             return logits_SBV.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels_Bs, logits_SBV)
+
+    def sharded_state_dict(self, *args, **options) -> dict:
+        """Weights for megatron.core.dist_checkpointing, the same whichever linear layers hold them."""
+        return without_extra_state(super().sharded_state_dict(*args, **options))
 
     def _embed(self, ids_BS: Tensor) -> Tensor:
         """The decoder's input x0, `[s, B, H]`, or this rank's chunk of it under sequence parallelism.

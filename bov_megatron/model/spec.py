@@ -7,7 +7,6 @@ import functools
 import torch
 from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -17,6 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from bov_megatron.model.attention import ValueSourceAttention, ValueSourceLayer
 from bov_megatron.model.core_attention import MegatronCoreAttention, SdpaCoreAttention
+from bov_megatron.model.linear import fp8_settings, linear_layers
 from bov_megatron.model.norm import WeightlessRMSNorm
 from bov_megatron.pipeline_layout import megatron_layout
 from bov_megatron.recipe import SOURCES_READING_FIRST_LAYER, ModelConfig, ParallelConfig, Recipe
@@ -53,6 +53,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         bf16=bf16,
         deterministic_mode=recipe.train.deterministic,
         **_recomputation(layout),
+        **fp8_settings(recipe),
         perform_initialization=False,  # model/initialization.py does it, independent of the layout
         use_cpu_initialization=not torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
@@ -80,29 +81,32 @@ def block_spec(recipe: Recipe, config: TransformerConfig, vp_stage: int | None =
     """Specs of the layers that this rank's pipeline stage holds, or its model chunk `vp_stage`."""
     first = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
-    layers = [layer_spec(recipe.model, first + i, recipe.padded_vocab_size()) for i in range(count)]
+    layers = [layer_spec(recipe, first + i) for i in range(count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WeightlessRMSNorm)
 
 
-def layer_spec(model: ModelConfig, layer: int, vocab_size: int) -> ModuleSpec:
-    """Spec of one layer (0-based) with its window and value source."""
+def layer_spec(recipe: Recipe, layer: int) -> ModuleSpec:
+    """Spec of one layer (0-based) with its window and value source.
+
+    Raises RecipeError where its linear layers are not there (see model/linear.py).
+    """
+    model = recipe.model
+    column_parallel, row_parallel = linear_layers(recipe)
     attention = ModuleSpec(
         module=ValueSourceAttention,
         params={
             "model": model,
             "source": model.source_of(layer),
-            "vocab_size": vocab_size,
+            "vocab_size": recipe.padded_vocab_size(),
             "keeps_values": layer == 0 and model.value.source in SOURCES_READING_FIRST_LAYER,
         },
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=column_parallel,
             core_attention=_core_attention(model, layer),
-            linear_proj=RowParallelLinear,
+            linear_proj=row_parallel,
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column_parallel, linear_fc2=row_parallel))
     return ModuleSpec(
         module=ValueSourceLayer,
         submodules=TransformerLayerSubmodules(
