@@ -105,11 +105,27 @@ def test_a_suspended_holder_notices_that_it_lost(tmp_path):
         with Lease(tmp_path.parent / "other", **FAST) as other:
             deadline = time.monotonic() + 10
             while not suspended.lost:
-                suspended.path.write_text(other.path.read_text())
+                taken = tmp_path / "taken"
+                taken.write_text(other.path.read_text())
+                taken.replace(suspended.path)
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
         token = read_holder(suspended.path).token
     assert read_holder(suspended.path).token == token, "the new holder's lease stays"
+
+
+def test_half_a_lease_does_not_end_the_renewals(tmp_path, capsys):
+    with Lease(tmp_path, beat_seconds=0.05, environ={}) as holding:
+        whole, before = holding.path.read_text(), read_holder(holding.path).beat
+        holding.path.write_text(whole[:20])
+        time.sleep(0.2)
+        holding.path.write_text(whole)
+        deadline = time.monotonic() + 10
+        while read_holder(holding.path).beat <= before:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert not holding.lost
+    assert "cannot be renewed" in capsys.readouterr().err
 
 
 def test_a_folder_with_nothing_in_it_goes_again(tmp_path):
