@@ -5,8 +5,8 @@ all-to-all with unequal parts per table, and no message about sizes. Its way thr
 
     started            at the decoder's start owners send each rank its columns of their distinct rows, for all tables
     take               a layer waits for its table's rows and repeats them by token
-    take, backward     sums the gradient over tokens by distinct row, sends the sums to the rows' owners without waiting,
-                       and adds to its table what has meanwhile arrived for the layer whose backward ran before
+    take, backward     sums the gradient over tokens by distinct row, sends the sums to the rows' owners without
+                       waiting, and adds to its table what has arrived for the layer whose backward ran before
     started, backward  runs last and adds what is left
 
 What travels from layer to layer is a *ticket*, a tensor of one number. A micro-batch's lookups are found by the storage
