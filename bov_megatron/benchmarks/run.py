@@ -114,15 +114,15 @@ def _lines(values: dict, depth: int) -> list[str]:
         elif key in EVIDENCE or value is None:
             continue
         elif key == "share_of_step":
-            lines.append(f"{label:<30}{value:.3%}")
+            lines.append(f"{label:<34}{value:.3%}")
         elif isinstance(value, dict) and set(value) == {"median", "minimum", "maximum"}:
             lines.append(
-                f"{label:<30}{_number(value['median'])} [{_number(value['minimum'])} – {_number(value['maximum'])}]"
+                f"{label:<34}{_number(value['median'])} [{_number(value['minimum'])} – {_number(value['maximum'])}]"
             )
         elif isinstance(value, dict):
             lines += [label, *_lines(value, depth + 1)]
         else:
-            lines.append(f"{label:<30}{_number(value)}")
+            lines.append(f"{label:<34}{_number(value)}")
     return lines
 
 
