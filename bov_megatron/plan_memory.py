@@ -47,11 +47,11 @@ def stage_bytes(recipe: Recipe, data_parallel_size: int) -> Callable[[int, int, 
             last_stage += size
         else:
             first_stage += size
-    inside = [layer_activations(recipe, layer) for layer in range(recipe.model.num_layers)]
+    kept = [_kept_by_layer(recipe, layer) for layer in range(recipe.model.num_layers)]
 
     def count(stage: int, first: int, stop: int) -> int:
         ends = (first_stage if first == 0 else 0) + (last_stage if stop == len(states) else 0)
-        return ends + sum(states[first:stop]) + _activations(recipe, stage, [inside[first:stop]])
+        return ends + sum(states[first:stop]) + _activations(recipe, stage, [kept[first:stop]])
 
     return count
 
@@ -92,8 +92,8 @@ def _stage_memory(recipe: Recipe, stage: int, chunks: list[range], data_parallel
             continue
         for part, count in _state_bytes(recipe, spec, data_parallel_size).items():
             memory["tables" if spec.kind == "table" else part] += count
-    inside = [[layer_activations(recipe, layer) for layer in layers] for layers in chunks]
-    memory["activations"] = _activations(recipe, stage, inside)
+    kept = [[_kept_by_layer(recipe, layer) for layer in layers] for layers in chunks]
+    memory["activations"] = _activations(recipe, stage, kept)
     if stage == recipe.parallel.pipeline_model_parallel_size - 1:
         memory["logits"] = _logits(recipe)
     return memory
@@ -120,12 +120,12 @@ def _is_on_stage(spec: ParameterSpec, stage: int, chunks: list[range], recipe: R
     return stage == 0  # embedding, smear, and a shared table, which a pipeline refuses
 
 
-def _activations(recipe: Recipe, stage: int, chunks: list[list[int]]) -> int:
+def _activations(recipe: Recipe, stage: int, chunks: list[list[tuple[int, int]]]) -> int:
     """Bytes kept for backward by all that a 1F1B schedule has in flight on this stage, interleaved or not.
 
-    `chunks`: `layer_activations` of each layer of each model chunk.
+    `chunks`: `_kept_by_layer` of each layer of each model chunk.
     """
-    kept = [_chunk_activations(recipe, stage == 0 and number == 0, inside) for number, inside in enumerate(chunks)]
+    kept = [_chunk_activations(recipe, stage == 0 and number == 0, layers) for number, layers in enumerate(chunks)]
     in_flight = _chunks_in_flight(recipe, stage)
     last = in_flight[-1]
     while_recomputing = max(0, kept[last][1] - kept[last][0])
@@ -142,17 +142,27 @@ def _chunks_in_flight(recipe: Recipe, stage: int) -> list[int]:
     return [number // stages % virtual for number in range(min(ahead + 1, total))]
 
 
-def _chunk_activations(recipe: Recipe, embeds: bool, inside: list[int]) -> tuple[int, int]:
+def _chunk_activations(recipe: Recipe, embeds: bool, layers: list[tuple[int, int]]) -> tuple[int, int]:
     """Bytes of one micro-batch in one model chunk: kept after forward, and held while a layer is recomputed."""
     parallel = recipe.parallel
     recomputed = 0
     if parallel.recompute == "full":
-        recomputed = len(inside) if parallel.recompute_num_layers is None else parallel.recompute_num_layers
-    inputs = len(inside[:recomputed]) * _residual(recipe) + _carried(recipe)
+        recomputed = len(layers) if parallel.recompute_num_layers is None else parallel.recompute_num_layers
+    inputs = sum(before for _, before in layers[:recomputed]) + _carried(recipe)
     if embeds:
         inputs += 3 * _tokens(recipe) * recipe.model.hidden_size * weight_bytes(recipe)  # embedded, normalised, smeared
+    inside = [activations for activations, _ in layers]
     # What layers keep is gone when the ones before them are recomputed.
     return inputs + sum(inside[recomputed:]), inputs + max(inside[:recomputed], default=0)
+
+
+def _kept_by_layer(recipe: Recipe, layer: int) -> tuple[int, int]:
+    """Bytes of one micro-batch that a layer keeps for the backward pass: whole, and where it is recomputed."""
+    m, before = recipe.model, _residual(recipe)
+    if _sends_ahead(recipe) and layer in m.target_layers() and m.value.table == "per_layer":
+        rows = min(_tokens(recipe), recipe.padded_vocab_size())  # at most: distinct ids are fewer
+        before += rows * _kv_width(recipe) // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
+    return layer_activations(recipe, layer), before
 
 
 def layer_activations(recipe: Recipe, layer: int) -> int:
@@ -205,17 +215,23 @@ def _logits(recipe: Recipe) -> int:
 
 
 def _carried(recipe: Recipe) -> int:
-    """Bytes of what travels beside the hidden states, once per micro-batch: x0, or a shared table's values."""
+    """Bytes of what travels beside the hidden states, once per micro-batch: x0, token ids, or a shared table's values;
+    or what stays beside a ticket for each token's place among the distinct ids."""
     m = recipe.model
     if m.value.source in SOURCES_READING_EMBEDDING:
         return _residual(recipe)
-    if m.value.source in SOURCES_WITH_TABLE:
-        if m.value.table == "shared":
-            return (
-                _tokens(recipe) * _kv_width(recipe) // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
-            )
-        return _tokens(recipe) * 8  # ids
-    return 0
+    if m.value.source not in SOURCES_WITH_TABLE:
+        return 0
+    if m.value.table == "per_layer" or _sends_ahead(recipe):
+        return _tokens(recipe) * 8
+    return _tokens(recipe) * _kv_width(recipe) // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
+
+
+def _sends_ahead(recipe: Recipe) -> bool:
+    """Whether tables' distinct rows are sent ahead of their layers (model/lookup_ahead.py)."""
+    value = recipe.model.value
+    alone = recipe.parallel.tensor_model_parallel_size == 1 or value.table_partition == "head"
+    return value.source in SOURCES_WITH_TABLE and value.lookup == "distinct" and not alone
 
 
 def _residual(recipe: Recipe) -> int:

@@ -56,8 +56,9 @@ class ValueConfig:
     """`per_layer`, or `shared`: one table for all target layers."""
     table_partition: str = "vocab"
     """How tensor-parallel ranks split a table: by `vocab` rows, as the embedding is, or by `head`."""
-    lookup: str = "reduce_scatter"
-    """Communication of a vocabulary-parallel lookup: `reduce_scatter`, `all_reduce` or `all_to_all`."""
+    lookup: str = "distinct"
+    """Communication of a vocabulary-parallel lookup: `distinct` (each distinct row once, ahead of its layer),
+    `reduce_scatter`, `all_reduce` or `all_to_all` (all tokens' rows, in the layer)."""
 
 
 @dataclass

@@ -28,7 +28,7 @@ from bov_megatron.recipe_loading import RecipeError, nearest
 COEFFICIENTS = ("learned", "fixed")
 TABLES = ("per_layer", "shared")
 TABLE_PARTITIONS = ("vocab", "head")
-LOOKUPS = ("reduce_scatter", "all_reduce", "all_to_all")
+LOOKUPS = ("distinct", "reduce_scatter", "all_reduce", "all_to_all")
 CORE_ATTENTIONS = ("auto", "sdpa", "flex", "megatron")
 LINEAR_LAYERS = ("megatron", "transformer_engine")
 PIPELINE_BALANCES = ("layers", "time", "memory")

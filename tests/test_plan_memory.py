@@ -19,10 +19,10 @@ def kept_for_backward(rank, world_size, *recipe_dicts):
 
 
 def _kept(recipe: Recipe) -> int:
-    """Bytes of distinct tensors, parameters excluded, that autograd saves."""
+    """Bytes of distinct tensors, parameters excluded, that autograd saves, and of rows that lookups keep."""
     import torch
 
-    from bov_megatron.model import context_parallel
+    from bov_megatron.model import context_parallel, lookup_ahead
     from bov_megatron.model.decoder import BovModel
 
     model = BovModel(recipe)
@@ -41,8 +41,12 @@ def _kept(recipe: Recipe) -> int:
     shape = (recipe.train.micro_batch_size, recipe.model.sequence_length)
     ids = torch.randint(0, recipe.model.vocab_size, shape)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(ids, context_parallel.take(ids, 1, model.pg_collection.cp))
-    return sum(size for size, _ in kept.values())
+        loss = model(ids, context_parallel.take(ids, 1, model.pg_collection.cp))
+    lookups = [lookup for under_way in lookup_ahead._under_way.values() for lookup in under_way._lookups.values()]
+    own_lookups = [lookup for lookup in lookups if lookup.table in set(model.modules())]
+    rows = sum(lookup.rows_Uk.nbytes for lookup in own_lookups if lookup.rows_Uk is not None)
+    del loss  # up to here it kept the lookups alive
+    return rows + sum(size for size, _ in kept.values())
 
 
 def stored_bytes(rank, world_size, recipe_dict):
@@ -112,6 +116,14 @@ def test_full_recomputation_keeps_layer_inputs_only():
     assert (four - two) / 2 == pytest.approx(residual, rel=0.05)
     planned = [memory_by_stage(recipe, 1)[0]["activations"] for recipe in recipes]
     assert (planned[1] - planned[0]) / 2 == residual
+
+
+def test_recomputed_layers_keep_the_rows_that_were_sent_ahead():
+    recipes = [make_recipe(layers, "bank", recompute="full", **LAYOUTS["tp2"]) for layers in (2, 4)]
+    two, four = run_ranks(kept_for_backward, 2, *(recipe.to_dict() for recipe in recipes))[0]
+    planned = [memory_by_stage(recipe, 1)[0]["activations"] for recipe in recipes]
+    assert (planned[1] - planned[0]) / 2 == 2 * 256 * 128 * 4 + 256 * 64 * 4
+    assert four - two == pytest.approx(planned[1] - planned[0], rel=0.05)  # a few of the 256 ids don't come up
 
 
 def test_recomputation_of_some_layers_keeps_the_others_whole():

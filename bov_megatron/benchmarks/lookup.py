@@ -1,107 +1,132 @@
-"""The value table's lookup over two tensor-parallel ranks, by itself: forward and backward of each variant.
+"""The value table's lookup over two tensor-parallel ranks: alone, and in a training step that can hide its traffic.
 
 Shapes: B batch, S sequence, V vocabulary, K = kv_dim, T tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import tempfile
-from pathlib import Path
+import dataclasses
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from bov_megatron.benchmarks.ranks import on_ranks
+from bov_megatron.benchmarks.text import text_ids
 from bov_megatron.benchmarks.timing import Spread, Timings, speed_ratio, take_turns
-from bov_megatron.benchmarks.training_step import bench_recipe, free_port
+from bov_megatron.benchmarks.traffic import bench_traffic, counting
+from bov_megatron.benchmarks.training_step import bench_recipe
+from bov_megatron.engines.megatron import MegatronEngine
 from bov_megatron.model.value_bank import ValueTable
-from bov_megatron.parallel import cpu, process_groups
 from bov_megatron.recipe import Recipe
 
 RANKS = 2
-TRANSFERS = {"all_reduce": 3, "reduce_scatter": 2, "all_to_all": 2, "head": 0}
-"""How often a variant moves (T-1)/T of the looked-up values: an all-reduce counts twice, a reduce-scatter, an
-all-to-all and the backward pass's all-gather once."""
+VARIANTS = ("all_reduce", "reduce_scatter", "all_to_all", "distinct", "head")
+STEP_VARIANTS = ("reduce_scatter", "distinct")
 REPEATS = 5
 """Lookups in one timed turn."""
-
-
-def bytes_per_rank(variant: str, tokens: int, kv_dim: int, element_size: int, ranks: int) -> int:
-    """Bytes that each rank sends in one lookup, forward and backward: TRANSFERS · (T-1)/T · tokens · kv_dim ·
-    element_size. That is ring collectives' traffic; a communication library may choose other algorithms."""
-    return TRANSFERS[variant] * tokens * kv_dim * element_size * (ranks - 1) // ranks
+TEXT_BYTES = 4_000_000
 
 
 def bench_lookup(turns: int, quick: bool, threads: int) -> dict:
-    """Milliseconds per lookup (the slower rank's), speed against `all_reduce`, and bytes sent per rank.
+    """Of one lookup, forward and backward: milliseconds (the slower rank's), speed against `all_reduce`, counted bytes
+    that a rank sends. Of a training step with a table in every layer: tokens/s and their ratio. Of larger micro-batches
+    and more ranks: bytes. All on natural text.
 
-    Uses two GPUs with NCCL where there are as many, else two processes and gloo; then with CPU tensors.
-    Raises RuntimeError with the rank's exit code where one fails.
+    Uses two GPUs with NCCL where there are as many, else two processes and gloo.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     gpus = torch.cuda.device_count() >= RANKS
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        arguments = (free_port(), turns, quick, gpus, max(threads // RANKS, 1), folder)
-        ranks = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(RANKS)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        codes = [process.exitcode for process in ranks]
-        if any(codes):
-            raise RuntimeError(f"the lookup benchmark's ranks ended with exit codes {codes}; their errors are above")
-        results = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(RANKS)]
-    return _summary(results, bench_recipe("bank", quick, gpu=gpus))
-
-
-def _summary(results: list[dict], recipe: Recipe) -> dict:
-    timings = {
-        variant: Timings(
-            *(list(map(max, *(result["seconds"][variant][clock] for result in results))) for clock in (0, 1))
-        )
-        for variant in TRANSFERS
+    recipe = bench_recipe("bank", quick, gpu=gpus)
+    recipe.model.value.target_layers = "every"
+    recipe.parallel.tensor_model_parallel_size = RANKS
+    length, batch = recipe.model.sequence_length + 1, recipe.train.global_batch_size
+    samples = text_ids(recipe.model.vocab_size, batch, length, TEXT_BYTES)
+    results = on_ranks(measure_on_rank, recipe, threads, samples, turns)
+    traffic = bench_traffic(quick, threads)
+    return {
+        "ranks": RANKS,
+        "tokens": recipe.train.micro_batch_size * recipe.model.sequence_length,
+        "kv_dim": recipe.model.kv_dim,
+        "variants": _lookups([result["lookup"] for result in results]),
+        "training_step": _steps([result["step"] for result in results], recipe),
+        "traffic": traffic,
     }
-    element_size = 4 if recipe.train.precision == "fp32" else 2
-    tokens = recipe.train.micro_batch_size * recipe.model.sequence_length
-    variants = {
+
+
+def _lookups(results: list[dict]) -> dict[str, dict]:
+    timings = _slower(results, VARIANTS)
+    return {
         variant: {
             "milliseconds": Spread.of([1e3 * seconds / REPEATS for seconds in timings[variant].wall]),
             "speed / all_reduce": speed_ratio(timings, variant, "all_reduce"),
-            "bytes_per_rank": bytes_per_rank(variant, tokens, recipe.model.kv_dim, element_size, RANKS),
-            **results[0]["norms"][variant],
+            "bytes_per_rank": round(sum(result["evidence"][variant]["bytes"] for result in results) / len(results)),
+            "value_norm": results[0]["evidence"][variant]["value_norm"],
+            "gradient_norm": results[0]["evidence"][variant]["gradient_norm"],
         }
-        for variant in TRANSFERS
+        for variant in VARIANTS
     }
-    return {"ranks": RANKS, "tokens": tokens, "kv_dim": recipe.model.kv_dim, "variants": variants}
 
 
-def _rank(rank: int, port: int, turns: int, quick: bool, gpus: bool, threads: int, folder: str) -> None:
-    """One tensor-parallel rank: writes `<rank>.json` with seconds per turn and the results' norms."""
-    if not gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # NCCL refuses two ranks on one GPU: stay off it
-    torch.set_num_threads(threads)
-    recipe = bench_recipe("bank", quick, gpu=gpus)
-    recipe.parallel.tensor_model_parallel_size = RANKS
-    process_groups.initialize(recipe, rank, RANKS, local_rank=rank, init_method=f"tcp://127.0.0.1:{port}")
-    try:
-        tables = {variant: _table(recipe, variant) for variant in TRANSFERS}
-        ids_BS = _random((recipe.train.micro_batch_size, recipe.model.sequence_length), 1, recipe.model.vocab_size)
-        norms = {variant: _norms(table, ids_BS) for variant, table in tables.items()}
+def _steps(results: list[dict], recipe: Recipe) -> dict:
+    timings = _slower(results, STEP_VARIANTS)
+    variants = {
+        variant: {
+            "tokens_per_second": Spread.of([recipe.batch_tokens / seconds for seconds in timings[variant].wall]),
+            "losses": results[0]["evidence"][variant],
+        }
+        for variant in STEP_VARIANTS
+    }
+    return {"variants": variants, "distinct / reduce_scatter": speed_ratio(timings, "distinct", "reduce_scatter")}
 
-        def lookups(table: ValueTable) -> None:
-            for _ in range(REPEATS):
-                values = table(ids_BS)
-                values.backward(values.detach())
 
-        timings = take_turns({v: lambda turn, table=table: lookups(table) for v, table in tables.items()}, turns)
-        seconds = {variant: (timing.wall, timing.processor) for variant, timing in timings.items()}
-        (Path(folder) / f"{rank}.json").write_text(json.dumps({"seconds": seconds, "norms": norms}))
-    finally:
-        process_groups.shutdown()
+def _slower(results: list[dict], variants: tuple[str, ...]) -> dict[str, Timings]:
+    """In each turn the slower rank's seconds."""
+    return {
+        variant: Timings(
+            *(list(map(max, *(result["seconds"][variant][clock] for result in results))) for clock in (0, 1))
+        )
+        for variant in variants
+    }
+
+
+def measure_on_rank(recipe: Recipe, samples: torch.Tensor, turns: int) -> dict:
+    """One rank's seconds per turn, and evidence that variants agree, of single lookups and of training steps."""
+    return {"lookup": _measure_lookups(recipe, samples, turns), "step": _measure_steps(recipe, samples, turns)}
+
+
+def _measure_lookups(recipe: Recipe, samples: torch.Tensor, turns: int) -> dict:
+    ids_BS = samples[: recipe.train.micro_batch_size, :-1].contiguous()
+    tables = {variant: _table(recipe, variant) for variant in VARIANTS}
+    evidence = {variant: _evidence(table, ids_BS) for variant, table in tables.items()}
+
+    def lookups(table: ValueTable) -> None:
+        for _ in range(REPEATS):
+            values = table(ids_BS.to(table.weight.device) if not table.ahead else ids_BS)
+            values.backward(values.detach())
+
+    timings = take_turns({v: lambda turn, table=table: lookups(table) for v, table in tables.items()}, turns)
+    return {"seconds": _seconds(timings), "evidence": evidence}
+
+
+def _measure_steps(recipe: Recipe, samples: torch.Tensor, turns: int) -> dict:
+    engines = {}
+    for variant in STEP_VARIANTS:
+        value = dataclasses.replace(recipe.model.value, lookup=variant)
+        engines[variant] = MegatronEngine(
+            dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, value=value))
+        )
+    losses: dict[str, list[float]] = {variant: [] for variant in STEP_VARIANTS}
+    micro_batches = list(samples.split(recipe.train.micro_batch_size))
+
+    def step(variant: str) -> None:
+        losses[variant].append(engines[variant].train_step(micro_batches).loss)
+
+    timings = take_turns({v: lambda turn, v=v: step(v) for v in STEP_VARIANTS}, turns, discard=2)
+    return {"seconds": _seconds(timings), "evidence": losses}
+
+
+def _seconds(timings: dict[str, Timings]) -> dict[str, tuple[list[float], list[float]]]:
+    return {variant: (timing.wall, timing.processor) for variant, timing in timings.items()}
 
 
 def _table(recipe: Recipe, variant: str) -> ValueTable:
@@ -118,15 +143,13 @@ def _table(recipe: Recipe, variant: str) -> ValueTable:
     return table
 
 
-def _norms(table: ValueTable, ids_BS: torch.Tensor) -> dict[str, float]:
-    """Norms of one lookup's values and of its table gradient, over all ranks: the same for every variant."""
-    values = table(ids_BS)
-    values.backward(values.detach())
+def _evidence(table: ValueTable, ids_BS: torch.Tensor) -> dict[str, float]:
+    """Bytes that this rank sends in one lookup, and norms of its values and of its table gradient over all ranks: these
+    are the same for every variant."""
+    with counting() as sent:
+        values = table(ids_BS.to(table.weight.device))
+        values.backward(values.detach())
     squares = torch.stack([values.detach().double().square().sum(), table.weight.main_grad.double().square().sum()])
     dist.all_reduce(squares)
     value_norm, gradient_norm = squares.sqrt().tolist()
-    return {"value_norm": value_norm, "gradient_norm": gradient_norm}
-
-
-def _random(shape: tuple[int, ...], seed: int, high: int) -> torch.Tensor:
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed)).to(cpu.device())
+    return {"bytes": sum(sent), "value_norm": value_norm, "gradient_norm": gradient_norm}

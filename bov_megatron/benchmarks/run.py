@@ -18,13 +18,13 @@ NAMES = {
     "step": "a whole training step: bank against projection, with Muon and with AdamW",
     "attention": "a whole training step: our core attention against Megatron's own local one",
     "loader": "the data loader by itself, and its share of a training step",
-    "lookup": "the value table's lookup over two tensor-parallel ranks: variants of its communication",
+    "lookup": "the value table's lookup over tensor-parallel ranks: its time, a step's, and bytes on natural text",
     "checkpoint": "how long a save stalls training: waiting for it, and written beside training",
     "recipes": "tokens/s, MFU and peak memory of the published recipes (GPU only)",
 }
 TURNS, QUICK_TURNS = 9, 1
-EVIDENCE = ("losses", "gradient_norms", "value_norm", "gradient_norm")
-"""In the JSON only: these show that variants agree or differ as they should."""
+EVIDENCE = ("losses", "gradient_norms", "value_norm", "gradient_norm", "bytes")
+"""In the JSON only: most of them show that variants agree or differ as they should."""
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
 
 
@@ -114,15 +114,15 @@ def _lines(values: dict, depth: int) -> list[str]:
         elif key in EVIDENCE or value is None:
             continue
         elif key == "share_of_step":
-            lines.append(f"{label:<30}{value:.3%}")
+            lines.append(f"{label:<34}{value:.3%}")
         elif isinstance(value, dict) and set(value) == {"median", "minimum", "maximum"}:
             lines.append(
-                f"{label:<30}{_number(value['median'])} [{_number(value['minimum'])} – {_number(value['maximum'])}]"
+                f"{label:<34}{_number(value['median'])} [{_number(value['minimum'])} – {_number(value['maximum'])}]"
             )
         elif isinstance(value, dict):
             lines += [label, *_lines(value, depth + 1)]
         else:
-            lines.append(f"{label:<30}{_number(value)}")
+            lines.append(f"{label:<34}{_number(value)}")
     return lines
 
 

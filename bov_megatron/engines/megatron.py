@@ -19,7 +19,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from bov_megatron.model import context_parallel
+from bov_megatron.model import context_parallel, lookup_ahead
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
 from bov_megatron.model.naming import LocalParameter, local_parameters
@@ -118,6 +118,7 @@ class MegatronEngine:
             return loss / parallel_state.get_context_parallel_world_size(), loss.detach().clone()
 
         losses = self._run(self.wrapped, micro_batches, mean_loss, forward_only=False)
+        lookup_ahead.check_settled()
         return self._sum_over_data_parallel(losses, 1)[0] / (
             len(micro_batches) * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         )
@@ -165,8 +166,8 @@ class MegatronEngine:
         group = parallel_state.get_context_parallel_group()
 
         def forward_step(iterator, chunk):
-            ids = next(iterator).to(cpu.device(), non_blocking=True)
-            labels = context_parallel.take(ids[:, 1:], 1, group).contiguous()
+            ids = next(iterator)  # on the CPU: the model finds its distinct ids without waiting for a GPU
+            labels = cpu.to_device(context_parallel.take(ids[:, 1:], 1, group).contiguous())
             return chunk(ids[:, :-1].contiguous(), labels), functools.partial(loss_function, labels)
 
         return get_forward_backward_func()(

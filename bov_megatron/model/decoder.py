@@ -6,6 +6,8 @@ H hidden, V vocabulary (padded), T tensor-parallel ranks.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -14,13 +16,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from torch import Tensor
 
-from bov_megatron.model import context_parallel
+from bov_megatron.model import context_parallel, lookup_ahead
 from bov_megatron.model.attention import rotary_cos_sin
 from bov_megatron.model.linear import load_without_extra_state, without_extra_state
 from bov_megatron.model.naming import tag_parameters
 from bov_megatron.model.norm import rms_norm
 from bov_megatron.model.spec import block_spec, transformer_config
+from bov_megatron.model.value_bank import ValueTable
 from bov_megatron.model.value_sources import new_table
+from bov_megatron.parallel import cpu
 from bov_megatron.parameters import SMEAR_CHANNELS
 from bov_megatron.recipe import SOURCES_READING_EMBEDDING, SOURCES_WITH_TABLE, Recipe
 
@@ -77,6 +81,7 @@ class BovModel(GPTModel):
         self.value_table = None
         if shared:
             self.value_table = new_table(recipe.model, config.params_dtype, self.pg_collection.tp, self.vocab_size)
+        self._tables_ahead = [module for module in self.modules() if isinstance(module, ValueTable) and module.ahead]
         tag_parameters(self)
         load_without_extra_state(self)
 
@@ -84,22 +89,26 @@ class BovModel(GPTModel):
         """One micro-batch through this stage.
 
         Args:
-            ids_BS: token ids of whole sequences, on every stage that hosts a bank, not only the first.
+            ids_BS: token ids of whole sequences, on every stage that hosts a bank, not only the first; best on the
+                CPU (see lookup_ahead.py).
             labels_Bs: next tokens of this context-parallel rank's positions.
 
         Returns:
             Before the last stage: hidden states `[s, B, H]`. On the last: loss per token in nats `[B, s]`, or
             without labels soft-capped fp32 logits of this rank's vocabulary `[B, s, V/T]`.
         """
-        hidden = self._embed(ids_BS) if self.pre_process else None
         model, group = self.recipe.model, self.pg_collection.cp
-        positions_s = context_parallel.positions(ids_BS.size(1), group, ids_BS.device)
-        hidden = self.decoder(
-            hidden_states=hidden,
-            attention_mask=None,
-            context=self._carried(context_parallel.take(ids_BS, 1, group), hidden),
-            rotary_pos_emb=rotary_cos_sin(positions_s, model.kv_channels, model.rotary_base),
-        )
+        with self._lookups_ahead(context_parallel.take(ids_BS, 1, group)) as ticket:
+            ids_BS = cpu.to_device(ids_BS)
+            hidden = self._embed(ids_BS) if self.pre_process else None
+            carried = self._carried(context_parallel.take(ids_BS, 1, group), hidden) if ticket is None else ticket
+            positions_s = context_parallel.positions(ids_BS.size(1), group, ids_BS.device)
+            hidden = self.decoder(
+                hidden_states=hidden,
+                attention_mask=None,
+                context=carried,
+                rotary_pos_emb=rotary_cos_sin(positions_s, model.kv_channels, model.rotary_base),
+            )
         if not self.post_process:
             return hidden
         logits_SBV, _ = self.output_layer(hidden)
@@ -127,6 +136,14 @@ class BovModel(GPTModel):
         if self.config.sequence_parallel:
             x_sBH = scatter_to_sequence_parallel_region(x_sBH, group=self.pg_collection.tp)
         return x_sBH
+
+    def _lookups_ahead(self, ids_Bs: Tensor) -> contextlib.AbstractContextManager[Tensor | None]:
+        """Lookups of this stage's tables, on their way while the block runs; gives their ticket, or None where
+        there are none or they communicate in their layer."""
+        if not self._tables_ahead:
+            return contextlib.nullcontext()
+        readers = 1 if self.value_table is None else len(self.recipe.model.target_layers())
+        return lookup_ahead.started(ids_Bs, self._tables_ahead, readers)
 
     def _carried(self, ids_Bs: Tensor, x0: Tensor | None) -> Tensor | None:
         """What travels beside the hidden states from the first layer on; see value_sources.py."""

@@ -18,6 +18,10 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
+from bov_megatron.model import lookup_ahead
+from bov_megatron.optim.gradients import gradient_ready
+from bov_megatron.parallel import process_groups
+
 
 class ValueTable(torch.nn.Module):
     """Rows of values by token id (arXiv 2606.02780). Mirrors Megatron's VocabParallelEmbedding.
@@ -29,7 +33,8 @@ class ValueTable(torch.nn.Module):
         head_dim: D.
         partition: `vocab`: this rank owns rows `[rank·V/T, (rank+1)·V/T)` and a lookup communicates;
             `head`: it owns all rows of its own groups' columns and a lookup needs no traffic.
-        lookup: how a vocabulary-parallel lookup communicates: `reduce_scatter`, `all_reduce`, `all_to_all`.
+        lookup: how a vocabulary-parallel lookup communicates: `distinct` (see lookup_ahead.py), `reduce_scatter`,
+            `all_reduce`, `all_to_all`.
         dtype: of the table.
         tp_group: the tensor-parallel process group.
     """
@@ -44,9 +49,16 @@ class ValueTable(torch.nn.Module):
         self.first_row = rank * rows if partition == "vocab" else 0
         self.weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=torch.cuda.current_device()))
         self.partition_dim = 0 if partition == "vocab" else 1
+        self.ahead = lookup == "distinct" and partition == "vocab" and size > 1
+        """Whether rows are sent ahead of the layer, to be taken with a ticket."""
+        if self.ahead:
+            self.lookup_group = process_groups.second_tensor_parallel_group(tp_group)
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         """Values of every token for this rank's heads, `[S, B, G/T, D]`."""
+        if self.ahead:
+            with lookup_ahead.started(ids_BS, [self]) as ticket:
+                return lookup_ahead.take(ticket, self)
         ids_SB = ids_BS.t().contiguous()
         if self.partition == "head" or self.tp_group.size() == 1:
             values_SBK = lookup_rows(self.weight, ids_SB, None)
@@ -128,6 +140,7 @@ class _AccumulatingLookup(torch.autograd.Function):
         index = rows.reshape(-1, 1).expand(-1, main_grad.size(1))
         # Eight times as fast as index_add_ on a CPU.
         main_grad.scatter_add_(0, index, grad.reshape(-1, main_grad.size(1)).to(main_grad.dtype))
+        gradient_ready(table)
         return None, None, None
 
 

@@ -4,8 +4,9 @@ A source sees its layer's projected values (if the layer projects any) and what 
 states, and returns the values that attention mixes. What travels is one tensor, Megatron's `context`,
 passed from layer to layer and through activation recomputation; which one depends on the source:
 
-    bank, gated value embedding, sum with the bank    token ids `[B, S]`
-    the same with one shared table                    the looked-up values `[S, B, G, D]`, looked up once
+    bank, gated value embedding, sum with the bank    a ticket `[1]` to take looked-up values with (lookup_ahead.py),
+                                                      where rows are sent ahead; else token ids `[B, S]`
+    the same with one shared table                    a ticket; else the values `[S, B, G, D]`, looked up once
     embedding sources                                 the decoder's input x0 `[S, B, H]` (this rank's chunk
                                                       under sequence parallelism)
     first-layer sources                               layer 0's values `[S, B, G, D]`, put there by layer 0
@@ -28,6 +29,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from bov_megatron.model import lookup_ahead
 from bov_megatron.model.norm import rms_norm
 from bov_megatron.model.value_bank import ValueTable
 from bov_megatron.parameters import GATE_CHANNELS
@@ -61,6 +63,12 @@ class ValueSource(torch.nn.Module):
             project: applies `W_V`, only for sources with `separate_projection`.
         """
         return projected_SBGD
+
+    def looked_up(self, carried: Tensor) -> Tensor:
+        """Values `[S, B, G, D]` of this layer's table, or of the shared one."""
+        if lookup_ahead.is_ticket(carried):
+            return lookup_ahead.take(carried, self.table)
+        return carried if self.table is None else self.table(carried)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Megatron's default for a module of torch's would store every parameter below it as replicated, a
@@ -113,7 +121,7 @@ class Bank(_Scaled):
         self.table = layer_table(model, dtype, tp_group, vocab_size)
 
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
-        return self.scale(carried if self.table is None else self.table(carried))
+        return self.scale(self.looked_up(carried))
 
 
 class EmbeddingProjection(_Scaled):
@@ -173,7 +181,7 @@ class ProjectionPlusBank(_Sum):
         self.table = layer_table(model, dtype, tp_group, vocab_size)
 
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
-        return self.add(projected_SBGD, carried if self.table is None else self.table(carried))
+        return self.add(projected_SBGD, self.looked_up(carried))
 
 
 class GatedValueEmbedding(ValueSource):
@@ -196,7 +204,7 @@ class GatedValueEmbedding(ValueSource):
         else:
             channels = copy_to_tensor_model_parallel_region(channels, group=self.tp_group)
         gate_SBG = 3 * torch.sigmoid(torch.nn.functional.linear(channels, self.gate))
-        embedded_SBGD = carried if self.table is None else self.table(carried)
+        embedded_SBGD = self.looked_up(carried)
         return projected_SBGD + gate_SBG.unsqueeze(-1) * embedded_SBGD
 
 

@@ -1,4 +1,4 @@
-"""The global gradient norm, and clipping by it."""
+"""The global gradient norm, clipping by it, and word of gradients written by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ import torch.distributed as dist
 
 from bov_megatron.optim.managed_parameter import ManagedParameter
 from bov_megatron.optim.sharding import OptimizerProcessGroups, group_rank, group_size
+
+
+def gradient_ready(parameter: torch.nn.Parameter) -> None:
+    """Say that `parameter.main_grad` has this backward pass's whole contribution.
+
+    For gradients that autograd doesn't see: call it once per backward pass, after the last write. Whoever waits for
+    the gradient, to reduce it while the backward pass goes on, sets `parameter.on_gradient_ready`.
+    """
+    notify = getattr(parameter, "on_gradient_ready", None)
+    if notify is not None:
+        notify()
 
 
 @torch.no_grad()

@@ -17,6 +17,13 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` on this rank's device. Copied through pinned memory: from any other the host waits for the GPU."""
+    if tensor.is_cuda or not torch.cuda.is_available():
+        return tensor
+    return tensor.pin_memory().to(device(), non_blocking=True)
+
+
 def backend() -> str:
     """The torch.distributed backend for this machine."""
     return "nccl" if torch.cuda.is_available() else "gloo"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from bov_megatron.benchmarks.lookup import bytes_per_rank
 from bov_megatron.benchmarks.timing import Timings, speed_ratio, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -58,12 +57,30 @@ def test_both_attentions_compute_the_same(results, source):
 
 def test_lookup_variants_agree_and_differ_in_traffic(results):
     variants = results["lookup"]["variants"]
-    assert set(variants) == {"all_reduce", "reduce_scatter", "all_to_all", "head"}
+    assert set(variants) == {"all_reduce", "reduce_scatter", "all_to_all", "distinct", "head"}
     for key in ("value_norm", "gradient_norm"):
         assert all(v[key] == pytest.approx(variants["head"][key], rel=1e-6) and v[key] > 0 for v in variants.values())
     sizes = {name: v["bytes_per_rank"] for name, v in variants.items()}
-    assert sizes["head"] == 0 and 3 * sizes["reduce_scatter"] == 2 * sizes["all_reduce"] > 0
-    assert sizes["all_to_all"] == sizes["reduce_scatter"]
+    # 512 tokens of 64 fp32 channels are 128 KiB; half of that leaves a rank of two, forward and again backward.
+    assert sizes["reduce_scatter"] == sizes["all_to_all"] == 128 * 1024
+    assert sizes["head"] == 0 and 3 * sizes["reduce_scatter"] == 2 * sizes["all_reduce"]
+    assert 0 < sizes["distinct"] < sizes["reduce_scatter"] / 2
+    steps = results["lookup"]["training_step"]
+    plain, ahead = (steps["variants"][lookup]["losses"] for lookup in ("reduce_scatter", "distinct"))
+    assert plain[0] == pytest.approx(ahead[0], rel=1e-6) and plain[0] != plain[-1]
+    check_spread(steps["distinct / reduce_scatter"]["wall"])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_counted_traffic_is_what_the_ids_say(results, ranks):
+    """The calculation for more ranks than can be started here gives what was counted on those that were."""
+    for size, counted in results["lookup"]["traffic"][f"{ranks}_ranks"].items():
+        plain = int(size.split("_")[0]) * counted["kv_dim"] * 2 * (ranks - 1) // ranks
+        found = {lookup: (sent["forward"], sent["backward"]) for lookup, sent in counted["bytes"].items()}
+        assert found["reduce_scatter"] == found["all_to_all"] == (plain, plain)
+        assert found["all_reduce"] == (2 * plain, plain)
+        distinct = plain * counted["distinct_share"] / ranks
+        assert found["distinct"] == pytest.approx((distinct, distinct), rel=1e-6)
 
 
 def test_loader_reports_its_share_of_a_step(results):
@@ -113,9 +130,3 @@ def test_ratio_is_of_speeds_turn_by_turn():
     timings = {"fast": Timings([1.0, 2.0, 1.0], [1.0] * 3), "slow": Timings([2.0, 8.0, 3.0], [2.0] * 3)}
     ratio = speed_ratio(timings, "fast", "slow")["wall"]
     assert (ratio.median, ratio.minimum, ratio.maximum) == (3.0, 2.0, 4.0)
-
-
-def test_bytes_per_rank():
-    # 2,048 tokens of 256 fp32 channels are 2 MiB; half of that leaves a rank of two, per transfer.
-    assert bytes_per_rank("reduce_scatter", 2048, 256, 4, 2) == 2 * 2**20
-    assert bytes_per_rank("all_reduce", 2048, 256, 4, 4) == 3 * 2**21 * 3 // 4

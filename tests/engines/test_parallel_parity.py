@@ -89,7 +89,15 @@ def test_every_value_source_recomputed(source):
     check(source, *LAYOUTS["full"])
 
 
-@pytest.mark.parametrize("value", [{"lookup": "all_reduce"}, {"lookup": "all_to_all"}, {"table_partition": "head"}])
+LOOKUPS = [
+    {"lookup": "reduce_scatter"},
+    {"lookup": "all_reduce"},
+    {"lookup": "all_to_all"},
+    {"table_partition": "head"},
+]
+
+
+@pytest.mark.parametrize("value", LOOKUPS)
 def test_lookup_variants(value):
     check("bank", *LAYOUTS["tp4"], **value)
 

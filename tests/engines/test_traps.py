@@ -96,6 +96,59 @@ def all_reduce_of_a_view():
     ValueTable._combine = combine
 
 
+def rows_of_the_latest_micro_batch():
+    """Recomputed, micro-batch i takes the rows of the one that ran last."""
+    from bov_megatron.model import lookup_ahead
+
+    class Latest(dict):
+        def get(self, ticket):
+            return list(self.values())[-1]
+
+    lookup_ahead._under_way = Latest()
+
+
+def each_distinct_id_counted_once():
+    """A row's gradient is then that of the last token with its id, not the sum over its tokens."""
+    from bov_megatron.model.lookup_ahead import _Lookup
+
+    def add(self, grad):
+        self.readers_to_come -= 1
+        self.gradient_Uk = grad.new_empty(sum(self.ids.counts_T), self.ids.width)
+        self.gradient_Uk[self.ids.inverse_SB.flatten()] = grad.flatten(0, 1)
+
+    _Lookup.add_gradient = add
+
+
+def tickets_cut_off():
+    """The backward pass doesn't reach the decoder's start, and gradients on their way stay there."""
+    from bov_megatron.model import value_sources
+
+    take = value_sources.lookup_ahead.take
+    value_sources.lookup_ahead.take = lambda ticket, table: take(ticket.detach().requires_grad_(), table)
+
+
+def tickets_cut_off_unseen():
+    """The same without the engine's check: the table whose backward comes last, the first of the stage, misses it."""
+    from bov_megatron.model import lookup_ahead
+
+    tickets_cut_off()
+    lookup_ahead.check_settled = lambda: None
+
+
+def gradients_not_waited_for():
+    """What arrives behind the backward pass is added before it is there."""
+    from bov_megatron.model.lookup_ahead import _Lookup
+
+    send = _Lookup.send_gradient
+
+    def sending(self):
+        send(self)
+        self.late, self.work = (self.work, self.received), None
+        self.received = torch.zeros_like(self.received)
+
+    _Lookup.send_gradient = sending
+
+
 def gamma_without_copy_to():
     """Each tensor-parallel rank trains a gamma of its own heads."""
     from bov_megatron.model.value_sources import _Scaled
@@ -252,13 +305,19 @@ def one_step_tensor_for_all():
     optimizer.make_adamw = sharing
 
 
+LEFT_BEHIND = "gradients of value tables were left on their way"
 TABLES_EVERYWHERE = {"target_layers": "every"}
 TRAPS = [
     # mistake, layout, value source, its options, what it breaks, by how much at least
     (ids_kept_on_the_module, "pp2-full", "bank", TABLES_EVERYWHERE, "gradients", 0.3),
     (ids_on_the_first_stage_only, "pp2", "bank", {}, "gradients", 0.3),
-    (all_reduce_and_plain_slice, "tp2", "bank", {}, "gradients", 0.3),
+    (all_reduce_and_plain_slice, "tp2", "bank", {"lookup": "all_reduce"}, "gradients", 0.3),
     (all_reduce_of_a_view, "tp2", "bank", {"lookup": "all_reduce"}, "gradients", 0.3),
+    (rows_of_the_latest_micro_batch, "pp2-tp2-sp-full", "bank", TABLES_EVERYWHERE, LEFT_BEHIND, None),
+    (each_distinct_id_counted_once, "tp2", "bank", {}, "gradients", 0.3),
+    (tickets_cut_off, "tp2", "bank", TABLES_EVERYWHERE, LEFT_BEHIND, None),
+    (tickets_cut_off_unseen, "tp2", "bank", TABLES_EVERYWHERE, "gradients", 0.3),
+    (gradients_not_waited_for, "tp2", "bank", {}, "gradients", 0.9),
     (gamma_without_copy_to, "tp2", "bank", {}, "source_coefficient.* differs between ranks", None),
     (gate_without_copy_to, "tp2", "gated_value_embedding", {}, "smear.gate.* differs between ranks", None),
     (smear_after_the_split, "tp2-sp", "bank", {}, "smear.gate.* differs between ranks", None),

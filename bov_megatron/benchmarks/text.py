@@ -1,0 +1,54 @@
+"""Token ids of natural text: this machine's Python, sources and documentation, as `make demo` reads it."""
+
+from __future__ import annotations
+
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bov_megatron.data.corpus import find_files, make_units
+from bov_megatron.data.tokenizer import train_tokenizer, training_texts
+
+EXCLUDED = ("site-packages", "test")
+DOCUMENTS_AT_ONCE = 64
+
+
+def text_ids(
+    vocab_size: int, samples: int, sequence_length: int, max_bytes: int, inputs: Sequence[str] = ()
+) -> torch.Tensor:
+    """Samples in random order from text packed as for training, int64 `[samples, sequence_length]`.
+
+    Args:
+        vocab_size: of the byte-level BPE that is trained on the same text.
+        max_bytes: of text to read, taken evenly over the files.
+        inputs: files or folders; default: the standard library of this machine's Python.
+
+    Raises DataError where the text is too small for the vocabulary, ValueError where it is for the samples.
+    """
+    inputs, excluded = (inputs, ()) if inputs else ([sysconfig.get_paths()["stdlib"]], EXCLUDED)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        encoder = train_tokenizer(
+            inputs, Path(folder), vocab_size, max_bytes, invalid_utf8="skip", exclude=excluded, progress=False
+        )
+        texts = training_texts(make_units(find_files(inputs, excluded)), max_bytes, "text", "skip")
+        ids = np.concatenate(list(_packed(encoder, texts)))
+    count = len(ids) // sequence_length
+    if count < samples:
+        raise ValueError(f"the text has {count} samples of {sequence_length} tokens, and {samples} are needed")
+    packed = torch.from_numpy(ids[: count * sequence_length].astype(np.int64)).view(count, sequence_length)
+    return packed[torch.randperm(count, generator=torch.Generator().manual_seed(0))[:samples]]
+
+
+def _packed(encoder, texts: Iterator[str]) -> Iterator[np.ndarray]:
+    """Each document after a beginning-of-sequence token."""
+    begin, batch = np.array([encoder.bos_token_id]), []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == DOCUMENTS_AT_ONCE:
+            yield from (part for ids in encoder.encode(batch) for part in (begin, ids))
+            batch = []
+    yield from (part for ids in encoder.encode(batch) for part in (begin, ids))
