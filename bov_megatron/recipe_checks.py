@@ -34,7 +34,7 @@ PIPELINE_BALANCES = ("layers", "time", "memory")
 RECOMPUTES = ("none", "selective", "full")
 PRECISIONS = ("bf16", "fp32")
 OPTIMIZERS = ("muon", "adamw")
-SPIKE_POLICIES = ("warn", "skip")
+SPIKE_POLICIES = ("warn", "skip", "rollback")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -410,7 +410,8 @@ def _check_health(health: HealthConfig) -> None:
     _at_least("health.spike_window", health.spike_window, 4, "of fewer losses there is no telling what is usual")
     for name in ("max_not_finite_steps", "max_skips_within"):
         _at_least(f"health.{name}", getattr(health, name), 1)
-    _at_least("health.max_skips", health.max_skips, 0)
+    for name in ("max_skips", "max_rollbacks"):
+        _at_least(f"health.{name}", getattr(health, name), 0)
 
 
 def _check_logging(log: LoggingConfig) -> None:
