@@ -169,6 +169,11 @@ class ParallelConfig:
     """Split the activations between tensor-parallel regions along the sequence; needs tensor parallelism."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state and main weights over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks bucket by bucket, while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights layer by layer, while the next forward pass goes on; until it has read them they take
+    memory twice. Needs `use_distributed_optimizer`, without which nothing is gathered."""
     recompute: str = "none"
     """Activation recomputation: `none`, `selective` (core attention) or `full` (whole layers)."""
     recompute_num_layers: int | None = None

@@ -181,6 +181,11 @@ def _check_parallel_sizes(p: ParallelConfig) -> None:
     ):
         _at_least(f"parallel.{name}", getattr(p, name), 1)
     _one_of("parallel.recompute", p.recompute, RECOMPUTES)
+    if p.overlap_param_gather and not p.use_distributed_optimizer:
+        raise RecipeError(
+            "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true: replicated weights are "
+            "not gathered; set one or the other"
+        )
 
 
 def _check_tensor_parallel(m: ModelConfig, p: ParallelConfig) -> None:

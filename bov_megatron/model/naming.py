@@ -67,10 +67,18 @@ def tag_parameters(model: BovModel) -> None:
         parameter.kind = local.specs[0].kind
         parameter.canonical_name = local.names if local.fused_split else local.names[0]
         parameter.fused_split = local.fused_split
+        parameter.forward_position = _forward_position(local.specs[0], model.recipe.model.num_layers)
         parameter.tensor_model_parallel = local.partition_dim >= 0
         parameter.partition_dim, parameter.partition_stride = local.partition_dim, 1
         # Megatron's optimizers would otherwise take a table for a matrix, and orthogonalise it.
         parameter.is_embedding_or_output_parameter = parameter.kind in VOCABULARY_KINDS
+
+
+def _forward_position(spec: ParameterSpec, num_layers: int) -> int:
+    """0 for what the decoder's input is made of, then the layers from 1, then the output matrix."""
+    if spec.layer is not None:
+        return spec.layer + 1
+    return num_layers + 1 if spec.kind == "output" else 0
 
 
 def _named(model: BovModel) -> Iterator[tuple[torch.nn.Parameter, tuple[str, ...], int, tuple[int, ...] | None]]:

@@ -18,6 +18,8 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
+from bov_megatron.optim.gradients import gradient_ready
+
 
 class ValueTable(torch.nn.Module):
     """Rows of values by token id (arXiv 2606.02780). Mirrors Megatron's VocabParallelEmbedding.
@@ -128,6 +130,7 @@ class _AccumulatingLookup(torch.autograd.Function):
         index = rows.reshape(-1, 1).expand(-1, main_grad.size(1))
         # Eight times as fast as index_add_ on a CPU.
         main_grad.scatter_add_(0, index, grad.reshape(-1, main_grad.size(1)).to(main_grad.dtype))
+        gradient_ready(table)
         return None, None, None
 
 

@@ -17,6 +17,7 @@ STEPS, SAVED, WRONG, LAST = 12, 6, 9, "train.steps=12"
 """Steps of a run; steps done when it last saved; the step that goes wrong, on the batch at place 8 of the order."""
 ROLLBACK = ["health.on_spike=rollback", "health.spike_window=4", "health.spike_deviations=30"]
 PATIENCE = "health.max_not_finite_steps=1"
+OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
 LAYOUTS = {
     "dp2": [],
     "tp2-asynchronous": ["parallel.tensor_model_parallel_size=2", "checkpoint.asynchronous=true"],
@@ -96,10 +97,12 @@ def check(arguments, folder, expected):
     assert split(metrics(folder))[0] == steps
 
 
-@pytest.mark.parametrize(("layout", "fault"), [("dp2", "spike"), ("dp2", "nan"), ("tp2-asynchronous", "spike")])
-def test_as_if_the_samples_had_never_been(prepared_data, tmp_path, never_given, layout, fault):
+@pytest.mark.parametrize(
+    ("layout", "fault", "also"), [("dp2", "spike", []), ("dp2", "nan", OVERLAP), ("tp2-asynchronous", "spike", [])]
+)
+def test_as_if_the_samples_had_never_been(prepared_data, tmp_path, never_given, layout, fault, also):
     """Though one rank alone saw what went wrong."""
-    arguments = overrides(prepared_data, tmp_path, LAST, *LAYOUTS[layout], *ROLLBACK, PATIENCE)
+    arguments = overrides(prepared_data, tmp_path, LAST, *LAYOUTS[layout], *ROLLBACK, PATIENCE, *also)
     results = run_ranks(disturbed_rank, 2, arguments, {8: fault})
     assert [code for code, *_ in results] == [0, 0], results
     assert [places for *_, places in results] == [[*range(9), *range(9, 15)]] * 2, "each batch at most once"
