@@ -172,6 +172,11 @@ class ParallelConfig:
     """Split the activations between tensor-parallel regions along the sequence; needs tensor parallelism."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state and main weights over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks bucket by bucket, while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights layer by layer, while the next forward pass goes on; until it has read them they take
+    memory twice. Needs `use_distributed_optimizer`, without which nothing is gathered."""
     recompute: str = "none"
     """Activation recomputation: `none`, `selective` (core attention) or `full` (whole layers)."""
     recompute_num_layers: int | None = None
@@ -351,18 +356,22 @@ class HealthConfig:
     """Without a finished step, validation chunk or checkpoint for so long, every rank writes its stacks to
     `stacks/` in the run folder and ends with status 4; 0 means never."""
     on_spike: str = "warn"
-    """What happens to a step whose loss is a spike: `warn` (taken, and remarked on) or `skip` (weights and optimizer
-    state stay as they were). Steps whose loss or gradients are not finite are always skipped."""
+    """What happens to a step whose loss is a spike: `warn` (taken, and remarked on), `skip` (weights and optimizer
+    state stay as they were) or `rollback` (the run goes back to its newest checkpoint, and on without the samples of
+    the steps since). Steps whose loss or gradients are not finite are always skipped."""
     spike_deviations: float = 12.0
     """A loss so many robust standard deviations above the median of the window is a spike; 0 means none is."""
     spike_window: int = 128
     """Losses of steps taken that a loss is compared with; nothing is judged before there are so many."""
     max_not_finite_steps: int = 10
-    """So many steps on end whose loss or gradients are not finite end the run with status 3."""
+    """So many steps on end whose loss or gradients are not finite end the run with status 3; with `on_spike: rollback`
+    they are rolled back."""
     max_skips: int = 20
     """More skipped steps than this, among the last `max_skips_within`, end the run with status 3."""
     max_skips_within: int = 1000
     """Steps among which `max_skips` may be skipped."""
+    max_rollbacks: int = 10
+    """One more roll back than this, over the whole run, ends it with status 3 instead."""
 
 
 @dataclass

@@ -36,7 +36,7 @@ RECOMPUTES = ("none", "selective", "full")
 PRECISIONS = ("bf16", "fp32")
 FP8_SCALINGS = ("none", "tensorwise", "blockwise", "mxfp8")
 OPTIMIZERS = ("muon", "adamw")
-SPIKE_POLICIES = ("warn", "skip")
+SPIKE_POLICIES = ("warn", "skip", "rollback")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -185,6 +185,11 @@ def _check_parallel_sizes(p: ParallelConfig) -> None:
     ):
         _at_least(f"parallel.{name}", getattr(p, name), 1)
     _one_of("parallel.recompute", p.recompute, RECOMPUTES)
+    if p.overlap_param_gather and not p.use_distributed_optimizer:
+        raise RecipeError(
+            "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true: replicated weights are "
+            "not gathered; set one or the other"
+        )
 
 
 def _check_tensor_parallel(m: ModelConfig, p: ParallelConfig) -> None:
@@ -431,7 +436,8 @@ def _check_health(health: HealthConfig) -> None:
     _at_least("health.spike_window", health.spike_window, 4, "of fewer losses there is no telling what is usual")
     for name in ("max_not_finite_steps", "max_skips_within"):
         _at_least(f"health.{name}", getattr(health, name), 1)
-    _at_least("health.max_skips", health.max_skips, 0)
+    for name in ("max_skips", "max_rollbacks"):
+        _at_least(f"health.{name}", getattr(health, name), 0)
 
 
 def _check_logging(log: LoggingConfig) -> None:

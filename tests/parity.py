@@ -64,13 +64,17 @@ def train_rank(
     rank: int, world_size: int, recipe_dict: dict, steps: int
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """One rank of `train_on_layout`."""
+    from bov_megatron.engines import data_parallel
     from bov_megatron.engines.megatron import MegatronEngine
     from bov_megatron.parallel import process_groups
 
     recipe = Recipe.from_dict(recipe_dict)
     process_groups.initialize(recipe, rank, world_size)
+    data_parallel.BUCKET_ELEMENTS = 1  # where reduction overlaps, every gradient is reduced by itself
     engine = MegatronEngine(recipe)
     load_weights(engine, random_weights(recipe.model))
+    if recipe.parallel.overlap_grad_reduce:  # the first backward pass counts, and reduces at its end
+        engine.forward_backward(my_micro_batches(recipe, batch(1)))
     losses = [engine.forward_backward(my_micro_batches(recipe, batch(0)))]
     gradients = gather_gradients(engine)
     assert engine.optimizer.step().applied

@@ -265,6 +265,7 @@ IMPOSSIBLE = [
     ("health.spike_window=3", "health.spike_window=3: must be at least 4"),
     ("health.spike_deviations=-1", "health.spike_deviations=-1.0: must be at least 0"),
     ("health.max_skips=-1", "health.max_skips=-1: must be at least 0"),
+    ("health.max_rollbacks=-1", "health.max_rollbacks=-1: must be at least 0"),
     ("train.max_minutes=0", "train.max_minutes=0.0: must be greater than 0"),
     ("train.seed=-1", "train.seed=-1: must be at least 0"),
     ("train.budget_flops=null", "train.steps and train.budget_flops are both null.*train.steps=1000"),

@@ -11,7 +11,7 @@ Shapes: M = micro_batch_size, T = sequence_length, B = global_batch_size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from bov_megatron.data.errors import DataError
-from bov_megatron.data.order import SampleOrder, digest
+from bov_megatron.data.order import SampleOrder, SkippedBatches, digest
 from bov_megatron.data.shards import DataSet, SplitReader, open_data_sets, streams_of
 from bov_megatron.recipe import DataConfig
 
@@ -28,8 +28,8 @@ from bov_megatron.recipe import DataConfig
 class TrainBatch:
     """One step's work for one data-parallel rank."""
 
-    step: int
-    """0-based."""
+    place: int
+    """0-based, in the order: the step, unless batches were skipped before it."""
     micro_batches: list[torch.Tensor]
     """int64 `[M, T + 1]` each: inputs are `[:, :-1]`, labels `[:, 1:]`."""
     digest: str
@@ -47,9 +47,11 @@ class TrainLoader:
         global_batch_size, micro_batch_size: the recipe's.
         data_parallel_rank, data_parallel_size: which contiguous slice of each global batch is this rank's.
         start_step: 0-based step that comes first; resuming is just this.
+        skipped: windows of the order that are left out, pairs (first, last) of 0-based places.
         tokenizer_hash: a checkpoint's, to refuse data of another tokenizer.
 
-    Batches depend on the step alone: the union of all ranks' micro-batches is the same for every data_parallel_size.
+    Batches depend on step and skipped windows alone: the union of all ranks' micro-batches is the same for every
+    data_parallel_size.
     Raises DataError, also from `next()`. Close it, or use it as a context manager, to end its threads.
     """
 
@@ -64,6 +66,7 @@ class TrainLoader:
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
         start_step: int = 0,
+        skipped: Sequence[tuple[int, int]] = (),
         tokenizer_hash: str | None = None,
     ) -> None:
         if global_batch_size % (micro_batch_size * data_parallel_size):
@@ -89,6 +92,7 @@ class TrainLoader:
         self.micro_batch_size = micro_batch_size
         self.step = start_step
         """The step that comes next."""
+        self.skipped = SkippedBatches(skipped)
         self._ahead: deque[Future[TrainBatch]] = deque()
         self._prefetch = max(data.prefetch_factor, 1)
         self._readers = ThreadPoolExecutor(data.num_workers, "data-read") if data.num_workers else None
@@ -101,7 +105,8 @@ class TrainLoader:
 
     def epoch(self, stream: int = 0) -> float:
         """Passes over a stream's training samples before the next step."""
-        drawn = sum(self.order.drawn(part, stream, self.step) for part in range(self.order.num_parts))
+        place = self.skipped.place(self.step)
+        drawn = sum(self.order.drawn(part, stream, place) for part in range(self.order.num_parts))
         return drawn / self._splits[stream].num_samples
 
     def __iter__(self) -> Iterator[TrainBatch]:
@@ -109,20 +114,27 @@ class TrainLoader:
 
     def __next__(self) -> TrainBatch:
         if self._readers is None:
-            batch = self._load(self.step)
+            batch = self._load(self.skipped.place(self.step))
         else:
             while len(self._ahead) < self._prefetch:
-                self._ahead.append(self._readers.submit(self._load, self.step + len(self._ahead)))
+                self._ahead.append(self._readers.submit(self._load, self.skipped.place(self.step + len(self._ahead))))
             batch = self._ahead.popleft().result()
         self.step += 1
         return batch
 
-    def _load(self, step: int) -> TrainBatch:
-        ids_B2 = self.order.batch(step)
+    def go_to(self, step: int, skipped: Sequence[tuple[int, int]]) -> None:
+        """Give `step` next, leaving out `skipped` (as at the beginning); batches read ahead are dropped."""
+        for batch in self._ahead:
+            batch.cancel()
+        self._ahead.clear()
+        self.step, self.skipped = step, SkippedBatches(skipped)
+
+    def _load(self, place: int) -> TrainBatch:
+        ids_B2 = self.order.batch(place)
         if self._fetcher:
-            self._fetcher.fetch(self.order.upcoming_shards(step, self._slots.start, self._slots.stop))
+            self._fetcher.fetch(self.order.upcoming_shards(place, self._slots.start, self._slots.stop))
         tokens = torch.from_numpy(self._read(ids_B2[self._slots]))
-        return TrainBatch(step, list(tokens.split(self.micro_batch_size)), digest(ids_B2), ids_B2)
+        return TrainBatch(place, list(tokens.split(self.micro_batch_size)), digest(ids_B2), ids_B2)
 
     def _read(self, ids_N2: np.ndarray) -> np.ndarray:
         tokens = np.empty((len(ids_N2), self._splits[0].length), dtype=np.int64)

@@ -37,6 +37,31 @@ def digest(ids_B2: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(ids_B2, dtype="<i8").tobytes()).hexdigest()[:DIGEST_CHARACTERS]
 
 
+class SkippedBatches:
+    """Batches of the order that a run leaves out; a run's step s trains on the s-th batch of those that are left.
+
+    Args:
+        windows: pairs (first, last) of 0-based places in the order, both left out; any order, may overlap.
+    """
+
+    def __init__(self, windows: Sequence[tuple[int, int]] = ()) -> None:
+        self.windows: list[tuple[int, int]] = []
+        """Ascending, none touching another."""
+        for first, last in sorted(windows):
+            if self.windows and first <= self.windows[-1][1] + 1:
+                begin, end = self.windows.pop()
+                first, last = begin, max(end, last)
+            self.windows.append((first, last))
+
+    def place(self, step: int) -> int:
+        """Place in the order of the batch that a 0-based step trains on."""
+        for first, last in self.windows:
+            if step < first:
+                break
+            step += last - first + 1
+        return step
+
+
 class SampleOrder:
     """The order of samples of one or several weighted streams.
 
@@ -83,7 +108,8 @@ class SampleOrder:
         self._lock = threading.Lock()
 
     def batch(self, step: int) -> np.ndarray:
-        """Ids of the global batch of a 0-based step: int64 `[B, 2]`, pairs (stream, sample). Thread-safe."""
+        """Ids of the global batch at a 0-based place (the step, in a run that skips none): int64 `[B, 2]`, pairs
+        (stream, sample). Thread-safe."""
         with self._lock:
             return np.concatenate([self._part_batch(part, step) for part in range(self.num_parts)])
 

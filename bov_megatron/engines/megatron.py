@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from bov_megatron.engines import data_parallel
 from bov_megatron.model import context_parallel, lookup_ahead
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
@@ -63,17 +63,22 @@ class MegatronEngine:
 
     def __init__(self, recipe: Recipe, with_optimizer: bool = True):
         self.recipe = recipe
-        self.chunks = _build_chunks(recipe)
-        """This pipeline stage's model: one chunk, or several of an interleaved pipeline."""
+        self._chunks = _build_chunks(recipe)
         self.wrapped, self.optimizer = [], None
         if with_optimizer:
-            settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-            self.wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in self.chunks]
-            config = self.chunks[0].config  # the one that schedules read
-            no_sync = [wrapped.no_sync for wrapped in self.wrapped]
-            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-            config.finalize_model_grads_func = finalize_model_grads
+            self.wrapped = data_parallel.wrap(self._chunks, recipe.parallel.overlap_grad_reduce)
             self.optimizer = BovOptimizer(self.wrapped, recipe, total_steps(recipe))
+
+    @property
+    def chunks(self) -> list[BovModel]:
+        """This pipeline stage's model: one chunk, or several of an interleaved pipeline.
+
+        Ask each time that weights are read: updated ones may arrive in the course of the next forward pass only
+        (`parallel.overlap_param_gather`), and this waits for them.
+        """
+        if self.optimizer is not None:
+            self.optimizer.finish_gather()
+        return self._chunks
 
     @property
     def model(self) -> BovModel:

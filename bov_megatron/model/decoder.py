@@ -81,7 +81,8 @@ class BovModel(GPTModel):
         self.value_table = None
         if shared:
             self.value_table = new_table(recipe.model, config.params_dtype, self.pg_collection.tp, self.vocab_size)
-        self._tables_ahead = [module for module in self.modules() if isinstance(module, ValueTable) and module.ahead]
+        self.tables_ahead = [module for module in self.modules() if isinstance(module, ValueTable) and module.ahead]
+        """Tables whose rows are read at the decoder's start, before their layers."""
         tag_parameters(self)
         load_without_extra_state(self)
 
@@ -140,10 +141,10 @@ class BovModel(GPTModel):
     def _lookups_ahead(self, ids_Bs: Tensor) -> contextlib.AbstractContextManager[Tensor | None]:
         """Lookups of this stage's tables, on their way while the block runs; gives their ticket, or None where
         there are none or they communicate in their layer."""
-        if not self._tables_ahead:
+        if not self.tables_ahead:
             return contextlib.nullcontext()
         readers = 1 if self.value_table is None else len(self.recipe.model.target_layers())
-        return lookup_ahead.started(ids_Bs, self._tables_ahead, readers)
+        return lookup_ahead.started(ids_Bs, self.tables_ahead, readers)
 
     def _carried(self, ids_Bs: Tensor, x0: Tensor | None) -> Tensor | None:
         """What travels beside the hidden states from the first layer on; see value_sources.py."""

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bov_megatron.optim.gradients import gradient_ready
+from bov_megatron.optim.weight_gatherer import await_weight
 from bov_megatron.parallel import cpu
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ class _Lookup:
         self.dense_gradient: Tensor | None = None
         self.settled = False
         self.by_hand = hasattr(table.weight, "main_grad")
+        await_weight(table.weight)
         sent = F.embedding(ids.own_blocks, table.weight.detach().view(-1, ids.width))
         self.rows_Uk: Tensor | None = sent.new_empty(sum(ids.counts_T), ids.width)
         self._exchange(self.rows_Uk, sent, ids.counts_T, self._own_counts_T)

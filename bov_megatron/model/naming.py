@@ -62,15 +62,25 @@ def tag_parameters(model: BovModel) -> None:
 
     Megatron's linear layers set their partition only when they initialise themselves, which they don't here.
     """
+    read_ahead = {id(table.weight) for table in model.tables_ahead}
     for local in local_parameters(model):
         parameter = local.parameter
         parameter.kind = local.specs[0].kind
         parameter.canonical_name = local.names if local.fused_split else local.names[0]
         parameter.fused_split = local.fused_split
+        last = model.recipe.model.num_layers + 1
+        parameter.forward_position = 0 if id(parameter) in read_ahead else _forward_position(local.specs[0], last)
         parameter.tensor_model_parallel = local.partition_dim >= 0
         parameter.partition_dim, parameter.partition_stride = local.partition_dim, 1
         # Megatron's optimizers would otherwise take a table for a matrix, and orthogonalise it.
         parameter.is_embedding_or_output_parameter = parameter.kind in VOCABULARY_KINDS
+
+
+def _forward_position(spec: ParameterSpec, last: int) -> int:
+    """0 for what the decoder's input is made of, then the layers from 1, then the output matrix."""
+    if spec.layer is not None:
+        return spec.layer + 1
+    return last if spec.kind == "output" else 0
 
 
 def _named(model: BovModel) -> Iterator[tuple[torch.nn.Parameter, tuple[str, ...], int, tuple[int, ...] | None]]:

@@ -1,4 +1,4 @@
-"""The global gradient norm, clipping by it, and word of gradients written by hand."""
+"""Gradients that are ready, their global norm, and clipping by it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from bov_megatron.optim.managed_parameter import ManagedParameter
 from bov_megatron.optim.sharding import OptimizerProcessGroups, group_rank, group_size
 
 
-def gradient_ready(parameter: torch.nn.Parameter) -> None:
-    """Say that `parameter.main_grad` has this backward pass's whole contribution.
+def gradient_ready(parameter: nn.Parameter) -> None:
+    """Say that `parameter.main_grad` holds all that a micro-batch's backward pass has to add to it.
 
-    For gradients that autograd doesn't see: call it once per backward pass, after the last write. Whoever waits for
-    the gradient, to reduce it while the backward pass goes on, sets `parameter.on_gradient_ready`.
+    For whoever writes `main_grad` past autograd; once per backward pass, after the last write. Where gradients are
+    reduced while the backward pass goes on (engines/data_parallel.py), the reduction waits for this call; elsewhere it
+    does nothing.
     """
-    notify = getattr(parameter, "on_gradient_ready", None)
-    if notify is not None:
-        notify()
+    ready = getattr(parameter, "on_gradient_ready", None)
+    if callable(ready):
+        ready()
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ class ManagedParameter:
     - `fused_split`: rows per query group of each matrix inside a fused one, or absent.
     - `partition_dim` (Megatron's): the dimension split over tensor-parallel ranks; -1 or absent if replicated.
     - `shared` (Megatron's): True on a further copy of a weight that another pipeline stage counts.
+    - `forward_position`: ascending in the order in which a forward pass reads weights; absent: first.
 
     Raises ValueError, naming the parameter, where an attribute is missing or does not fit.
     """
@@ -34,6 +35,7 @@ class ManagedParameter:
         self.split: tuple[int, ...] | None = getattr(parameter, "fused_split", None)
         self.partition_dim: int = getattr(parameter, "partition_dim", -1)
         self.counted_elsewhere: bool = getattr(parameter, "shared", False)
+        self.forward_position: int = getattr(parameter, "forward_position", 0)
         self.tensor_parallel_size = tensor_parallel_size if self.partition_dim >= 0 else 1
         self._check()
         self.assignment: RowAssignment | None = None

@@ -1,7 +1,8 @@
 """The optimizer of a run: Muon and AdamW over Megatron model chunks, sharded over data-parallel ranks (ZeRO stage 1).
 
 One step, in order: global gradient norm; stop here, changing nothing, if it is not finite; clip; Muon on the matrices
-that this rank owns; AdamW on the rows that it owns; gather everybody's updated weights. The state is the tensors and
+that this rank owns; AdamW on the rows that it owns; gather everybody's updated weights, or with
+`parallel.overlap_param_gather` send them off, for the next forward pass to wait for. The state is the tensors and
 one step count: every schedule is a function of that count.
 """
 
@@ -23,7 +24,6 @@ from bov_megatron.optim.muon_sharded import ShardedMuon, orthogonalisation_cost
 from bov_megatron.optim.sharding import (
     SMALL_TENSOR_ELEMENTS,
     OptimizerProcessGroups,
-    WeightGatherer,
     balance,
     group_rank,
     group_size,
@@ -31,6 +31,7 @@ from bov_megatron.optim.sharding import (
     replicate_rows,
     split_rows,
 )
+from bov_megatron.optim.weight_gatherer import WeightGatherer, wait_before_forward
 from bov_megatron.recipe import Recipe
 
 
@@ -74,9 +75,8 @@ class BovOptimizer:
         """Updates applied so far; the schedules' position and AdamW's bias correction."""
         self.parameters = managed_parameters(self.model_chunks, group_size(self.groups.tensor))
         self._assign_rows(sharded=recipe.parallel.use_distributed_optimizer)
-        self.gatherer = WeightGatherer(
-            [p.parameter for p in self.parameters], [p.assignment for p in self.parameters], self.groups.data
-        )
+        self.overlap_gather = recipe.parallel.overlap_param_gather
+        self._make_gatherer()
         mine = [p for p in self.parameters if p.main is not None]
         self.muon = ShardedMuon(
             [p for p in mine if self.settings[p.kind].algorithm == "muon"],
@@ -86,6 +86,18 @@ class BovOptimizer:
         )
         self.adamw_parameters = [p for p in mine if self.settings[p.kind].algorithm == "adamw"]
         self.adamw = make_adamw(self.adamw_parameters, self.settings, self.config.eps)
+
+    def _make_gatherer(self) -> None:
+        positions = [p.forward_position for p in self.parameters] if self.overlap_gather else None
+        self.gatherer = WeightGatherer(
+            [p.parameter for p in self.parameters],
+            [p.assignment for p in self.parameters],
+            self.groups.data,
+            positions=positions,
+        )
+        if self.overlap_gather:
+            by_id = {id(p.parameter): p.forward_position for p in self.parameters}
+            wait_before_forward(self.model_chunks, self.gatherer, by_id)
 
     def _assign_rows(self, sharded: bool) -> None:
         """Decide which data-parallel rank updates what; the same decision on every rank."""
@@ -108,7 +120,12 @@ class BovOptimizer:
 
     @torch.no_grad()
     def step(self) -> StepResult:
-        """Apply one update from the gradients at hand; collective. Gradients are left as they are, or clipped."""
+        """Apply one update from the gradients at hand; collective. Gradients are left as they are, or clipped.
+
+        With `parallel.overlap_param_gather` modules wait for their own weights; call `finish_gather` before reading
+        weights in any other way.
+        """
+        self.finish_gather()  # what is still to be written would overwrite this update
         multiplier = schedules.lr_multiplier(self.step_count, self.total_steps, self.config)
         norm = global_gradient_norm(self.parameters, self.groups)
         if not math.isfinite(norm):
@@ -117,7 +134,11 @@ class BovOptimizer:
             clip_gradients(self.parameters, norm, self.config.clip_grad)
         self._step_muon(multiplier)
         self._step_adamw(multiplier)
-        self.gatherer.gather([p.main for p in self.parameters])
+        main = [p.main for p in self.parameters]
+        if self.overlap_gather:
+            self.gatherer.start(main)
+        else:
+            self.gatherer.gather(main)
         self.step_count += 1
         return StepResult(applied=True, grad_norm=norm, lr_multiplier=multiplier)
 
@@ -140,6 +161,10 @@ class BovOptimizer:
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
 
+    def finish_gather(self) -> None:
+        """Wait until all weights of the last update have arrived. Concerns this rank alone."""
+        self.gatherer.finish()
+
     def zero_grad(self) -> None:
         """Clear gradients: `grad` of every parameter, and the buffers of chunks wrapped by Megatron's DDP."""
         for chunk in self.model_chunks:
@@ -150,6 +175,7 @@ class BovOptimizer:
 
     def reload_model_params(self) -> None:
         """Take the fp32 main weights from the model again, e.g. after loading weights without optimizer state."""
+        self.finish_gather()
         for p in self.parameters:
             p.reload_main()
 
@@ -183,6 +209,7 @@ class BovOptimizer:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `dist_checkpointing.load` returned for the result of `sharded_state_dict`."""
+        self.finish_gather()
         sharded_state.restore(self, state_dict)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -20,8 +19,6 @@ from bov_megatron.training.statistics import coefficient_values, table_statistic
 if TYPE_CHECKING:
     from bov_megatron.training.trainer import Trainer
 
-METRICS_FILE = "metrics.jsonl"
-
 
 class Callback:
     """Base of all callbacks; every method is called on every rank."""
@@ -36,6 +33,13 @@ class Callback:
     def finish_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Once before the first step of a run that was stopped while it validated: `record` is the line of that
         step, done by the start before, which lacks the validation."""
+
+    def before_roll_back(self, trainer: Trainer) -> None:
+        """All ranks have decided to go back to the newest checkpoint; nothing has happened yet."""
+
+    def rolled_back(self, trainer: Trainer, line: dict[str, Any]) -> None:
+        """The run has gone back to `trainer.step`: in place of `after_step` for the step that went wrong. `line` is
+        what metrics say of it (Health.roll_back)."""
 
     def finish(self, trainer: Trainer) -> None:
         """After the last step, or the one after which the run was told to stop; not called when training raises."""
@@ -77,52 +81,6 @@ class ValueStatistics(Callback):
 
 class TrainingError(RuntimeError):
     """A run that is not worth going on with; the message says why and what to do."""
-
-
-class MetricsFile(Callback):
-    """One JSON object a step in RUN/metrics.jsonl. A resumed run first drops the lines after its checkpoint.
-
-    Lines that a full disk doesn't take are said once, kept, and written when it does.
-    """
-
-    ALWAYS = frozenset({"validation_bits_per_byte", "sample_ids"})
-    """A line with one of these is written whatever the interval."""
-
-    def __init__(self, run_dir: Path, interval: int):
-        self.path, self.interval, self.file = run_dir / METRICS_FILE, interval, None
-        self.unwritten = b""
-
-    def start(self, trainer):
-        if dist.get_rank() != 0:
-            return
-        last = trainer.step - (trainer.unfinished is not None)
-        kept = [line for line in read_lines(self.path) if line["step"] <= last]
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(part, self.path)
-        self.file = self.path.open("ab", buffering=0)
-
-    def after_step(self, trainer, record):
-        if self.file and (trainer.is_due(self.interval) or self.ALWAYS & record.keys()):
-            self._write(json.dumps(record).encode() + b"\n")
-
-    def finish_step(self, trainer, record):
-        self.after_step(trainer, record)
-
-    def finish(self, trainer):
-        if self.file:
-            self._write(b"")
-            self.file.close()
-
-    def _write(self, line: bytes) -> None:
-        failed_before = bool(self.unwritten)
-        self.unwritten += line
-        try:
-            while self.unwritten:  # part of it may be taken
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-        except OSError as error:
-            if not failed_before:
-                checkpoint.warn(f"cannot write {self.path}: {error.strerror}; its lines are kept until it can be")
 
 
 class Progress(Callback):
@@ -169,6 +127,19 @@ class Progress(Callback):
         if dist.get_rank() == 0 and "validation_bits_per_byte" in record:
             self._print(f"step {record['step']}: validation {record['validation_bits_per_byte']:.4f} bits per byte")
 
+    def rolled_back(self, trainer, line):
+        if dist.get_rank() != 0:
+            return
+        told = line["rollback"]
+        loss = "" if told["loss"] is None else f" (loss {told['loss']:.4f})"
+        self._print(
+            f"step {told['from_step']}: {told['reason']}{loss}; back to step {told['to_step']}, without batches "
+            f"{told['first_batch']} to {told['last_batch']} of the data's order (health.on_spike=rollback)"
+        )
+        if self.bar is not None:
+            self.bar.n = trainer.step
+            self.bar.refresh()
+
     def finish(self, trainer):
         if self.bar is not None:
             self.bar.close()
@@ -181,7 +152,8 @@ class Progress(Callback):
 
 
 class Wandb(Callback):
-    """Weights & Biases, offline unless told otherwise; rank 0 only."""
+    """Weights & Biases, offline unless told otherwise; rank 0 only. It takes nothing back: of steps that are done a
+    second time, after a roll back, it keeps the first."""
 
     def __init__(self, run_dir: Path, mode: str, project: str):
         self.run_dir, self.mode, self.project, self.run = run_dir, mode, project, None
@@ -226,12 +198,21 @@ class Checkpoints(Callback):
     With `checkpoint.asynchronous`, a save is written while the next steps run, and finished at the first step boundary
     at which all ranks have written, before the next save, or at the end. A save that fails is said and tried again at
     the next interval; a run whose last save failed raises TrainingError.
+
+    After a roll back the checkpoint gone back to is written again: which samples to leave out is part of it.
+
+    Args:
+        from_step_0: save the initial weights too, so that there always is a checkpoint to go back to.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig):
-        self.run_dir, self.config = run_dir, config
+    def __init__(self, run_dir: Path, config: CheckpointConfig, from_step_0: bool = False):
+        self.run_dir, self.config, self.from_step_0 = run_dir, config, from_step_0
         self.pending: checkpoint.PendingSave | None = None
         self.failure: str | None = None
+
+    def start(self, trainer):
+        if self.from_step_0 and trainer.step == 0:
+            self._save(trainer, last=False)
 
     def after_step(self, trainer, record):
         last = trainer.stopping or trainer.step == trainer.total_steps
@@ -239,7 +220,17 @@ class Checkpoints(Callback):
         if self.pending is not None and (due or self.pending.is_written()):
             self._finish(last)
         if due:
-            self._begin(trainer, last)
+            self._save(trainer, last)
+
+    def before_roll_back(self, trainer):
+        if self.pending is not None:
+            self._finish(last=False)
+
+    def rolled_back(self, trainer, line):
+        self._save(trainer, trainer.stopping)
+
+    def _save(self, trainer, last: bool) -> None:
+        self._begin(trainer, last)
         if self.pending is not None and (last or not self.config.asynchronous):
             self._finish(last)
 
@@ -280,19 +271,6 @@ class Checkpoints(Callback):
 
     def finish_step(self, trainer, record):
         self.after_step(trainer, record)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a last line cut off by a crash is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def _run_id(run_dir: Path) -> str:

@@ -1,4 +1,4 @@
-"""Numbers that go wrong: steps that are skipped, steps that are remarked on, and runs that are ended."""
+"""Numbers that go wrong: steps that are skipped or remarked on, runs that are rolled back or ended."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import enum
 import math
 from typing import Any
 
+from bov_megatron.data.loader import TrainBatch
+from bov_megatron.data.order import SkippedBatches
 from bov_megatron.recipe import HealthConfig
 from bov_megatron.training.callbacks import Callback, TrainingError
 from bov_megatron.training.spikes import SpikeDetector
@@ -26,33 +28,97 @@ class Health(Callback):
     skipped step changes neither weights nor optimizer state. Its line of metrics says `skipped` and, as that of a
     spike, `sample_ids`: pairs (stream, sample) of the global batch.
 
+    With `on_spike: rollback` the trainer asks `must_roll_back` after each step, and where it must, on all ranks alike,
+    tells `roll_back` which checkpoint it went back to.
+
     Args:
         config: the recipe's section.
         state: what `state()` gave when the checkpoint was saved that the run goes on from.
     """
 
     def __init__(self, config: HealthConfig, state: dict[str, Any] | None = None):
-        state = state or {}
         self.config = config
-        self.detector = SpikeDetector(config.spike_window, state.get("losses"))
-        self.skipped: list[int] = list(state.get("skipped", []))
-        """Steps, of the last `max_skips_within`."""
-        self.not_finite: int = state.get("not_finite", 0)
-        """Steps on end."""
+        self.rollbacks: list[dict[str, Any]] = list((state or {}).get("rollbacks", []))
+        """Of the whole run: `number` (from 1), `reason`, `from_step`, `to_step`, `first_batch`, `last_batch`."""
+        self._take(state or {})
         self.verdict = Verdict.TAKE
         """What all ranks agreed on for the step at hand."""
         self._deviations = 0.0
 
+    def _take(self, state: dict[str, Any]) -> None:
+        self.detector = SpikeDetector(self.config.spike_window, state.get("losses"))
+        self.skipped: list[int] = list(state.get("skipped", []))
+        """Steps, of the last `max_skips_within`."""
+        self.not_finite: int = state.get("not_finite", 0)
+        """Steps on end."""
+
     def state(self) -> dict[str, Any]:
-        """What the next judgements depend on."""
-        return {"losses": self.detector.losses(), "skipped": list(self.skipped), "not_finite": self.not_finite}
+        """What the next judgements, and the samples to come, depend on."""
+        return {
+            "losses": self.detector.losses(),
+            "skipped": list(self.skipped),
+            "not_finite": self.not_finite,
+            "rollbacks": [dict(one) for one in self.rollbacks],
+        }
+
+    def skipped_windows(self) -> list[tuple[int, int]]:
+        """What roll backs have left out of the data's order: 0-based places (first, last) of batches."""
+        return [(one["first_batch"], one["last_batch"]) for one in self.rollbacks]
 
     def judge(self, loss: float) -> Verdict:
         """This rank's verdict on the step with this loss."""
         self._deviations = self.detector.deviations(loss)
         if not math.isfinite(loss):
             return Verdict.NOT_FINITE
-        return Verdict.SPIKE if self._is_spike() and self.config.on_spike == "skip" else Verdict.TAKE
+        return Verdict.SPIKE if self._is_spike() and self.config.on_spike != "warn" else Verdict.TAKE
+
+    def must_roll_back(self, record: dict[str, Any]) -> bool:
+        """Whether the step that was just left out is one to go back for; the same on every rank."""
+        if self.config.on_spike != "rollback" or record["updated"]:
+            return False
+        return self.verdict is Verdict.SPIKE or self.not_finite + 1 >= self.config.max_not_finite_steps
+
+    def check_may_roll_back(self, record: dict[str, Any]) -> None:
+        """Raise TrainingError where the run has rolled back `max_rollbacks` times before."""
+        limit = self.config.max_rollbacks
+        if len(self.rollbacks) < limit:
+            return
+        before = ", ".join(f"{one['from_step']} to {one['to_step']}" for one in self.rollbacks) or "none"
+        raise TrainingError(
+            f"{self.complaint(record)}, and the run has rolled back health.max_rollbacks={limit} times before (from "
+            f"step, to step: {before}). Look at the rollback lines of metrics.jsonl and at the learning rates; to go "
+            "on from the newest checkpoint regardless, raise health.max_rollbacks or health.spike_deviations, or set "
+            "health.on_spike=skip"
+        )
+
+    def complaint(self, record: dict[str, Any]) -> str:
+        """What is wrong with a step to be rolled back, as the beginning of an error."""
+        if self.verdict is Verdict.SPIKE:
+            return f"the loss of step {record['step']} is a spike, {self._deviations:.0f} deviations above those before"
+        return f"gradients were not finite at {self.not_finite + 1} steps on end, up to step {record['step']}"
+
+    def roll_back(
+        self, record: dict[str, Any], batch: TrainBatch, to_step: int, state: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Judge as after `to_step`, and leave out the samples since; returns the line for metrics.
+
+        Args:
+            record, batch: of the step that went wrong.
+            to_step, state: of the checkpoint gone back to.
+        """
+        told = {
+            "number": len(self.rollbacks) + 1,
+            "reason": "spike" if self.verdict is Verdict.SPIKE else "not finite",
+            "from_step": record["step"],
+            "to_step": to_step,
+            "first_batch": SkippedBatches(self.skipped_windows()).place(to_step),
+            "last_batch": batch.place,
+        }
+        self.rollbacks.append(told)
+        self._take(state or {})
+        of_the_step = {key: record[key] for key in ("loss", "gradient_norm", "digest")}
+        of_the_step |= {"spike_deviations": self._deviations, "sample_ids": batch.ids_B2.tolist()}
+        return {"step": to_step, "rollback": {**told, **of_the_step}}
 
     def after_step(self, trainer, record):
         spike = self._is_spike() or self.verdict is Verdict.SPIKE

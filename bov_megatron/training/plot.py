@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from bov_megatron.training.callbacks import METRICS_FILE, read_lines
+from bov_megatron.training.metrics_file import METRICS_FILE, read_lines
 
 COLOURS = ("#1f6f8b", "#d1603d", "#5b8c5a", "#7a5c99", "#b8860b", "#555555")
 """One per run, in order; distinguishable without red against green."""
@@ -27,8 +27,8 @@ def plot_runs(runs: Mapping[str, Path], out: Path, title: str) -> Path:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for colour, (label, run_dir) in zip(COLOURS, runs.items(), strict=False):
-        # A loss that was not finite is stored as null.
-        lines = [line for line in read_lines(run_dir / METRICS_FILE) if line["loss"] is not None]
+        # A loss that was not finite is stored as null; a roll back has none.
+        lines = [line for line in read_lines(run_dir / METRICS_FILE) if line.get("loss") is not None]
         if not lines:
             raise ValueError(f"{run_dir} has no {METRICS_FILE} with a complete line")
         tokens = [line["tokens"] for line in lines]

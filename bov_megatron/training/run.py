@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import sys
 from collections.abc import Callable
@@ -23,7 +24,6 @@ from bov_megatron.recipe import Recipe, RecipeError
 from bov_megatron.training import checkpoint
 from bov_megatron.training.callbacks import (
     Checkpoints,
-    MetricsFile,
     Progress,
     Validation,
     ValueStatistics,
@@ -32,6 +32,7 @@ from bov_megatron.training.callbacks import (
 from bov_megatron.training.health import Health
 from bov_megatron.training.interruption import StopReason, StopRequest, StopSignals
 from bov_megatron.training.lease import Lease, RunFolderError
+from bov_megatron.training.metrics_file import MetricsFile
 from bov_megatron.training.trainer import Trainer
 from bov_megatron.training.watchdog import Watchdog
 
@@ -76,10 +77,10 @@ def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
     """Everything a run consists of, put together."""
     engine = MegatronEngine(recipe)
     start = _resume(engine)
-    train_loader, validation_loader = _on_all_ranks(lambda: _open_data(recipe, start))
+    health = Health(recipe.health, start.extra.get("health") if start else None)
+    train_loader, validation_loader = _on_all_ranks(lambda: _open_data(recipe, start, health))
     with train_loader:
         _announce(recipe, start, train_loader)
-        health = Health(recipe.health, start.extra.get("health") if start else None)
         yield Trainer(
             engine,
             train_loader,
@@ -90,12 +91,13 @@ def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
                 Progress(recipe.logging.print_interval),
                 Wandb(recipe.run_dir, recipe.logging.wandb, recipe.logging.wandb_project),
                 MetricsFile(recipe.run_dir, recipe.logging.interval),
-                Checkpoints(recipe.run_dir, recipe.checkpoint),
+                Checkpoints(recipe.run_dir, recipe.checkpoint, from_step_0=recipe.health.on_spike == "rollback"),
             ],
             bytes_per_token=_padded(validation_loader.bytes_per_token(), recipe.model.vocab_size),
             start_step=start.step if start else 0,
             checkpoint_extra={"tokenizer_hash": train_loader.tokenizer_hash, "shards": _shards(train_loader)},
             health=health,
+            reload=functools.partial(_resume, engine),
             stop_request=stop_request,
             alive=watchdog.alive,
             unfinished=start.extra.get("unfinished") if start else None,
@@ -131,7 +133,7 @@ def _on_all_ranks(function: Callable[[], T]) -> T:
     return result
 
 
-def _open_data(recipe: Recipe, start: checkpoint.Loaded | None) -> tuple[TrainLoader, ValidationLoader]:
+def _open_data(recipe: Recipe, start: checkpoint.Loaded | None, health: Health) -> tuple[TrainLoader, ValidationLoader]:
     common = {
         "sequence_length": recipe.model.sequence_length,
         "vocab_size": recipe.model.vocab_size,
@@ -144,6 +146,7 @@ def _open_data(recipe: Recipe, start: checkpoint.Loaded | None) -> tuple[TrainLo
         global_batch_size=recipe.train.global_batch_size,
         micro_batch_size=recipe.train.micro_batch_size,
         start_step=start.step if start else 0,
+        skipped=health.skipped_windows(),
         **common,
     )
     if start and start.extra["shards"] != _shards(train_loader):

@@ -14,6 +14,7 @@ from bov_megatron.engines.megatron import MegatronEngine
 from bov_megatron.parallel import cpu
 from bov_megatron.plan import total_steps
 from bov_megatron.training.callbacks import Callback, TrainingError
+from bov_megatron.training.checkpoint import CheckpointError, Loaded
 from bov_megatron.training.health import Health, Verdict
 from bov_megatron.training.interruption import StopReason
 from bov_megatron.training.throughput import Throughput
@@ -34,6 +35,7 @@ class Trainer:
         start_step: steps done already.
         checkpoint_extra: stored with every checkpoint.
         health: judges each loss before the update; to be among the callbacks as well.
+        reload: loads the newest valid checkpoint into `engine`, for a roll back; None where there is none.
         alive: called whenever a limited piece of work is done: a step, a piece of validation, a checkpoint.
         stop_request: this rank's reason to end the run early, if any; what any rank says holds for all.
         unfinished: record of the last step done, where an interruption broke its validation off.
@@ -48,6 +50,7 @@ class Trainer:
         start_step: int = 0,
         checkpoint_extra: dict[str, Any] | None = None,
         health: Health | None = None,
+        reload: Callable[[], Loaded | None] = lambda: None,
         stop_request: Callable[[], StopReason] = lambda: StopReason.NONE,
         alive: Callable[[], None] = lambda: None,
         unfinished: dict[str, Any] | None = None,
@@ -61,7 +64,8 @@ class Trainer:
         self.stop_reason = StopReason.NONE
         self.health, self.unfinished = health, unfinished
         self.total_steps = total_steps(self.recipe)
-        self._checkpoint_extra, self._stop_request, self._alive = checkpoint_extra or {}, stop_request, alive
+        self._checkpoint_extra, self._reload = checkpoint_extra or {}, reload
+        self._stop_request, self._alive = stop_request, alive
         self.throughput = Throughput(self.recipe, dist.get_world_size())
 
     @property
@@ -73,6 +77,11 @@ class Trainer:
     def done(self) -> bool:
         """Whether nothing is left to do: all steps, and the validation after the last one."""
         return self.step == self.total_steps and self.unfinished is None
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the run has rolled back, earlier starts included."""
+        return len(self.health.rollbacks) if self.health else 0
 
     @property
     def checkpoint_extra(self) -> dict[str, Any]:
@@ -94,6 +103,9 @@ class Trainer:
             self.throughput.start()
             self.batch = next(batches)
             record = self._train_step()
+            if self.health is not None and self.health.must_roll_back(record):
+                self._roll_back(record)
+                continue
             for callback in self.callbacks:
                 callback.after_step(self, record)
             self._alive()
@@ -115,6 +127,31 @@ class Trainer:
             **{f"learning_rate/{kind}": rate for kind, rate in rates.items()},
             **self.throughput.stop(),
         }
+
+    def _roll_back(self, record: dict[str, Any]) -> None:
+        """Go back to the newest checkpoint, and on without the samples of the steps since; collective.
+
+        Raises TrainingError where that has happened too often, or no checkpoint can be read.
+        """
+        self.health.check_may_roll_back(record)
+        for callback in self.callbacks:
+            callback.before_roll_back(self)
+        try:
+            loaded = self._reload()
+        except CheckpointError as error:
+            raise TrainingError(f"{self.health.complaint(record)}, and cannot be rolled back: {error}") from error
+        if loaded is None:
+            raise TrainingError(
+                f"{self.health.complaint(record)}, and there is no checkpoint to go back to: none could be written, "
+                "see the warnings above; start again to begin from step 0"
+            )
+        line = self.health.roll_back(record, self.batch, loaded.step, loaded.extra.get("health"))
+        self.step = loaded.step
+        self.loader.go_to(self.step, self.health.skipped_windows())
+        self._alive()
+        for callback in self.callbacks:
+            callback.rolled_back(self, line)
+        self._alive()
 
     def _accepts(self, loss: float) -> bool:
         """Whether the update is made that the gradients of `loss` are ready for; the same on every rank."""

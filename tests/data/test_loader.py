@@ -80,7 +80,7 @@ def test_resuming_at_any_step_goes_on_exactly(data_folder, workers):
     for start in (0, 1, 57, 128):  # 57 lies at an epoch's border, within a batch
         resumed = take(train_loader(data, start_step=start), 2)
         for batch, expected in zip(resumed, whole[start:], strict=False):
-            assert batch.step == expected.step and batch.digest == expected.digest
+            assert batch.place == expected.place and batch.digest == expected.digest
             assert torch.equal(joined(batch), joined(expected))
 
 

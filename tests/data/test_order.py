@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bov_megatron.data.errors import DataError
-from bov_megatron.data.order import Mixture, SampleOrder, digest
+from bov_megatron.data.order import Mixture, SampleOrder, SkippedBatches, digest
 
 UNEVEN = [7, 31, 0, 1, 64, 20, 13, 50, 5]  # 191 samples, one empty shard
 
@@ -60,6 +60,15 @@ def test_any_step_alone_equals_the_step_of_a_whole_run():
     for step in (119, 3, 64, 2):  # going back, as a resumed or skipping run may
         assert (whole.batch(step) == run[step]).all()
     assert whole.batch_ids(3) == [tuple(pair) for pair in run[3].tolist()]
+
+
+def test_skipped_batches_are_left_out():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        windows = [(first, first + rng.integers(4)) for first in rng.integers(0, 40, rng.integers(6))]
+        left = [place for place in range(80) if not any(first <= place <= last for first, last in windows)]
+        skipped = SkippedBatches(windows)
+        assert [skipped.place(step) for step in range(len(left))] == left
 
 
 def test_the_order_is_the_one_of_earlier_versions():

@@ -88,24 +88,24 @@ def test_a_run_whose_last_save_failed_says_so_at_its_end(prepared_data, small_di
 
 
 def test_metrics_wait_for_space(small_disk, monkeypatch, capsys):
-    from bov_megatron.training import callbacks
+    from bov_megatron.training import metrics_file
 
-    monkeypatch.setattr(callbacks.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(metrics_file.dist, "get_rank", lambda: 0)
 
     class Trainer:
-        step, unfinished = 0, None
+        step, unfinished, rollbacks = 4, None, 0
 
         def is_due(self, interval):
             return True
 
-    file = callbacks.MetricsFile(small_disk, 1)
+    file = metrics_file.MetricsFile(small_disk, 1)
     file.start(Trainer())
     record = {"step": 0, "text": "x" * 3000}
     file.after_step(Trainer(), record)
     fill(small_disk, leave=0)
     for step in range(1, 5):
         file.after_step(Trainer(), {**record, "step": step})
-    assert 0 < len(callbacks.read_lines(file.path)) < 4
+    assert 0 < len(metrics_file.read_lines(file.path)) < 4
     assert capsys.readouterr().err.count("No space left on device; its lines are kept") == 1
     (small_disk / "filler").unlink()
     file.finish(Trainer())

@@ -38,7 +38,7 @@ def spiking_rank(rank, world_size, arguments, spikes, seen_by):
 
     def next_step(self):
         batch = drawn(self)
-        steps.append(batch.step)
+        steps.append(batch.place)
         return batch
 
     steps = []
