@@ -177,6 +177,13 @@ def forward_pass_does_not_wait():
     optimizer.wait_before_forward = lambda *arguments: None
 
 
+def rows_sent_before_they_are_there():
+    """Lookups ahead of their layers read the tables before any module's forward pass."""
+    from bov_megatron.model import lookup_ahead
+
+    lookup_ahead.await_weight = lambda parameter: None
+
+
 def readers_do_not_wait():
     from bov_megatron.engines.megatron import MegatronEngine
 
@@ -184,17 +191,19 @@ def readers_do_not_wait():
 
 
 @pytest.mark.parametrize(
-    ("trap", "shows_in"),
+    ("trap", "layout", "shows_in"),
     [
-        (table_said_to_be_ready_before_it_is, ["1 gradients"]),
-        (forward_pass_does_not_wait, ["1 loss"]),
-        (readers_do_not_wait, ["2 statistics", "3 sharded_state", "4 weights", "10 loss"]),
+        (table_said_to_be_ready_before_it_is, "dp2", ["1 gradients"]),
+        (forward_pass_does_not_wait, "dp2", ["1 loss"]),
+        (rows_sent_before_they_are_there, "dp2-tp2", ["1 loss"]),
+        (readers_do_not_wait, "dp2", ["2 statistics", "3 sharded_state", "4 weights", "10 loss"]),
     ],
     ids=lambda one: getattr(one, "__name__", ""),
 )
-def test_a_sprung_trap_is_noticed(tmp_path, trap, shows_in):
-    differing = run_ranks(compared_rank, 2, recipe_of("dp2").to_dict(), tmp_path, trap.__name__)
-    assert set(shows_in) <= set(differing[1]), differing
+def test_a_sprung_trap_is_noticed(tmp_path, trap, layout, shows_in):
+    ranks, description = LAYOUTS[layout][0], recipe_of(layout).to_dict()
+    differing = run_ranks(compared_rank, ranks, description, tmp_path, trap.__name__)
+    assert set(shows_in) <= set(differing[-1]), differing
 
 
 def test_a_table_never_ready_ends_the_run(tmp_path):
