@@ -31,6 +31,7 @@ from bov_megatron.optim.sharding import (
     replicate_rows,
     split_rows,
 )
+from bov_megatron.parallel.process_groups import twin
 from bov_megatron.recipe import Recipe
 
 
@@ -74,9 +75,8 @@ class BovOptimizer:
         """Updates applied so far; the schedules' position and AdamW's bias correction."""
         self.parameters = managed_parameters(self.model_chunks, group_size(self.groups.tensor))
         self._assign_rows(sharded=recipe.parallel.use_distributed_optimizer)
-        self.gatherer = WeightGatherer(
-            [p.parameter for p in self.parameters], [p.assignment for p in self.parameters], self.groups.data
-        )
+        self.gatherer = self._gatherer(on_host=False)
+        self.host_gatherer = self._gatherer(on_host=True)
         mine = [p for p in self.parameters if p.main is not None]
         self.muon = ShardedMuon(
             [p for p in mine if self.settings[p.kind].algorithm == "muon"],
@@ -86,6 +86,13 @@ class BovOptimizer:
         )
         self.adamw_parameters = [p for p in mine if self.settings[p.kind].algorithm == "adamw"]
         self.adamw = make_adamw(self.adamw_parameters, self.settings, self.config.eps)
+
+    def _gatherer(self, on_host: bool) -> WeightGatherer:
+        parameters = [p for p in self.parameters if p.on_host == on_host]
+        group = self.groups.data
+        if on_host and parameters and group_size(group) > 1:
+            group = twin(group, "gloo")
+        return WeightGatherer([p.parameter for p in parameters], [p.assignment for p in parameters], group)
 
     def _assign_rows(self, sharded: bool) -> None:
         """Decide which data-parallel rank updates what; the same decision on every rank."""
@@ -117,7 +124,8 @@ class BovOptimizer:
             clip_gradients(self.parameters, norm, self.config.clip_grad)
         self._step_muon(multiplier)
         self._step_adamw(multiplier)
-        self.gatherer.gather([p.main for p in self.parameters])
+        self.gatherer.gather([p.main for p in self.parameters if not p.on_host])
+        self.host_gatherer.gather([p.main for p in self.parameters if p.on_host])
         self.step_count += 1
         return StepResult(applied=True, grad_norm=norm, lr_multiplier=multiplier)
 
