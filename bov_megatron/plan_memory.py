@@ -28,11 +28,25 @@ VOCABULARY_KINDS = frozenset({"embedding", "output", "table"})
 def memory_by_stage(recipe: Recipe, data_parallel_size: int) -> list[dict[str, int]]:
     """Bytes on one rank of each pipeline stage at the peak of a step.
 
-    Keys: `weights`, `gradients`, `optimizer` (tables excluded), `tables` (all three of theirs), `activations` (kept for
-    backward, of all micro-batches in flight) and `logits`.
+    Keys: `weights`, `gradients`, `optimizer` (tables excluded), `tables` (all three of theirs; none where they are in
+    host memory), `activations` (kept for backward, of all micro-batches in flight) and `logits`.
     """
     stages = pipeline_layout.layers_of_chunks(recipe)
     return [_stage_memory(recipe, stage, chunks, data_parallel_size) for stage, chunks in enumerate(stages)]
+
+
+def host_memory_by_stage(recipe: Recipe, data_parallel_size: int) -> list[int]:
+    """Bytes of host memory that tables take on one rank of each stage: weights, gradients and optimizer state."""
+    if recipe.model.value.table_memory == "device":
+        return [0] * recipe.parallel.pipeline_model_parallel_size
+    return [
+        sum(
+            sum(_state_bytes(recipe, spec, data_parallel_size).values())
+            for spec in parameter_specs(recipe.model)
+            if spec.kind == "table" and _is_on_stage(spec, stage, chunks, recipe)
+        )
+        for stage, chunks in enumerate(pipeline_layout.layers_of_chunks(recipe))
+    ]
 
 
 def stage_bytes(recipe: Recipe, data_parallel_size: int) -> Callable[[int, int, int], int]:
@@ -40,7 +54,7 @@ def stage_bytes(recipe: Recipe, data_parallel_size: int) -> Callable[[int, int, 
     asking often. Not for interleaved pipelines."""
     states, first_stage, last_stage = [0] * recipe.model.num_layers, 0, _logits(recipe)
     for spec in parameter_specs(recipe.model):
-        size = sum(_state_bytes(recipe, spec, data_parallel_size).values())
+        size = 0 if _is_on_host(recipe, spec) else sum(_state_bytes(recipe, spec, data_parallel_size).values())
         if spec.layer is not None:
             states[spec.layer] += size
         elif spec.kind == "output":
@@ -88,7 +102,7 @@ def _stored_size(recipe: Recipe, spec: ParameterSpec) -> int:
 def _stage_memory(recipe: Recipe, stage: int, chunks: list[range], data_parallel_size: int) -> dict[str, int]:
     memory = dict.fromkeys(("weights", "gradients", "optimizer", "tables", "activations", "logits"), 0)
     for spec in parameter_specs(recipe.model):
-        if not _is_on_stage(spec, stage, chunks, recipe):
+        if not _is_on_stage(spec, stage, chunks, recipe) or _is_on_host(recipe, spec):
             continue
         for part, count in _state_bytes(recipe, spec, data_parallel_size).items():
             memory["tables" if spec.kind == "table" else part] += count
@@ -118,6 +132,10 @@ def _is_on_stage(spec: ParameterSpec, stage: int, chunks: list[range], recipe: R
     if spec.kind == "output":
         return stage == recipe.parallel.pipeline_model_parallel_size - 1
     return stage == 0  # embedding, smear, and a shared table, which a pipeline refuses
+
+
+def _is_on_host(recipe: Recipe, spec: ParameterSpec) -> bool:
+    return spec.kind == "table" and recipe.model.value.table_memory == "host"
 
 
 def _activations(recipe: Recipe, stage: int, chunks: list[list[tuple[int, int]]]) -> int:
@@ -230,8 +248,9 @@ def _carried(recipe: Recipe) -> int:
 def _sends_ahead(recipe: Recipe) -> bool:
     """Whether tables' distinct rows are sent ahead of their layers (model/lookup_ahead.py)."""
     value = recipe.model.value
-    alone = recipe.parallel.tensor_model_parallel_size == 1 or value.table_partition == "head"
-    return value.source in SOURCES_WITH_TABLE and value.lookup == "distinct" and not alone
+    exchanged = recipe.parallel.tensor_model_parallel_size > 1 and value.table_partition == "vocab"
+    ahead = value.table_memory == "host" or (value.lookup == "distinct" and exchanged)
+    return value.source in SOURCES_WITH_TABLE and ahead
 
 
 def _residual(recipe: Recipe) -> int:

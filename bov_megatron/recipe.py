@@ -59,6 +59,9 @@ class ValueConfig:
     lookup: str = "distinct"
     """Communication of a vocabulary-parallel lookup: `distinct` (each distinct row once, ahead of its layer),
     `reduce_scatter`, `all_reduce` or `all_to_all` (all tokens' rows, in the layer)."""
+    table_memory: str = "device"
+    """Where tables, their gradients and their optimizer state are kept: `device`, or `host`, from where a micro-batch's
+    distinct rows are copied to the device ahead of their layers."""
 
 
 @dataclass

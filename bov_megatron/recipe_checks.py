@@ -28,6 +28,7 @@ from bov_megatron.recipe_loading import RecipeError, nearest
 COEFFICIENTS = ("learned", "fixed")
 TABLES = ("per_layer", "shared")
 TABLE_PARTITIONS = ("vocab", "head")
+TABLE_MEMORIES = ("device", "host")
 LOOKUPS = ("distinct", "reduce_scatter", "all_reduce", "all_to_all")
 CORE_ATTENTIONS = ("auto", "sdpa", "flex", "megatron")
 LINEAR_LAYERS = ("megatron", "transformer_engine")
@@ -149,6 +150,9 @@ def _check_value(m: ModelConfig) -> None:
     _one_of("model.value.table", v.table, TABLES)
     _one_of("model.value.table_partition", v.table_partition, TABLE_PARTITIONS)
     _one_of("model.value.lookup", v.lookup, LOOKUPS)
+    _one_of("model.value.table_memory", v.table_memory, TABLE_MEMORIES)
+    if v.table_memory == "host":
+        _check_host_tables(m)
     if isinstance(v.target_layers, str):
         _one_of("model.value.target_layers", v.target_layers, TARGET_LAYERS, "or a list of 0-based layers")
     else:
@@ -157,6 +161,17 @@ def _check_value(m: ModelConfig) -> None:
         raise RecipeError(
             f"model.value.target_layers={v.target_layers!r} selects no layer of {m.num_layers} for source "
             f"'{v.source}'; select at least one, or use model.value.source=projection"
+        )
+
+
+def _check_host_tables(m: ModelConfig) -> None:
+    v, found = m.value, "model.value.table_memory=host"
+    if v.source not in SOURCES_WITH_TABLE:
+        raise RecipeError(f"{found}: model.value.source={v.source} has no table; use model.value.table_memory=device")
+    if v.table_partition != "vocab" or v.lookup != "distinct":
+        raise RecipeError(
+            f"{found} copies distinct rows, and model.value.table_partition={v.table_partition}, "
+            f"model.value.lookup={v.lookup} read whole tables; use vocab and distinct"
         )
 
 

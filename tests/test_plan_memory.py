@@ -4,7 +4,13 @@ import dataclasses
 
 import pytest
 
-from bov_megatron.plan_memory import checkpoint_bytes, layer_activations, memory_by_stage
+from bov_megatron.plan_memory import (
+    checkpoint_bytes,
+    host_memory_by_stage,
+    layer_activations,
+    memory_by_stage,
+    stage_bytes,
+)
 from bov_megatron.recipe import VALUE_SOURCES, ModelConfig, Recipe, ValueConfig
 from tests.distributed import run_ranks
 
@@ -142,6 +148,19 @@ def test_weights_gradients_and_optimizer_state_are_what_the_plan_says(precision)
     stored = planned["weights"] + planned["gradients"] + planned["optimizer"] + planned["tables"]
     assert weights + gradients + state == stored
     assert weights + state == checkpoint_bytes(recipe)
+
+
+def test_tables_in_host_memory_leave_the_device():
+    recipe = make_recipe(4, "bank", tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    on_device = memory_by_stage(recipe, 2)
+    recipe.model.value.table_memory = "host"
+    found, host = memory_by_stage(recipe, 2), host_memory_by_stage(recipe, 2)
+    for stage in (0, 1):
+        assert found[stage] == {**on_device[stage], "tables": 0}
+        # Two tables, half of the 256 rows each: fp32 weights and gradients, and half of AdamW's two moments.
+        assert host[stage] == on_device[stage]["tables"] == 2 * 128 * 128 * (4 + 4 + 4)
+    counts = [stage_bytes(recipe, 2)(stage, 2 * stage, 2 * stage + 2) for stage in (0, 1)]
+    assert counts == [sum(stage.values()) for stage in found]
 
 
 def test_distributed_optimizer_divides_the_state():

@@ -45,6 +45,7 @@ def test_every_source_and_option_has_a_recipe():
     assert {value.table for value in values} == set(recipe_checks.TABLES)
     assert {value.table_partition for value in values} == set(recipe_checks.TABLE_PARTITIONS)
     assert {value.lookup for value in values} == set(recipe_checks.LOOKUPS)
+    assert {value.table_memory for value in values} == set(recipe_checks.TABLE_MEMORIES)
 
 
 def test_variants_differ_in_what_their_name_says_only():
@@ -199,6 +200,13 @@ IMPOSSIBLE = [
     ("model.value.table=common", "model.value.table='common' is unknown.*per_layer, shared"),
     ("model.value.table_partition=heads", "table_partition='heads' is unknown; did you mean 'head'"),
     ("model.value.lookup=allreduce", "model.value.lookup='allreduce' is unknown; did you mean 'all_reduce'"),
+    ("model.value.table_memory=hos", "table_memory='hos' is unknown; did you mean 'host'"),
+    (
+        "model.value.table_memory=host model.value.source=projection",
+        "=host: model.value.source=projection has no table",
+    ),
+    ("model.value.table_memory=host model.value.lookup=all_reduce", "=host copies distinct rows, and .*=all_reduce"),
+    ("model.value.table_memory=host model.value.table_partition=head", "=host copies distinct rows, and .*=head"),
     # layout
     (f"{TP4}", "num_attention_heads=6 is not divisible by parallel.tensor_model_parallel_size=4.*can be 1, 2, 3, 6"),
     (f"{TP2} model.num_query_groups=3", "model.num_query_groups=3 is not divisible by parallel.tensor_model_parallel"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import nn
 
 from bov_megatron.model.decoder import BovModel
@@ -14,12 +14,13 @@ BUCKET_ELEMENTS = None
 """Gradients that are reduced together while the backward pass goes on; None: Megatron's choice, 40 million or more."""
 
 
-def wrap(chunks: Sequence[BovModel], overlap_grad_reduce: bool) -> list[DataParallel]:
+def wrap(chunks: Sequence[BovModel], overlap_grad_reduce: bool, finalize: Callable) -> list[DataParallel]:
     """Wrap the model chunks of this pipeline stage, and tell Megatron's schedules how to reduce their gradients.
 
     Args:
         overlap_grad_reduce: reduce a bucket as soon as the step's last micro-batch has left its gradients; on later
             pipeline stages, whose buckets are whole chunks, when the schedule says that all stages do.
+        finalize: called after the last backward pass with the arguments of Megatron's `finalize_model_grads`.
     """
     wrapped = []
     for number, chunk in enumerate(chunks):
@@ -32,7 +33,7 @@ def wrap(chunks: Sequence[BovModel], overlap_grad_reduce: bool) -> list[DataPara
     config.no_sync_func = _each([one.no_sync for one in wrapped])
     if overlap_grad_reduce:
         config.grad_sync_func = _each([one.start_grad_sync for one in wrapped])
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize
     return wrapped
 
 
@@ -51,8 +52,9 @@ class DataParallel(DistributedDataParallel):
     def __init__(self, config, settings: DistributedDataParallelConfig, module: nn.Module, disable_bucketing: bool):
         super().__init__(config, settings, module, disable_bucketing)
         if settings.overlap_grad_reduce:
-            for parameter in filter(_is_table, module.parameters()):
-                group = self.param_to_bucket_group[parameter]
+            for parameter, group in self.param_to_bucket_group.items():
+                if not _is_table(parameter):
+                    continue
                 parameter.on_gradient_ready = functools.partial(group.register_grad_ready, parameter)
 
     def _make_backward_post_hook(self, param: nn.Parameter):

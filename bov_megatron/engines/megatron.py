@@ -21,10 +21,11 @@ from torch import Tensor
 from bov_megatron.engines import data_parallel
 from bov_megatron.model import context_parallel, lookup_ahead
 from bov_megatron.model.decoder import BovModel
+from bov_megatron.model.host_tables import HostGradients
 from bov_megatron.model.initialization import initialize_weights
 from bov_megatron.model.naming import LocalParameter, local_parameters
 from bov_megatron.optim.optimizer import BovOptimizer
-from bov_megatron.parallel import cpu
+from bov_megatron.parallel import cpu, process_groups
 from bov_megatron.plan import total_steps
 from bov_megatron.recipe import Recipe
 
@@ -65,8 +66,12 @@ class MegatronEngine:
         self.recipe = recipe
         self._chunks = _build_chunks(recipe)
         self.wrapped, self.optimizer = [], None
+        self.host_gradients = HostGradients(self.chunks)
         if with_optimizer:
-            self.wrapped = data_parallel.wrap(self._chunks, recipe.parallel.overlap_grad_reduce)
+            with self.host_gradients.kept_here():
+                self.wrapped = data_parallel.wrap(
+                    self._chunks, recipe.parallel.overlap_grad_reduce, self._finalize_gradients
+                )
             self.optimizer = BovOptimizer(self.wrapped, recipe, total_steps(recipe))
 
     @property
@@ -116,6 +121,7 @@ class MegatronEngine:
         for wrapped in self.wrapped:
             wrapped.train()
             wrapped.zero_grad_buffer()
+        self.host_gradients.zero()
 
         def mean_loss(labels_BT: Tensor, loss_BT: Tensor):
             loss = loss_BT.mean()
@@ -157,6 +163,12 @@ class MegatronEngine:
             chunk.load_state_dict(model_state[str(number)])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(optimizer_state)
+
+    def _finalize_gradients(self, *arguments, **options) -> None:
+        """Megatron's reductions after the last backward pass, and those of tables in host memory."""
+        finalize_model_grads(*arguments, **options)
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self.host_gradients.reduce(process_groups.twin(group, "gloo") if group.size() > 1 else None)
 
     def _fill_groups(self, micro_batches: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[list, list]:
         """An interleaved pipeline takes micro-batches in groups of its stages: add some that count nothing."""

@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from bov_megatron.model import host_tables
 from bov_megatron.optim.gradients import gradient_ready
 from bov_megatron.optim.weight_gatherer import await_weight
 from bov_megatron.parallel import cpu
@@ -59,7 +60,7 @@ def started(ids_BS: Tensor, tables: Sequence[ValueTable], readers: int = 1) -> I
     check_settled()
     lookups = LookupsAhead(_Distinct.of(ids_BS, tables[0]), tables, readers)
     trained = [table.weight for table in tables if table.weight.requires_grad]
-    root = torch.zeros(1, device=tables[0].weight.device, requires_grad=bool(trained))
+    root = torch.zeros(1, device=cpu.device(), requires_grad=bool(trained))
     # A table with a `main_grad` gets its gradient by hand, and stays out of the graph: a hook on its gradient would
     # run before that gradient is there.
     ticket = _Start.apply(lookups, root, *(weight for weight in trained if not hasattr(weight, "main_grad")))
@@ -131,10 +132,10 @@ class _Distinct:
         present_TR = present_V.view(ranks, rows)
         blocks = ranks // table.ranks_per_group
         block_T1 = (torch.arange(ranks, device=ids_BS.device) // table.ranks_per_group).unsqueeze(1)
-        own_u = present_TR[rank].nonzero().flatten()
+        own_blocks = (present_TR[rank].nonzero().flatten() * blocks + block_T1).flatten()
         return _Distinct(
             counts_T=present_TR.sum(1).tolist(),
-            own_blocks=cpu.to_device((own_u * blocks + block_T1).flatten()),
+            own_blocks=own_blocks.to(table.weight.device) if table.on_host else cpu.to_device(own_blocks),
             width=table.weight.size(1) // blocks,
             inverse_SB=cpu.to_device(place_V[ids_BS.t()]),
         )
@@ -171,7 +172,7 @@ class LookupsAhead:
         _unsettled.discard(self)
         trained = [lookup for lookup in self._lookups.values() if lookup.table.weight.requires_grad]
         for lookup in trained:
-            if not lookup.settled and lookup.by_hand:
+            if not lookup.settled and lookup.by_hand and not lookup.table.on_host:
                 gradient_ready(lookup.table.weight)  # nothing to add: complete as it is
         return [lookup.dense_gradient for lookup in trained if not lookup.by_hand]
 
@@ -194,10 +195,14 @@ class _Lookup:
         self.dense_gradient: Tensor | None = None
         self.settled = False
         self.by_hand = hasattr(table.weight, "main_grad")
+        self.rows_Uk: Tensor | None = None
         await_weight(table.weight)
-        sent = F.embedding(ids.own_blocks, table.weight.detach().view(-1, ids.width))
-        self.rows_Uk: Tensor | None = sent.new_empty(sum(ids.counts_T), ids.width)
-        self._exchange(self.rows_Uk, sent, ids.counts_T, self._own_counts_T)
+        blocks = table.weight.detach().view(-1, ids.width)
+        if table.on_host:
+            with host_tables.BesideCompute(after_compute=False) as self.copy:
+                self._send_rows(host_tables.rows_on_device(blocks, ids.own_blocks))
+        else:
+            self._send_rows(F.embedding(ids.own_blocks, blocks))
 
     @property
     def _own_counts_T(self) -> list[int]:
@@ -205,11 +210,20 @@ class _Lookup:
         ranks = len(self.ids.counts_T)
         return [self.ids.own_blocks.numel() // ranks] * ranks
 
-    def _exchange(self, received: Tensor, sent: Tensor, received_T: list[int], sent_T: list[int]) -> None:
+    def _send_rows(self, sent: Tensor) -> None:
+        self.rows_Uk = self._exchange(sent, self.ids.counts_T, self._own_counts_T)
+
+    def _exchange(self, sent: Tensor, received_T: list[int], sent_T: list[int]) -> Tensor:
+        """What the ranks send this one, once `_wait` has returned."""
+        if len(sent_T) == 1:
+            self.work = self.message = None
+            return sent
+        received = sent.new_empty(sum(received_T), self.ids.width)
         self.message = sent  # must live until it has been sent
         self.work = dist.all_to_all_single(
             received, sent, received_T, sent_T, group=self.table.lookup_group, async_op=True
         )
+        return received
 
     def _wait(self) -> None:
         if self.work is not None:
@@ -220,6 +234,8 @@ class _Lookup:
         if self.rows_Uk is None:
             raise RuntimeError("a layer took its values twice, or a table has more readers than `started` was told")
         self._wait()
+        if self.table.on_host:
+            self.copy.wait(self.rows_Uk)
         return F.embedding(self.ids.inverse_SB, self.rows_Uk)
 
     def read(self) -> None:
@@ -242,16 +258,19 @@ class _Lookup:
         """Rounded to the table's dtype, once per distinct row, as a weight's gradient is per micro-batch."""
         sent = self.gradient_Uk.to(self.table.weight.dtype)
         self.gradient_Uk = None
-        self.received = sent.new_empty(self.ids.own_blocks.numel(), self.ids.width)
-        self._exchange(self.received, sent, self._own_counts_T, self.ids.counts_T)
+        self.received = self._exchange(sent, self._own_counts_T, self.ids.counts_T)
 
     def settle(self) -> None:
         """Add the gradients of this rank's rows, once all ranks' have come."""
         self._wait()
         weight = self.table.weight
         target = weight.main_grad if self.by_hand else torch.zeros_like(weight)
-        target.view(-1, self.ids.width).index_add_(0, self.ids.own_blocks, self.received.to(target.dtype))
+        blocks, received = target.view(-1, self.ids.width), self.received
         self.received, self.settled = None, True
+        if self.table.on_host and self.by_hand:
+            host_tables.add_later(blocks, self.ids.own_blocks, received)
+            return
+        blocks.index_add_(0, self.ids.own_blocks, received.to(blocks))
         if self.by_hand:
             gradient_ready(weight)
         else:

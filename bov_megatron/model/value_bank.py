@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
-from bov_megatron.model import lookup_ahead
+from bov_megatron.model import host_tables, lookup_ahead
 from bov_megatron.optim.gradients import gradient_ready
 from bov_megatron.parallel import process_groups
 
@@ -37,9 +37,20 @@ class ValueTable(torch.nn.Module):
             `all_reduce`, `all_to_all`.
         dtype: of the table.
         tp_group: the tensor-parallel process group.
+        on_host: keep the table in host memory (see host_tables.py); with `partition="vocab"`, `lookup="distinct"`.
     """
 
-    def __init__(self, vocab_size: int, num_groups: int, head_dim: int, partition: str, lookup: str, dtype, tp_group):
+    def __init__(
+        self,
+        vocab_size: int,
+        num_groups: int,
+        head_dim: int,
+        partition: str,
+        lookup: str,
+        dtype,
+        tp_group,
+        on_host: bool = False,
+    ):
         super().__init__()
         self.tp_group, self.partition, self.lookup = tp_group, partition, lookup
         self.head_dim, self.ranks_per_group = head_dim, max(tp_group.size() // num_groups, 1)
@@ -47,12 +58,18 @@ class ValueTable(torch.nn.Module):
         kv_dim = num_groups * head_dim
         rows, columns = (vocab_size // size, kv_dim) if partition == "vocab" else (vocab_size, kv_dim // size)
         self.first_row = rank * rows if partition == "vocab" else 0
-        self.weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=torch.cuda.current_device()))
+        self.on_host = on_host
+        if on_host:
+            weight = host_tables.empty(rows, columns, dtype=dtype)
+        else:
+            weight = torch.empty(rows, columns, dtype=dtype, device=torch.cuda.current_device())
+        self.weight = torch.nn.Parameter(weight)
+        self.weight.on_host = on_host
         self.partition_dim = 0 if partition == "vocab" else 1
-        self.ahead = lookup == "distinct" and partition == "vocab" and size > 1
+        self.ahead = on_host or (lookup == "distinct" and partition == "vocab" and size > 1)
         """Whether rows are sent ahead of the layer, to be taken with a ticket."""
-        if self.ahead:
-            self.lookup_group = process_groups.second_tensor_parallel_group(tp_group)
+        if self.ahead and size > 1:
+            self.lookup_group = process_groups.twin(tp_group)
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         """Values of every token for this rank's heads, `[S, B, G/T, D]`."""

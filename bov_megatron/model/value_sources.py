@@ -238,8 +238,9 @@ def build_value_source(
 def new_table(model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int) -> ValueTable:
     """A value table of `model`, uninitialised."""
     value = model.value
+    on_host = value.table_memory == "host"
     return ValueTable(
-        vocab_size, model.kv_heads, model.kv_channels, value.table_partition, value.lookup, dtype, tp_group
+        vocab_size, model.kv_heads, model.kv_channels, value.table_partition, value.lookup, dtype, tp_group, on_host
     )
 
 

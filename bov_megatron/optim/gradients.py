@@ -34,7 +34,8 @@ def global_gradient_norm(parameters: Sequence[ManagedParameter], groups: Optimiz
     """
     first = group_rank(groups.tensor) == 0
     counted = [p.gradient() for p in parameters if (p.partition_dim >= 0 or first) and not p.counted_elsewhere]
-    device = parameters[0].parameter.device if parameters else torch.device("cpu")
+    devices = [p.parameter.device for p in parameters if not p.on_host]  # host tables' norms join the others there
+    device = devices[0] if devices else torch.device("cpu")
     squares = torch.nn.utils.get_total_norm(counted).to(device, torch.float64).square()
     if group_size(groups.model) > 1:
         dist.all_reduce(squares, group=groups.model)

@@ -20,6 +20,7 @@ class ManagedParameter:
     - `canonical_name`: a name of `parameters.parameter_specs`, or a tuple of them for a fused matrix.
     - `fused_split`: rows per query group of each matrix inside a fused one, or absent.
     - `partition_dim` (Megatron's): the dimension split over tensor-parallel ranks; -1 or absent if replicated.
+    - `on_host`: True on a table in host memory, which may be another device than the other parameters'.
     - `shared` (Megatron's): True on a further copy of a weight that another pipeline stage counts.
     - `forward_position`: ascending in the order in which a forward pass reads weights; absent: first.
 
@@ -34,6 +35,7 @@ class ManagedParameter:
         self.names: tuple[str, ...] = (names,) if isinstance(names, str) else tuple(names or ())
         self.split: tuple[int, ...] | None = getattr(parameter, "fused_split", None)
         self.partition_dim: int = getattr(parameter, "partition_dim", -1)
+        self.on_host: bool = getattr(parameter, "on_host", False)
         self.counted_elsewhere: bool = getattr(parameter, "shared", False)
         self.forward_position: int = getattr(parameter, "forward_position", 0)
         self.tensor_parallel_size = tensor_parallel_size if self.partition_dim >= 0 else 1

@@ -32,6 +32,7 @@ from bov_megatron.optim.sharding import (
     split_rows,
 )
 from bov_megatron.optim.weight_gatherer import WeightGatherer, wait_before_forward
+from bov_megatron.parallel.process_groups import twin
 from bov_megatron.recipe import Recipe
 
 
@@ -76,7 +77,8 @@ class BovOptimizer:
         self.parameters = managed_parameters(self.model_chunks, group_size(self.groups.tensor))
         self._assign_rows(sharded=recipe.parallel.use_distributed_optimizer)
         self.overlap_gather = recipe.parallel.overlap_param_gather
-        self._make_gatherer()
+        self.gatherer = self._gatherer(on_host=False)
+        self.host_gatherer = self._gatherer(on_host=True)
         mine = [p for p in self.parameters if p.main is not None]
         self.muon = ShardedMuon(
             [p for p in mine if self.settings[p.kind].algorithm == "muon"],
@@ -87,17 +89,20 @@ class BovOptimizer:
         self.adamw_parameters = [p for p in mine if self.settings[p.kind].algorithm == "adamw"]
         self.adamw = make_adamw(self.adamw_parameters, self.settings, self.config.eps)
 
-    def _make_gatherer(self) -> None:
-        positions = [p.forward_position for p in self.parameters] if self.overlap_gather else None
-        self.gatherer = WeightGatherer(
-            [p.parameter for p in self.parameters],
-            [p.assignment for p in self.parameters],
-            self.groups.data,
-            positions=positions,
+    def _gatherer(self, on_host: bool) -> WeightGatherer:
+        parameters = [p for p in self.parameters if p.on_host == on_host]
+        overlap, group = self.overlap_gather and not on_host, self.groups.data
+        if on_host and parameters and group_size(group) > 1:
+            group = twin(group, "gloo")
+        gatherer = WeightGatherer(
+            [p.parameter for p in parameters],
+            [p.assignment for p in parameters],
+            group,
+            positions=[p.forward_position for p in parameters] if overlap else None,
         )
-        if self.overlap_gather:
-            by_id = {id(p.parameter): p.forward_position for p in self.parameters}
-            wait_before_forward(self.model_chunks, self.gatherer, by_id)
+        if overlap:
+            wait_before_forward(self.model_chunks, gatherer, {id(p.parameter): p.forward_position for p in parameters})
+        return gatherer
 
     def _assign_rows(self, sharded: bool) -> None:
         """Decide which data-parallel rank updates what; the same decision on every rank."""
@@ -134,11 +139,12 @@ class BovOptimizer:
             clip_gradients(self.parameters, norm, self.config.clip_grad)
         self._step_muon(multiplier)
         self._step_adamw(multiplier)
-        main = [p.main for p in self.parameters]
+        on_device = [p.main for p in self.parameters if not p.on_host]
         if self.overlap_gather:
-            self.gatherer.start(main)
+            self.gatherer.start(on_device)
         else:
-            self.gatherer.gather(main)
+            self.gatherer.gather(on_device)
+        self.host_gatherer.gather([p.main for p in self.parameters if p.on_host])
         self.step_count += 1
         return StepResult(applied=True, grad_norm=norm, lr_multiplier=multiplier)
 

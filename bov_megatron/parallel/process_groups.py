@@ -55,21 +55,22 @@ def initialize(
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.train.seed)
 
 
-_second_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+_twins: dict[tuple[dist.ProcessGroup, str | None], dist.ProcessGroup] = {}
 
 
-def second_tensor_parallel_group(tp_group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same ranks as `tp_group`, one for all callers, for traffic that nobody waits for at once: on
-    `tp_group` itself the layers' own reductions would queue behind it. Its ranks alone call this, all of them."""
-    if tp_group not in _second_groups:
-        ranks = dist.get_process_group_ranks(tp_group)
-        _second_groups[tp_group] = dist.new_group(ranks, use_local_synchronization=True)
-    return _second_groups[tp_group]
+def twin(group: dist.ProcessGroup, backend: str | None = None) -> dist.ProcessGroup:
+    """Another group of the same ranks, one for all callers: for traffic that nobody waits for at once, which on `group`
+    would hold up what comes behind it, or for another backend. Its ranks alone call this, all of them."""
+    key = (group, backend)
+    if key not in _twins:
+        ranks = dist.get_process_group_ranks(group)
+        _twins[key] = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+    return _twins[key]
 
 
 def shutdown() -> None:
     """Leave all groups; a later `initialize` may build another layout."""
-    _second_groups.clear()
+    _twins.clear()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -301,7 +301,8 @@ def warn(text: str) -> None:
 
 def check_same_model(stored: dict, recipe: Recipe, path: Path) -> None:
     """Refuse a checkpoint whose model has other tensors than the recipe's."""
-    layout_only = {"core_attention", "linear_layers", "value.table_partition", "value.lookup"}
+    layout_only = {"core_attention", "linear_layers"}
+    layout_only |= {"value.table_partition", "value.lookup", "value.table_memory"}
     _compare(stored["model"], recipe.to_dict()["model"], "model", layout_only, path)
 
 

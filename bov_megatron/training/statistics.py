@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 
 from bov_megatron.engines.megatron import MegatronEngine
 from bov_megatron.model.naming import LocalParameter
+from bov_megatron.parallel import cpu
 
 _COLUMNS = ("squares", "rows", "touched")
 
@@ -16,7 +17,7 @@ _COLUMNS = ("squares", "rows", "touched")
 def coefficient_values(engine: MegatronEngine) -> dict[str, float]:
     """`gamma/layer_8` (gamma or b), `projection_coefficient/layer_8` (a) of each layer that learns them; collective."""
     model = engine.recipe.model
-    values = torch.zeros(2, model.num_layers, dtype=torch.float64, device=_device(engine))
+    values = torch.zeros(2, model.num_layers, dtype=torch.float64, device=cpu.device())
     present = torch.zeros_like(values)
     kinds = ("coefficient", "projection_coefficient")
     for local in engine.local_parameters():
@@ -36,7 +37,7 @@ def table_statistics(engine: MegatronEngine) -> dict[str, float]:
     batch touched (rows with a gradient); collective. Keys `table_row_norm/layer_8`, or `/shared`."""
     model = engine.recipe.model
     layers = model.num_layers
-    sums = torch.zeros(layers + 1, len(_COLUMNS), dtype=torch.float64, device=_device(engine))
+    sums = torch.zeros(layers + 1, len(_COLUMNS), dtype=torch.float64, device=cpu.device())
     for local in engine.local_parameters():
         if local.specs[0].kind == "table":
             index = layers if local.specs[0].layer is None else local.specs[0].layer
@@ -61,7 +62,7 @@ def _table_sums(local: LocalParameter, engine: MegatronEngine) -> torch.Tensor:
     counts_squares = local.partition_dim >= 0 or _first_tensor_rank()
     squares = table[:real].double().square().sum() if counts_squares else 0
     return torch.tensor([float(squares), real if counts_rows else 0, float(touched)], dtype=torch.float64).to(
-        _device(engine)
+        cpu.device()
     )
 
 
@@ -71,7 +72,3 @@ def _first_tensor_rank() -> bool:
 
 def _sum_over_model(values: torch.Tensor) -> None:
     dist.all_reduce(values, group=parallel_state.get_model_parallel_group())
-
-
-def _device(engine: MegatronEngine) -> torch.device:
-    return next(engine.chunks[0].parameters()).device

@@ -62,7 +62,8 @@ def check(source: str, world_size: int, layout: dict, micro_batch_size: int = 1,
     losses, gradients = train_on_layout(
         small_recipe(small_model(value=ValueConfig(source=source, **value)), micro_batch_size, **layout), world_size
     )
-    value.pop("lookup", None), value.pop("table_partition", None)
+    for layout_only in ("lookup", "table_partition", "table_memory"):
+        value.pop(layout_only, None)
     expected_losses, expected_gradients = one_process(source, **value)
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     error, worst = worst_gradient(gradients, expected_gradients)
@@ -110,6 +111,15 @@ def test_lookup_variants(value):
 @pytest.mark.parametrize("source", ["bank", "projection_plus_bank", "gated_value_embedding"])
 def test_shared_table(source):
     check(source, *LAYOUTS["tp2-sp"], table="shared")
+
+
+@pytest.mark.parametrize("layout", ["dp2", "dp2-replicated-optimizer", "tp2-sp", "dp2-tp2", "pp2-full", "cp2-dp2"])
+def test_tables_in_host_memory(layout):
+    check("bank", *LAYOUTS[layout], table_memory="host")
+
+
+def test_shared_table_in_host_memory():
+    check("gated_value_embedding", *LAYOUTS["dp2"], table="shared", table_memory="host")
 
 
 def test_shared_table_over_context_parallel_ranks():

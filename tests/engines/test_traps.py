@@ -149,6 +149,28 @@ def gradients_not_waited_for():
     _Lookup.send_gradient = sending
 
 
+def host_gradients_not_reduced():
+    """Tables in host memory are in none of Megatron's buffers: nobody else adds up their gradients."""
+    from bov_megatron.model import host_tables
+
+    host_tables.HostGradients.reduce = lambda self, group: host_tables.wait_for_additions()
+
+
+def host_gradients_not_cleared():
+    from bov_megatron.model import host_tables
+
+    host_tables.HostGradients.zero = lambda self: None
+
+
+def host_weights_not_gathered():
+    """A data-parallel rank keeps to the rows that it updates itself."""
+    from bov_megatron.optim.optimizer import BovOptimizer
+    from bov_megatron.optim.sharding import WeightGatherer
+
+    make = BovOptimizer._gatherer
+    BovOptimizer._gatherer = lambda self, on_host: WeightGatherer([], [], None) if on_host else make(self, on_host)
+
+
 def gamma_without_copy_to():
     """Each tensor-parallel rank trains a gamma of its own heads."""
     from bov_megatron.model.value_sources import _Scaled
@@ -306,6 +328,7 @@ def one_step_tensor_for_all():
 
 
 LEFT_BEHIND = "gradients of value tables were left on their way"
+IN_HOST_MEMORY = {"table_memory": "host"}
 TABLES_EVERYWHERE = {"target_layers": "every"}
 TRAPS = [
     # mistake, layout, value source, its options, what it breaks, by how much at least
@@ -318,6 +341,8 @@ TRAPS = [
     (tickets_cut_off, "tp2", "bank", TABLES_EVERYWHERE, LEFT_BEHIND, None),
     (tickets_cut_off_unseen, "tp2", "bank", TABLES_EVERYWHERE, "gradients", 0.3),
     (gradients_not_waited_for, "tp2", "bank", {}, "gradients", 0.9),
+    (host_gradients_not_reduced, "dp2", "bank", IN_HOST_MEMORY, "gradients", 0.3),
+    (host_gradients_not_cleared, "dp2", "bank", IN_HOST_MEMORY, "updates", 0.3),
     (gamma_without_copy_to, "tp2", "bank", {}, "source_coefficient.* differs between ranks", None),
     (gate_without_copy_to, "tp2", "gated_value_embedding", {}, "smear.gate.* differs between ranks", None),
     (smear_after_the_split, "tp2-sp", "bank", {}, "smear.gate.* differs between ranks", None),
@@ -374,7 +399,7 @@ def measured_rank(rank: int, world_size: int, recipe_dict: dict, trap: str) -> d
 
 @functools.lru_cache(maxsize=16)
 def one_process(source: str, **value) -> dict:
-    return measure(recipe_of(source, {k: v for k, v in value.items() if k != "lookup"}), 1)
+    return measure(recipe_of(source, {k: v for k, v in value.items() if k not in ("lookup", "table_memory")}), 1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -404,6 +429,18 @@ def test_a_sprung_trap_breaks_parity(trap, layout, source, value, what, least):
     sprung = errors(measure(recipe, world_size, trap.__name__), wanted)
     assert sprung[what] > least, sprung
     assert sprung[what] > 5 * clean[what], (sprung, clean)
+
+
+@pytest.mark.parametrize("trap, right", [(untouched, True), (host_weights_not_gathered, False)])
+def test_data_parallel_ranks_bring_each_other_rows_of_host_tables(trap, right):
+    """Of tables large enough for ranks to divide them."""
+    found = []
+    for world_size, memory, mistake in ((1, "device", untouched), (2, "host", trap)):
+        recipe = recipe_of("bank", {"table_memory": memory})
+        recipe.model.head_dim = 64
+        found.append(measure(recipe, world_size, mistake.__name__)["updates"])
+    error = max(relative_error(found[1][name], found[0][name]) for name in found[0] if "table" in name)
+    assert error < TOLERANCES["updates"] if right else error > 0.3
 
 
 def golden_rank_with_one_key_less(rank: int, world_size: int, name: str):
