@@ -26,7 +26,7 @@ from bov_megatron.model.host_tables import HostGradients
 from bov_megatron.model.initialization import initialize_weights
 from bov_megatron.model.naming import LocalParameter, local_parameters
 from bov_megatron.optim.optimizer import BovOptimizer
-from bov_megatron.parallel import cpu, process_groups
+from bov_megatron.parallel import cpu
 from bov_megatron.plan import total_steps
 from bov_megatron.recipe import Recipe
 
@@ -168,8 +168,7 @@ class MegatronEngine:
     def _finalize_gradients(self, *arguments, **options) -> None:
         """Megatron's reductions after the last backward pass, and those of tables in host memory."""
         finalize_model_grads(*arguments, **options)
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self.host_gradients.reduce(process_groups.twin(group, "gloo") if group.size() > 1 else None)
+        self.host_gradients.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
 
     def _fill_groups(self, micro_batches: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[list, list]:
         """An interleaved pipeline takes micro-batches in groups of its stages: add some that count nothing."""

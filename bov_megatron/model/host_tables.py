@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bov_megatron.parallel import cpu
+from bov_megatron.parallel import cpu, process_groups
 
 _additions: list[Future] = []
 """Gradients that have not been added yet, in order."""
@@ -116,11 +116,12 @@ class HostGradients:
         for weight in self.weights:
             weight.main_grad.zero_()
 
-    def reduce(self, group: dist.ProcessGroup | None) -> None:
-        """Mean over the ranks that hold copies; `group` is theirs over gloo, None where there is one rank."""
+    def reduce(self, group: dist.ProcessGroup) -> None:
+        """Mean over the ranks of `group`, those that hold copies, over gloo."""
         wait_for_additions()
-        if group is None:
+        if group.size() == 1 or not self.weights:
             return
+        group = process_groups.twin(group, "gloo")
         for weight in self.weights:
             weight.main_grad.div_(group.size())
             dist.all_reduce(weight.main_grad, group=group)

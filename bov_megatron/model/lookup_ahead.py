@@ -60,7 +60,7 @@ def started(ids_BS: Tensor, tables: Sequence[ValueTable], readers: int = 1) -> I
     check_settled()
     lookups = LookupsAhead(_Distinct.of(ids_BS, tables[0]), tables, readers)
     trained = [table.weight for table in tables if table.weight.requires_grad]
-    root = torch.zeros(1, device=cpu.device(), requires_grad=bool(trained))
+    root = torch.zeros(1, device=cpu.device(), requires_grad=True)  # frozen tables' layers are recomputed too
     # A table with a `main_grad` gets its gradient by hand, and stays out of the graph: a hook on its gradient would
     # run before that gradient is there.
     ticket = _Start.apply(lookups, root, *(weight for weight in trained if not hasattr(weight, "main_grad")))
@@ -91,7 +91,7 @@ def take(ticket: Tensor, table: ValueTable | None) -> Tensor:
         )
     lookup = lookups.of(table)
     values_SBk = _Take.apply(ticket, lookups, lookup)
-    if torch.is_grad_enabled() and ticket.requires_grad:  # else it will be taken again, recomputed
+    if torch.is_grad_enabled():  # else it may be taken again, recomputed
         lookup.read()
     return values_SBk.unflatten(-1, (-1, lookup.table.head_dim))
 

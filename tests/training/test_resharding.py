@@ -142,6 +142,15 @@ def test_table_split_by_rows_goes_on_split_by_heads(saved):
     assert losses == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-6), ("bf16", 1e-3)])
+def test_tables_go_on_in_host_memory(saved, precision, tolerance):
+    folder, expected = saved("tp2-dp2", "bank", "adamw", precision)
+    recipe = recipe_of("dp2", "bank", "adamw", precision)
+    recipe.model.value.table_memory = "host"
+    losses = run_ranks(loading_rank, 2, recipe.to_dict(), folder)[0]
+    assert losses == pytest.approx(expected, rel=tolerance)
+
+
 TOLERANCES = {"adamw": (1e-6, 1e-6), "muon": (1e-6, 2e-4), "bf16": (1e-3, 1e-3)}
 
 
