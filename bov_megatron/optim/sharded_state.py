@@ -31,7 +31,7 @@ def build(optimizer: BovOptimizer, model_sharded_state_dict: dict[str, Any]) -> 
     `model_sharded_state_dict` is what the model chunks' `sharded_state_dict` returned, any nesting; its tensors must
     be the parameters themselves. Raises ValueError where it lacks a parameter.
     """
-    model_tensors = _by_parameter(model_sharded_state_dict)
+    model_tensors = by_parameter(model_sharded_state_dict)
     state = {}
     for name, managed, tensor in optimizer.state_tensors():
         model_tensor = model_tensors.get(id(managed.parameter))
@@ -40,7 +40,9 @@ def build(optimizer: BovOptimizer, model_sharded_state_dict: dict[str, Any]) -> 
                 f"the model's sharded state dict has no tensor for parameter {managed.qualified_name}: "
                 "pass the one of the same model chunks, made with keep_vars=True (Megatron's default)"
             )
-        state[_local_key(name, managed)] = _like_parameter(name, managed, tensor, model_tensor)
+        state[_local_key(name, managed)] = rows_of(
+            managed, tensor, model_tensor, f"{PREFIX}.{name}.{model_tensor.key}"
+        )
     for name, managed, canonical, tensor in optimizer.second_moments():
         state[_local_key(name, managed, canonical)] = _second_moment(optimizer, managed, canonical, tensor)
     return {"step": optimizer.step_count, "state": state}
@@ -73,7 +75,7 @@ def _local_key(name: str, managed: ManagedParameter, canonical: str | None = Non
     return f"{name}/{managed.qualified_name}" + (f"/{canonical}" if canonical else "")
 
 
-def _by_parameter(model_sharded_state_dict: dict[str, Any]) -> dict[int, Any]:
+def by_parameter(model_sharded_state_dict: dict[str, Any]) -> dict[int, Any]:
     """Sharded tensors (and factories) of the model by the identity of the parameter they hold."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
@@ -82,11 +84,10 @@ def _by_parameter(model_sharded_state_dict: dict[str, Any]) -> dict[int, Any]:
     return {id(tensor.data): tensor for tensor in nested_values(tensors)}
 
 
-def _like_parameter(name: str, managed: ManagedParameter, tensor: Tensor, model_tensor: Any) -> Any:
-    """`tensor`, state of this rank's rows of a parameter, as a part of the parameter's global tensor."""
+def rows_of(managed: ManagedParameter, tensor: Tensor, model_tensor: Any, key: str) -> Any:
+    """`tensor`, something of this rank's rows of a parameter, as a part of the parameter's global tensor `key`."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    key = f"{PREFIX}.{name}.{model_tensor.key}"
     # The last entry of a replica id counts data-parallel copies; state that is not replicated has one copy.
     replica_id = model_tensor.replica_id
     if not managed.assignment.replicated:
