@@ -8,6 +8,7 @@ Everything that reaches into DeepSpeed holds for version 0.19.8 and is in the fi
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Sequence
 
 import deepspeed
@@ -48,15 +49,15 @@ class DeepSpeedEngine(Engine):
         for p in self.zero_parameters:
             # Replicated ones count once in the gradient norm.
             p.parameter.tensor_model_parallel = p.parameter.partition_dim >= 0
-        logger.setLevel("ERROR")
-        self.zero, *_ = deepspeed.initialize(
-            model=self.model,
-            optimizer=make_adamw([p.parameter for p in self.zero_parameters], recipe),
-            mpu=_ModelParallelUnit(),
-            config=zero_config(recipe),
-            dist_init_required=False,
-        )
-        """DeepSpeed's engine."""
+        _keep_to_itself()
+        with contextlib.redirect_stdout(io.StringIO()):  # ZeRO 1 in bf16 prints its memory
+            self.zero, *_ = deepspeed.initialize(
+                model=self.model,
+                optimizer=make_adamw([p.parameter for p in self.zero_parameters], recipe),
+                mpu=_ModelParallelUnit(),
+                config=zero_config(recipe),
+                dist_init_required=False,
+            )
         self.optimizer = ZeroOptimizer(self.zero, self.zero_parameters, recipe, total_steps(recipe))
         self._touched: dict[int, tuple[int, Tensor]] = {}
         """By table: the first row of this rank's stretch, and which rows from there on have a gradient."""
@@ -203,6 +204,12 @@ def zero_config(recipe: Recipe) -> dict:
         "communication_data_type": "fp32",
         "gradient_clipping": recipe.optimizer.clip_grad,
     }
+
+
+def _keep_to_itself() -> None:
+    """Have DeepSpeed say errors only, and compile nothing: on a CPU it would build a collective that nobody calls."""
+    logger.setLevel("ERROR")
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 class _ModelParallelUnit:

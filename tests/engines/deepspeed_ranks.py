@@ -1,8 +1,9 @@
-"""What one rank does in tests of the DeepSpeed engine: trajectories of any engine, to be compared."""
+"""What one rank does in tests of the DeepSpeed engine: either engine's trajectories, whole, to be compared."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from bov_megatron.recipe import DeepSpeedConfig, OptimizerConfig, Recipe, ValueConfig
-from tests.parity import batch, gather_full, my_micro_batches, random_weights, small_model, small_recipe
+from tests.parity import gather_full, my_micro_batches, random_weights, small_model, small_recipe
 
-# Large rates, so that five steps go somewhere; a warmup, so that they differ; clipping that bites.
+VOCAB = 301
+"""Odd, and without padding rows to speak of: stretches begin and end inside the rows of tables."""
 ADAMW = OptimizerConfig(
     name="adamw",
     adamw_matrix_lr=0.01,
@@ -21,12 +23,14 @@ ADAMW = OptimizerConfig(
     warmup_steps=3,
     clip_grad=0.5,
 )
+"""Rates with which five steps go somewhere, a schedule that changes them, and clipping at half the gradient norm."""
 
 
-def adamw_recipe(precision: str = "fp32", source: str = "bank", **layout) -> Recipe:
+def adamw_recipe(precision: str = "fp32", **layout) -> Recipe:
     """Four sequences a step, one a micro-batch; a bank in the last two of four layers."""
-    model = small_model(value=ValueConfig(source=source, target_layers=[2, 3]))
-    return replace(small_recipe(model, precision=precision, **layout), optimizer=ADAMW)
+    model = small_model(value=ValueConfig(source="bank", target_layers=[2, 3]), vocab_size=VOCAB)
+    recipe = small_recipe(model, precision=precision, make_vocab_size_divisible_by=1, **layout)
+    return replace(recipe, optimizer=ADAMW)
 
 
 def zero(recipe: Recipe, stage: int, offload: str = "none") -> Recipe:
@@ -34,9 +38,26 @@ def zero(recipe: Recipe, stage: int, offload: str = "none") -> Recipe:
     return replace(recipe, engine="deepspeed", deepspeed=DeepSpeedConfig(stage, offload))
 
 
+def batch_of(step: int) -> torch.Tensor:
+    """Token ids of one global batch `[4, T+1]`; some of the vocabulary does not occur."""
+    return torch.randint(0, VOCAB, (4, 257), generator=torch.Generator().manual_seed(step))
+
+
+def build(recipe: Recipe):
+    """An engine of the recipe, whichever, in process groups of its own, with weights for which no gradient vanishes."""
+    from megatron.core import parallel_state
+
+    from bov_megatron.engines.base import build_engine
+    from bov_megatron.parallel import process_groups
+
+    parallel_state.destroy_model_parallel()
+    process_groups.initialize(recipe, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    with _random_initial_weights():
+        return build_engine(recipe)
+
+
 @contextlib.contextmanager
-def random_initial_weights():
-    """Let engines start from weights with which no gradient vanishes."""
+def _random_initial_weights():
     from bov_megatron.engines import base
     from bov_megatron.model.naming import local_from_full, local_parameters
 
@@ -53,78 +74,72 @@ def random_initial_weights():
         base.initialize_weights = original
 
 
-def build(recipe: Recipe):
-    """An engine of the recipe, whichever, from random weights, in new process groups of this world."""
-    from megatron.core import parallel_state
-
-    from bov_megatron.engines.base import build_engine
-    from bov_megatron.parallel import process_groups
-
-    parallel_state.destroy_model_parallel()
-    rank = dist.get_rank() if dist.is_initialized() else None
-    import os
-
-    process_groups.initialize(
-        recipe, int(os.environ["RANK"]) if rank is None else rank, int(os.environ["WORLD_SIZE"])
-    )
-    with random_initial_weights():
-        return build_engine(recipe)
-
-
-def whole(p, part: torch.Tensor | None) -> torch.Tensor:
-    """A parameter's tensor from all data-parallel ranks' stretches."""
-    full = torch.zeros(p.shape.numel())
-    if part is not None:
-        full[p.stretch.start : p.stretch.stop] = part
-    dist.all_reduce(full, group=p.group)
-    return full.view(p.shape)
+def step(engine, number: int, accept=lambda loss: True):
+    """`train_step` on the global batch of that number."""
+    return engine.train_step(my_micro_batches(engine.recipe, batch_of(number)), accept)
 
 
 def gradients(engine) -> dict[str, torch.Tensor]:
     """Mean gradients of the global batch, whole, by canonical name; between backward and step."""
-    if hasattr(engine, "wrapped"):
+    if engine.recipe.engine == "megatron":
         return gather_full(engine, lambda parameter: parameter.main_grad)
-    by_id = {id(p.parameter): p for p in engine.zero_parameters}
-
-    def read(parameter):
-        p = by_id[id(parameter)]
-        return whole(p, None if p.stretch is None else engine.optimizer.gradient(p).float())
-
-    return gather_full(engine, read)
+    return _gather_stretches(engine, lambda p: engine.optimizer.gradient(p))
 
 
 def weights(engine) -> dict[str, torch.Tensor]:
     """The weights that the model computes with, whole, by canonical name."""
-    if hasattr(engine, "wrapped"):
+    if engine.recipe.engine == "megatron":
         return gather_full(engine, lambda parameter: parameter.float())
-    by_id = {id(p.parameter): p for p in engine.zero_parameters}
+    return _gather_stretches(engine, lambda p: engine._weights(p)(p.stretch))
 
-    def read(parameter):
-        p = by_id[id(parameter)]
-        return whole(p, None if p.stretch is None else engine._weights(p)(p.stretch).float())
 
-    return gather_full(engine, read)
+def _gather_stretches(engine, read) -> dict[str, torch.Tensor]:
+    """What all ranks' stretches add up to."""
+    by_identity = {id(p.parameter): p for p in engine.zero_parameters}
+
+    def whole(parameter):
+        p = by_identity[id(parameter)]
+        full = torch.zeros(p.shape.numel())
+        if p.stretch is not None:
+            full[p.stretch.start : p.stretch.stop] = read(p)
+        dist.all_reduce(full, group=p.group)
+        return full.view(p.shape)
+
+    return gather_full(engine, whole)
+
+
+def optimizer_state(engine) -> dict[str, torch.Tensor]:
+    """This rank's rows of the optimizer's state, as checkpoints store them."""
+    from bov_megatron.engines.zero_optimizer import _StateAsRows
+
+    rows = _StateAsRows(engine.optimizer).state_tensors()
+    return {f"{name}/{p.qualified_name}": tensor.clone() for name, p, tensor in rows}
 
 
 def trajectory(recipe: Recipe, steps: int = 5) -> dict[str, Any]:
-    """Losses, gradient norms, first gradients and last weights of some steps, and what statistics say after them."""
+    """Losses and gradient norms of some steps, the first gradients, the last weights, statistics and a score."""
     from bov_megatron.training.statistics import coefficient_values, table_statistics
 
     engine = build(recipe)
-    first = engine.forward_backward(my_micro_batches(recipe, batch(0)))
-    result = {"gradients": gradients(engine)}
-    update = engine.optimizer.step()
-    assert update.applied
-    results = [engine.train_step(my_micro_batches(recipe, batch(step))) for step in range(1, steps)]
-    result["losses"] = [first, *(r.loss for r in results)]
-    result["norms"] = [update.grad_norm, *(r.gradient_norm for r in results)]
-    result["weights"] = weights(engine)
-    result["statistics"] = {**coefficient_values(engine), **table_statistics(engine)}
-    score = engine.score(
-        my_micro_batches(recipe, batch(9)), torch.ones(recipe.model.vocab_size), [torch.ones(1, dtype=torch.bool)] * 4
-    )
-    result["nats"] = score.nats
-    return result
+    losses = [engine.forward_backward(my_micro_batches(recipe, batch_of(0)))]
+    first_gradients = gradients(engine)
+    norms = [engine.optimizer.step().grad_norm]
+    for number in range(1, steps):
+        result = step(engine, number)
+        losses.append(result.loss)
+        norms.append(result.gradient_norm)
+    held_out = my_micro_batches(recipe, batch_of(steps))
+    score = engine.score(held_out, torch.ones(VOCAB), [torch.ones(1, dtype=torch.bool)] * len(held_out))
+    return {
+        "losses": losses,
+        "norms": norms,
+        "gradients": first_gradients,
+        "weights": weights(engine),
+        "statistics": {**coefficient_values(engine), **table_statistics(engine)},
+        "nats": score.nats,
+        "rates": engine.optimizer.learning_rates(),
+        "steps": engine.optimizer.step_count,
+    }
 
 
 def trajectories(rank: int, world_size: int, recipes: dict[str, dict]) -> dict[str, dict]:
