@@ -90,19 +90,7 @@ class DeepSpeedEngine(Engine):
         return results
 
     def _discard_gradients(self) -> None:
-        """Have DeepSpeed leave the step out as one whose gradients are not finite: what it knows to clean up."""
-        zero = self.zero.optimizer
-        if hasattr(zero, "clear_hp_grads"):
-            zero.zero_grad()
-            return
-        name, invalid = "scaled_global_norm", torch.tensor(-1.0)
-        if self.recipe.deepspeed.zero_stage == 3:
-            name, invalid = "_get_norm_groups", [invalid]
-        setattr(zero, name, lambda: invalid)
-        try:
-            zero.step()
-        finally:
-            delattr(zero, name)
+        self.optimizer.discard()
 
     @torch.no_grad()
     def _note_touched_rows(self) -> None:
@@ -151,7 +139,7 @@ class DeepSpeedEngine(Engine):
             return
         for p in self.zero_parameters:
             p.from_rows(model_state["0"].get(p.qualified_name), self._weights(p), p.dtype)
-        self._gather_persistent()
+        self.optimizer.gather_persistent()
         self.optimizer.load_state_dict(optimizer_state)
 
     @property
@@ -163,12 +151,6 @@ class DeepSpeedEngine(Engine):
         if self._partitions_weights:
             return lambda stretch: p.parameter.ds_tensor.detach()[: stretch.stop - stretch.start]
         return lambda stretch: p.parameter.detach().view(-1)[stretch.start : stretch.stop]
-
-    def _gather_persistent(self) -> None:
-        """ZeRO 3: bring the small parameters that are whole on all ranks to what their partitions hold."""
-        persistent = self.zero.optimizer.persistent_parameters
-        if persistent:
-            persistent[0].all_gather(persistent)
 
     @contextlib.contextmanager
     def _whole_shapes(self):

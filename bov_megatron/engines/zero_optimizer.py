@@ -100,9 +100,39 @@ class ZeroOptimizer:
             state["step"].fill_(self.step_count)
         self.engine.step()
         if self.engine.optimizer.overflow:
+            self.gather_persistent()
             return StepResult(applied=False, grad_norm=math.nan, lr_multiplier=multiplier)
         self.step_count += 1
         return StepResult(applied=True, grad_norm=float(self.engine.get_global_grad_norm()), lr_multiplier=multiplier)
+
+    @torch.no_grad()
+    def discard(self) -> None:
+        """Leave the update out and forget the gradients, the way DeepSpeed does where they are not finite; collective.
+
+        What it keeps of gradients differs by stage, precision and offload, and its own way out knows all of it.
+        """
+        zero = self.engine.optimizer
+        if hasattr(zero, "clear_hp_grads"):  # ZeRO 1 in bf16
+            zero.zero_grad()
+            return
+        name, invalid = "scaled_global_norm", torch.tensor(-1.0)
+        if self.partitions_weights:
+            name, invalid = "_get_norm_groups", [invalid]
+        setattr(zero, name, lambda: invalid)
+        try:
+            zero.step()
+        finally:
+            delattr(zero, name)
+        self.gather_persistent()
+
+    def gather_persistent(self) -> None:
+        """ZeRO 3: give all ranks the small parameters that they hold whole, as their partitions have them; collective.
+
+        DeepSpeed does it after an update, and not where it leaves one out.
+        """
+        persistent = self.engine.optimizer.persistent_parameters if self.partitions_weights else []
+        if persistent:
+            persistent[0].all_gather(persistent)
 
     def gradient(self, p: ZeroParameter) -> Tensor:
         """This rank's stretch of a parameter's mean gradient, flat; between backward and `step` only."""
