@@ -123,13 +123,12 @@ class DeepSpeedEngine(Engine):
             return super().sharded_state_dict(metadata)
         with self._whole_shapes():
             state = super().sharded_state_dict(metadata)
-        whole = sharded_state.by_parameter(state["model"])
-        rows = {}
+        (chunk,) = state["model"].values()
         for p in self.zero_parameters:
-            block, like = p.to_rows(self._weights(p), p.dtype), whole[id(p.parameter)]
+            block, like = p.to_rows(self._weights(p), p.dtype), chunk.pop(p.qualified_name)
             if p.has_rows:
-                rows[p.qualified_name] = sharded_state.rows_of(p, block, like, like.key)
-        return {**state, "model": {"0": rows}}
+                chunk[p.qualified_name] = sharded_state.rows_of(p, block, like, like.key)
+        return state
 
     @torch.no_grad()
     def load_state(self, model_state: dict, optimizer_state: dict | None) -> None:

@@ -130,9 +130,11 @@ class ZeroOptimizer:
 
         DeepSpeed does it after an update, and not where it leaves one out.
         """
-        persistent = self.engine.optimizer.persistent_parameters if self.partitions_weights else []
-        if persistent:
-            persistent[0].all_gather(persistent)
+        if self.partitions_weights:
+            zero = self.engine.optimizer
+            zero._partition_all_parameters()  # what is there already would not be gathered again
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def gradient(self, p: ZeroParameter) -> Tensor:
         """This rank's stretch of a parameter's mean gradient, flat; between backward and `step` only."""

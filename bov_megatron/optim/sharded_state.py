@@ -31,7 +31,7 @@ def build(optimizer: BovOptimizer, model_sharded_state_dict: dict[str, Any]) -> 
     `model_sharded_state_dict` is what the model chunks' `sharded_state_dict` returned, any nesting; its tensors must
     be the parameters themselves. Raises ValueError where it lacks a parameter.
     """
-    model_tensors = by_parameter(model_sharded_state_dict)
+    model_tensors = _by_parameter(model_sharded_state_dict)
     state = {}
     for name, managed, tensor in optimizer.state_tensors():
         model_tensor = model_tensors.get(id(managed.parameter))
@@ -75,7 +75,7 @@ def _local_key(name: str, managed: ManagedParameter, canonical: str | None = Non
     return f"{name}/{managed.qualified_name}" + (f"/{canonical}" if canonical else "")
 
 
-def by_parameter(model_sharded_state_dict: dict[str, Any]) -> dict[int, Any]:
+def _by_parameter(model_sharded_state_dict: dict[str, Any]) -> dict[int, Any]:
     """Sharded tensors (and factories) of the model by the identity of the parameter they hold."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories

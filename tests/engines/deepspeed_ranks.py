@@ -47,9 +47,11 @@ def build(recipe: Recipe):
     """An engine of the recipe, whichever, in process groups of its own, with weights for which no gradient vanishes."""
     from megatron.core import parallel_state
 
+    from bov_megatron.engines import deepspeed
     from bov_megatron.engines.base import build_engine
     from bov_megatron.parallel import process_groups
 
+    deepspeed.PERSISTENT_ELEMENTS = 1000  # or ZeRO 3 would keep every weight of this model whole
     parallel_state.destroy_model_parallel()
     process_groups.initialize(recipe, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     with _random_initial_weights():
