@@ -8,12 +8,12 @@ Everything that reaches into DeepSpeed holds for version 0.19.8 and is in the fi
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Callable, Sequence
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils import logger
 from megatron.core import parallel_state
 from torch import Tensor
@@ -50,14 +50,13 @@ class DeepSpeedEngine(Engine):
             # Replicated ones count once in the gradient norm.
             p.parameter.tensor_model_parallel = p.parameter.partition_dim >= 0
         _keep_to_itself()
-        with contextlib.redirect_stdout(io.StringIO()):  # ZeRO 1 in bf16 prints its memory
-            self.zero, *_ = deepspeed.initialize(
-                model=self.model,
-                optimizer=make_adamw([p.parameter for p in self.zero_parameters], recipe),
-                mpu=_ModelParallelUnit(),
-                config=zero_config(recipe),
-                dist_init_required=False,
-            )
+        self.zero, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=make_adamw([p.parameter for p in self.zero_parameters], recipe),
+            mpu=_ModelParallelUnit(),
+            config=zero_config(recipe),
+            dist_init_required=False,
+        )
         self.optimizer = ZeroOptimizer(self.zero, self.zero_parameters, recipe, total_steps(recipe))
         self._touched: dict[int, tuple[int, Tensor]] = {}
         """By table: the first row of this rank's stretch, and which rows from there on have a gradient."""
@@ -191,6 +190,7 @@ def _keep_to_itself() -> None:
     """Have DeepSpeed say errors only, and compile nothing: on a CPU it would build a collective that nobody calls."""
     logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__ = {}
+    bf16_optimizer.see_memory_usage = lambda message, force=False: None  # prints, and collects garbage, at each group
 
 
 class _ModelParallelUnit:
