@@ -144,6 +144,8 @@ class Plan:
     """Of the rank that needs most; parts in `memory_per_rank`."""
     memory_per_rank: dict[str, int]
     memory_by_stage: list[dict[str, int]]
+    host_memory_per_rank_bytes: int
+    """Of an optimizer that is offloaded to host memory; else 0."""
     checkpoint_bytes: int
     value_cache_bytes_per_token: dict[str, int]
     """Per token of context while decoding: what `projection` would cache for the target layers, and this model."""
@@ -195,6 +197,7 @@ def plan(
         memory_per_rank_bytes=sum(worst.values()),
         memory_per_rank=worst,
         memory_by_stage=stages,
+        host_memory_per_rank_bytes=plan_memory.host_bytes(recipe, data_parallel),
         checkpoint_bytes=plan_memory.checkpoint_bytes(recipe),
         value_cache_bytes_per_token=_value_cache(model),
         time_estimate={
@@ -257,6 +260,7 @@ def format_plan(plan: Plan) -> str:
             ],
         ),
         ("Memory per rank", f"{_size(p.memory_per_rank_bytes)} (estimate, the fullest rank)", memory),
+        *([("Host memory per rank", _size(p.host_memory_per_rank_bytes), [])] if p.host_memory_per_rank_bytes else []),
         ("Checkpoint", f"{_size(p.checkpoint_bytes)} on disk", []),
         (
             "Values cached",

@@ -24,6 +24,7 @@ from bov_megatron.engines.zero_state import Stretch, ZeroParameter
 from bov_megatron.optim import sharded_state
 from bov_megatron.parallel import cpu
 from bov_megatron.plan import total_steps
+from bov_megatron.plan_memory import ZERO3_LIVE_ELEMENTS
 from bov_megatron.recipe import Recipe
 
 BUCKET_ELEMENTS = 2**26
@@ -97,8 +98,10 @@ class DeepSpeedEngine(Engine):
         for p in self.zero_parameters:
             if p.parameter.kind == "table" and p.stretch is not None:
                 width, start = p.shape[1], p.stretch.start
-                has_gradient = torch.nn.functional.pad(self.optimizer.gradient(p) != 0, (start % width, -p.stretch.stop % width))
-                self._touched[id(p.parameter)] = start // width, has_gradient.view(-1, width).any(dim=1)
+                # Whole rows: the first and the last may be another rank's in part.
+                missing = (start % width, -p.stretch.stop % width)
+                has_gradient = torch.nn.functional.pad(self.optimizer.gradient(p) != 0, missing).view(-1, width)
+                self._touched[id(p.parameter)] = start // width, has_gradient.any(dim=1)
 
     @torch.no_grad()
     def table_sums(self, table: torch.nn.Parameter, rows: int) -> tuple[float, int]:
@@ -171,6 +174,8 @@ def zero_config(recipe: Recipe) -> dict:
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
         "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+        "stage3_max_live_parameters": ZERO3_LIVE_ELEMENTS,
+        "stage3_max_reuse_distance": ZERO3_LIVE_ELEMENTS,
     }
     if recipe.deepspeed.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -40,9 +40,7 @@ def build(optimizer: BovOptimizer, model_sharded_state_dict: dict[str, Any]) -> 
                 f"the model's sharded state dict has no tensor for parameter {managed.qualified_name}: "
                 "pass the one of the same model chunks, made with keep_vars=True (Megatron's default)"
             )
-        state[_local_key(name, managed)] = rows_of(
-            managed, tensor, model_tensor, f"{PREFIX}.{name}.{model_tensor.key}"
-        )
+        state[_local_key(name, managed)] = rows_of(managed, tensor, model_tensor, f"{PREFIX}.{name}.{model_tensor.key}")
     for name, managed, canonical, tensor in optimizer.second_moments():
         state[_local_key(name, managed, canonical)] = _second_moment(optimizer, managed, canonical, tensor)
     return {"step": optimizer.step_count, "state": state}

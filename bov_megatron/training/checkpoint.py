@@ -94,9 +94,7 @@ def find(run_dir: Path, step: int | None = None) -> Path:
     return found[max(found) if step is None else step]
 
 
-def save(
-    engine: Engine, run_dir: Path, step: int, keep_last: int, extra: dict[str, Any], keep_every: int = 0
-) -> Path:
+def save(engine: Engine, run_dir: Path, step: int, keep_last: int, extra: dict[str, Any], keep_every: int = 0) -> Path:
     """Write the checkpoint of `step`; collective. Every rank writes its own share, replicas are divided among the
     data-parallel ranks. Then all but the newest `keep_last` and every step that `keep_every` divides are removed.
 

@@ -118,6 +118,21 @@ def optimizer_state(engine) -> dict[str, torch.Tensor]:
     return {f"{name}/{p.qualified_name}": tensor.clone() for name, p, tensor in rows}
 
 
+def stored_bytes(engine) -> dict[str, int]:
+    """This rank's bytes of weights, and of what DeepSpeed's optimizer has: main weights and moments, on device or host,
+    and gradients on the host."""
+    if engine.recipe.engine == "megatron":
+        return {}
+    zero3 = engine.recipe.deepspeed.zero_stage == 3
+    kept = [p.parameter.ds_tensor if zero3 else p.parameter for p in engine.zero_parameters]
+    flats = engine.optimizer._flats()
+    return {
+        "weights": sum(tensor.numel() * tensor.element_size() for tensor in kept),
+        "optimizer": sum(3 * flat.nbytes for flat in flats),
+        "gradients on the host": sum(flat.grad.nbytes for flat in flats if flat.grad is not None),
+    }
+
+
 def trajectory(recipe: Recipe, steps: int = 5) -> dict[str, Any]:
     """Losses and gradient norms of some steps, the first gradients, the last weights, statistics and a score."""
     from bov_megatron.training.statistics import coefficient_values, table_statistics
@@ -139,6 +154,7 @@ def trajectory(recipe: Recipe, steps: int = 5) -> dict[str, Any]:
         "weights": weights(engine),
         "statistics": {**coefficient_values(engine), **table_statistics(engine)},
         "nats": score.nats,
+        "bytes": stored_bytes(engine),
         "rates": engine.optimizer.learning_rates(),
         "steps": engine.optimizer.step_count,
     }

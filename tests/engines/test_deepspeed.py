@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bov_megatron import plan_memory
+from bov_megatron.parameters import parameter_specs
 from bov_megatron.recipe import Recipe
 from tests.distributed import run_ranks
 from tests.engines.deepspeed_ranks import adamw_recipe, build, optimizer_state, step, trajectories, weights, zero
@@ -68,6 +70,26 @@ def test_the_comparison_sees_something(found):
         assert run["losses"][-1] < run["losses"][0] - 0.3
         assert max(run["norms"]) > 0.5, "clipping does nothing"
         assert 0.9 < run["statistics"]["table_rows_touched/layer_2"] < 1
+
+
+@pytest.mark.parametrize("name", [name for name in (*ON_TWO, *ON_FOUR) if "zero" in name])
+def test_memory_is_as_planned(found, name):
+    recipe, ranks = (ON_TWO | ON_FOUR)[name], found[name]
+    planned = {"weights": 0, "gradients": 0, "optimizer": 0}
+    data_parallel = len(ranks) // recipe.parallel.tensor_model_parallel_size
+    for spec in parameter_specs(recipe.model):
+        for part, size in plan_memory._state_bytes(recipe, spec, data_parallel).items():
+            planned[part] += size
+    host = plan_memory.host_bytes(recipe, data_parallel)
+    for rank in ranks:
+        assert rank["bytes"]["weights"] == pytest.approx(planned["weights"], rel=2e-3)
+        if not host:
+            assert rank["bytes"]["optimizer"] == pytest.approx(planned["optimizer"], rel=2e-3)
+            continue
+        assert planned["optimizer"] == 0
+        share = host / (20 if recipe.deepspeed.zero_stage == 3 else 16 + plan_memory.weight_bytes(recipe))
+        assert rank["bytes"]["optimizer"] == pytest.approx(12 * share, rel=2e-3)
+        assert rank["bytes"]["gradients on the host"] == pytest.approx(4 * share, rel=2e-3)
 
 
 REJECTING = {
