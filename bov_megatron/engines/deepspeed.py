@@ -8,6 +8,7 @@ Everything that reaches into DeepSpeed holds for version 0.19.8 and is in the fi
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 
 import deepspeed
@@ -51,13 +52,14 @@ class DeepSpeedEngine(Engine):
             # Replicated ones count once in the gradient norm.
             p.parameter.tensor_model_parallel = p.parameter.partition_dim >= 0
         _keep_to_itself()
-        self.zero, *_ = deepspeed.initialize(
-            model=self.model,
-            optimizer=make_adamw([p.parameter for p in self.zero_parameters], recipe),
-            mpu=_ModelParallelUnit(),
-            config=zero_config(recipe),
-            dist_init_required=False,
-        )
+        with _device_number_as_local_rank():
+            self.zero, *_ = deepspeed.initialize(
+                model=self.model,
+                optimizer=make_adamw([p.parameter for p in self.zero_parameters], recipe),
+                mpu=_ModelParallelUnit(),
+                config=zero_config(recipe),
+                dist_init_required=False,
+            )
         self.optimizer = ZeroOptimizer(self.zero, self.zero_parameters, recipe, total_steps(recipe))
         self._touched: dict[int, tuple[int, Tensor]] = {}
         """By table: the first row of this rank's stretch, and which rows from there on have a gradient."""
@@ -115,7 +117,7 @@ class DeepSpeedEngine(Engine):
         squares = torch.zeros((), dtype=torch.float64, device=cpu.device())
         if p.stretch is not None:
             inside = max(0, min(p.stretch.stop, rows * p.shape[1]) - p.stretch.start)
-            squares += self._weights(p)(p.stretch)[:inside].double().square().sum()
+            squares += self.weights_of(p)(p.stretch)[:inside].double().square().sum()
         dist.all_reduce(squares, group=p.group)
         return squares.item(), int(touched[:rows].sum())
 
@@ -127,7 +129,7 @@ class DeepSpeedEngine(Engine):
             state = super().sharded_state_dict(metadata)
         (chunk,) = state["model"].values()
         for p in self.zero_parameters:
-            block, like = p.to_rows(self._weights(p), p.dtype), chunk.pop(p.qualified_name)
+            block, like = p.to_rows(self.weights_of(p), p.dtype), chunk.pop(p.qualified_name)
             if p.has_rows:
                 chunk[p.qualified_name] = sharded_state.rows_of(p, block, like, like.key)
         return state
@@ -139,7 +141,7 @@ class DeepSpeedEngine(Engine):
             super().load_state(model_state, optimizer_state)
             return
         for p in self.zero_parameters:
-            p.from_rows(model_state["0"].get(p.qualified_name), self._weights(p), p.dtype)
+            p.from_rows(model_state["0"].get(p.qualified_name), self.weights_of(p), p.dtype)
         self.optimizer.gather_persistent()
         self.optimizer.load_state_dict(optimizer_state)
 
@@ -147,7 +149,7 @@ class DeepSpeedEngine(Engine):
     def _partitions_weights(self) -> bool:
         return self.recipe.deepspeed.zero_stage == 3
 
-    def _weights(self, p: ZeroParameter) -> Callable[[Stretch], Tensor]:
+    def weights_of(self, p: ZeroParameter) -> Callable[[Stretch], Tensor]:
         """Reads this rank's stretch of a parameter itself, in the precision that the model computes in."""
         if self._partitions_weights:
             return lambda stretch: p.parameter.ds_tensor.detach()[: stretch.stop - stretch.start]
@@ -189,6 +191,19 @@ def zero_config(recipe: Recipe) -> dict:
         "communication_data_type": "fp32",
         "gradient_clipping": recipe.optimizer.clip_grad,
     }
+
+
+@contextlib.contextmanager
+def _device_number_as_local_rank():
+    """DeepSpeed takes LOCAL_RANK for the device's number, which it is not where Slurm shows a task its own GPU only."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(cpu.device().index or 0)
+    try:
+        yield
+    finally:
+        os.environ.pop("LOCAL_RANK")
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
 
 
 def _keep_to_itself() -> None:

@@ -158,17 +158,17 @@ class ZeroOptimizer:
 
     def sharded_state_dict(self, model_sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
         """State for megatron.core.dist_checkpointing, to save or to load into; collective."""
-        return sharded_state.build(_StateAsRows(self), model_sharded_state_dict)
+        return sharded_state.build(StateAsRows(self), model_sharded_state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `dist_checkpointing.load` returned for the result of `sharded_state_dict`; collective."""
         self.reload_model_params()
-        rows = _StateAsRows(self, empty=True)
+        rows = StateAsRows(self, empty=True)
         sharded_state.restore(rows, state_dict)
         rows.store()
 
 
-class _StateAsRows:
+class StateAsRows:
     """The optimizer's state as optim.sharded_state wants it: row blocks, in host memory.
 
     Args:

@@ -92,7 +92,7 @@ def weights(engine) -> dict[str, torch.Tensor]:
     """The weights that the model computes with, whole, by canonical name."""
     if engine.recipe.engine == "megatron":
         return gather_full(engine, lambda parameter: parameter.float())
-    return _gather_stretches(engine, lambda p: engine._weights(p)(p.stretch))
+    return _gather_stretches(engine, lambda p: engine.weights_of(p)(p.stretch))
 
 
 def _gather_stretches(engine, read) -> dict[str, torch.Tensor]:
@@ -112,9 +112,9 @@ def _gather_stretches(engine, read) -> dict[str, torch.Tensor]:
 
 def optimizer_state(engine) -> dict[str, torch.Tensor]:
     """This rank's rows of the optimizer's state, as checkpoints store them."""
-    from bov_megatron.engines.zero_optimizer import _StateAsRows
+    from bov_megatron.engines.zero_optimizer import StateAsRows
 
-    rows = _StateAsRows(engine.optimizer).state_tensors()
+    rows = StateAsRows(engine.optimizer).state_tensors()
     return {f"{name}/{p.qualified_name}": tensor.clone() for name, p, tensor in rows}
 
 

@@ -34,7 +34,7 @@ def runs(prepared_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
     train(2, overrides(prepared_data, folder / "megatron", *ADAMW))
     (folder / "output").mkdir()
-    arguments = overrides(prepared_data, folder / "zero3", *ADAMW, *ZERO3)
+    arguments = overrides(prepared_data, folder / "zero3", *ADAMW, *ZERO3, "checkpoint.asynchronous=true")
     assert run_ranks(outspoken, 2, arguments, folder / "output") == [0, 0]
     return folder
 
