@@ -27,8 +27,8 @@ ADAMW = OptimizerConfig(
 
 
 def adamw_recipe(precision: str = "fp32", **layout) -> Recipe:
-    """Four sequences a step, one a micro-batch; a bank in the last two of four layers."""
-    model = small_model(value=ValueConfig(source="bank", target_layers=[2, 3]), vocab_size=VOCAB)
+    """Four sequences a step, one a micro-batch; a bank in the last two of three layers."""
+    model = small_model(num_layers=3, value=ValueConfig(source="bank", target_layers=[1, 2]), vocab_size=VOCAB)
     recipe = small_recipe(model, precision=precision, make_vocab_size_divisible_by=1, **layout)
     return replace(recipe, optimizer=ADAMW)
 

@@ -25,11 +25,10 @@ RECIPES = {
 """Vocabularies pad to 301 or 302 rows: shapes differ between layouts."""
 CONTINUED = {
     "megatron-tp2": ["zero1-dp2-offload", "zero2-dp2", "zero3-dp2"],
-    "zero3-dp2": ["megatron-tp2", "zero1-tp2", "zero3-dp2"],
+    "zero3-dp2": ["megatron-tp2", "zero3-dp2"],
     "zero1-tp2": ["megatron-dp2"],
     "bf16-megatron-tp2": ["bf16-zero1-dp2", "bf16-zero3-dp2"],
     "bf16-zero1-dp2": ["bf16-megatron-tp2"],
-    "bf16-zero3-dp2": ["bf16-megatron-tp2"],
 }
 
 
