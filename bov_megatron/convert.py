@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.engines.base import Engine, build_engine
 from bov_megatron.hf.export import ExportError, export
 from bov_megatron.model.naming import full_from_gathered, local_parameters
 from bov_megatron.parallel import cpu, process_groups
@@ -77,7 +77,7 @@ def to_hf(
 
 
 @contextlib.contextmanager
-def open_checkpoint(path: Path) -> Iterator[MegatronEngine]:
+def open_checkpoint(path: Path) -> Iterator[Engine]:
     """A checkpoint of any layout as one unsharded fp32 engine without optimizer, in this process alone."""
     recipe = Recipe.from_dict(checkpoint.read_run(path)["recipe"])
     recipe = dataclasses.replace(
@@ -86,21 +86,21 @@ def open_checkpoint(path: Path) -> Iterator[MegatronEngine]:
     with tempfile.TemporaryDirectory() as folder:
         process_groups.initialize(recipe, 0, 1, init_method=f"file://{folder}/rendezvous")
         try:
-            engine = MegatronEngine(recipe, with_optimizer=False)
+            engine = build_engine(recipe, with_optimizer=False)
             checkpoint.load(engine, path, contents=True)
             yield engine
         finally:
             process_groups.shutdown()
 
 
-def _canonical_tensors(engine: MegatronEngine) -> Iterator[tuple[str, Tensor]]:
+def _canonical_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """Every weight of an unsharded engine, unfused and unpadded, one at a time."""
     for local in local_parameters(engine.model):
         yield from full_from_gathered(local, local.parameter.detach()).items()
 
 
 @torch.no_grad()
-def _parity(engine: MegatronEngine, out_dir: Path, dtype: torch.dtype) -> float:
+def _parity(engine: Engine, out_dir: Path, dtype: torch.dtype) -> float:
     """Relative error of the exported model's logits on random ids, longer than the short windows.
 
     The Megatron model is rounded to the exported dtype first: what is compared is the computation, in fp32.

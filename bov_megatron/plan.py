@@ -144,8 +144,8 @@ class Plan:
     """Of the rank that needs most; parts in `memory_per_rank`."""
     memory_per_rank: dict[str, int]
     memory_by_stage: list[dict[str, int]]
-    host_memory_bytes: int
-    """Of tables in host memory, on the rank that has most of them."""
+    host_memory_per_rank_bytes: int
+    """Of tables in host memory, or of an optimizer that is offloaded there; else 0."""
     checkpoint_bytes: int
     value_cache_bytes_per_token: dict[str, int]
     """Per token of context while decoding: what `projection` would cache for the target layers, and this model."""
@@ -197,7 +197,7 @@ def plan(
         memory_per_rank_bytes=sum(worst.values()),
         memory_per_rank=worst,
         memory_by_stage=stages,
-        host_memory_bytes=max(plan_memory.host_memory_by_stage(recipe, data_parallel)),
+        host_memory_per_rank_bytes=max(plan_memory.host_memory_by_stage(recipe, data_parallel)),
         checkpoint_bytes=plan_memory.checkpoint_bytes(recipe),
         value_cache_bytes_per_token=_value_cache(model),
         time_estimate={
@@ -225,8 +225,6 @@ def format_plan(plan: Plan) -> str:
         if count
     ]
     memory = [(f"  {part}", _size(size)) for part, size in p.memory_per_rank.items() if size]
-    if p.host_memory_bytes:
-        memory.append(("  tables, on the host", _size(p.host_memory_bytes)))
     stages = []
     if len(p.layers_per_stage) > 1:
         stages = [
@@ -262,6 +260,7 @@ def format_plan(plan: Plan) -> str:
             ],
         ),
         ("Memory per rank", f"{_size(p.memory_per_rank_bytes)} (estimate, the fullest rank)", memory),
+        *([("Host memory per rank", _size(p.host_memory_per_rank_bytes), [])] if p.host_memory_per_rank_bytes else []),
         ("Checkpoint", f"{_size(p.checkpoint_bytes)} on disk", []),
         (
             "Values cached",

@@ -19,6 +19,10 @@ from bov_megatron.recipe import (
 
 MAIN_BYTES = 4
 """fp32: main weights, main gradients, momentum and Adam's moments."""
+ZERO_BYTES = 3 * MAIN_BYTES
+"""ZeRO's main weights, which it keeps beside fp32 weights too, and Adam's moments."""
+ZERO3_LIVE_ELEMENTS = 2**28
+"""Elements of weights that ZeRO 3 may hold gathered at a time, unless a single module needs more."""
 SPLIT_KINDS = frozenset({"matrix", "embedding", "output", "table"})
 """Kinds that tensor parallelism splits; the others are copied on every rank."""
 VOCABULARY_KINDS = frozenset({"embedding", "output", "table"})
@@ -36,7 +40,10 @@ def memory_by_stage(recipe: Recipe, data_parallel_size: int) -> list[dict[str, i
 
 
 def host_memory_by_stage(recipe: Recipe, data_parallel_size: int) -> list[int]:
-    """Bytes of host memory that tables take on one rank of each stage: weights, gradients and optimizer state."""
+    """Bytes of host memory on one rank of each stage: of tables there (weights, gradients and optimizer state), or of
+    ZeRO-Offload's optimizer."""
+    if recipe.engine == "deepspeed":
+        return [_offloaded(recipe, data_parallel_size)]
     if recipe.model.value.table_memory == "device":
         return [0] * recipe.parallel.pipeline_model_parallel_size
     return [
@@ -79,6 +86,15 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     return total
 
 
+def _offloaded(recipe: Recipe, data_parallel_size: int) -> int:
+    """Bytes of ZeRO-Offload's optimizer state, gradients and copy of the weights in one rank's host memory."""
+    if recipe.deepspeed.offload_optimizer == "none":
+        return 0
+    copy = MAIN_BYTES if recipe.deepspeed.zero_stage == 3 else weight_bytes(recipe)  # gradients again, or weights
+    sizes = sum(_rank_size(recipe, spec) for spec in parameter_specs(recipe.model))
+    return -(-sizes // data_parallel_size) * (ZERO_BYTES + MAIN_BYTES + copy)
+
+
 def weight_bytes(recipe: Recipe) -> int:
     """Bytes of one element of weights and activations."""
     return 2 if recipe.train.precision == "bf16" else 4
@@ -106,6 +122,7 @@ def _stage_memory(recipe: Recipe, stage: int, chunks: list[range], data_parallel
             continue
         for part, count in _state_bytes(recipe, spec, data_parallel_size).items():
             memory["tables" if spec.kind == "table" else part] += count
+    memory["weights"] += _gathered_weights(recipe)
     kept = [[_kept_by_layer(recipe, layer) for layer in layers] for layers in chunks]
     memory["activations"] = _activations(recipe, stage, kept)
     if stage == recipe.parallel.pipeline_model_parallel_size - 1:
@@ -115,15 +132,42 @@ def _stage_memory(recipe: Recipe, stage: int, chunks: list[range], data_parallel
 
 def _state_bytes(recipe: Recipe, spec: ParameterSpec, data_parallel_size: int) -> dict[str, int]:
     """Bytes of one parameter's `weights`, `gradients` and `optimizer` state on a rank that has a part of it."""
-    tensor, shards = recipe.parallel.tensor_model_parallel_size, 1
+    size, shards = _rank_size(recipe, spec), 1
+    if recipe.engine == "deepspeed":
+        return _zero_bytes(recipe, size, data_parallel_size)
     if recipe.parallel.use_distributed_optimizer:
         shards = data_parallel_size * recipe.parallel.context_parallel_size
-    size = _stored_size(recipe, spec) // (tensor if spec.kind in SPLIT_KINDS else 1)
     return {
         "weights": size * weight_bytes(recipe),
         "gradients": size * MAIN_BYTES,
         "optimizer": -(-optimizer_bytes(recipe, spec, size) // shards),
     }
+
+
+def _zero_bytes(recipe: Recipe, size: int, data_parallel_size: int) -> dict[str, int]:
+    """The same under ZeRO: each stage shares one more of the three."""
+    zero, share = recipe.deepspeed, -(-size // data_parallel_size)
+    offload = zero.offload_optimizer == "cpu"
+    gradients = size if zero.zero_stage == 1 else share
+    return {
+        "weights": (share if zero.zero_stage == 3 else size) * weight_bytes(recipe),
+        "gradients": 0 if zero.zero_stage == 3 and offload else gradients * MAIN_BYTES,
+        "optimizer": 0 if offload else share * ZERO_BYTES,
+    }
+
+
+def _gathered_weights(recipe: Recipe) -> int:
+    """Bytes of the weights that ZeRO 3 holds whole while it computes with them."""
+    if recipe.engine != "deepspeed" or recipe.deepspeed.zero_stage != 3:
+        return 0
+    whole = sum(_rank_size(recipe, spec) for spec in parameter_specs(recipe.model))
+    return min(ZERO3_LIVE_ELEMENTS, whole) * weight_bytes(recipe)
+
+
+def _rank_size(recipe: Recipe, spec: ParameterSpec) -> int:
+    """Elements of a parameter on a tensor-parallel rank, padding rows included."""
+    ranks = recipe.parallel.tensor_model_parallel_size if spec.kind in SPLIT_KINDS else 1
+    return _stored_size(recipe, spec) // ranks
 
 
 def _is_on_stage(spec: ParameterSpec, stage: int, chunks: list[range], recipe: Recipe) -> bool:

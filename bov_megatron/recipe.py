@@ -199,6 +199,16 @@ class ParallelConfig:
 
 
 @dataclass
+class DeepSpeedConfig:
+    """How ZeRO shards a run with `engine: deepspeed`; without meaning for any other."""
+
+    zero_stage: int = 1
+    """What data-parallel ranks share: 1 optimizer state, 2 gradients as well, 3 weights as well."""
+    offload_optimizer: str = "none"
+    """Where optimizer state and its update are: `none` (on the device) or `cpu` (in host memory)."""
+
+
+@dataclass
 class TrainConfig:
     """How long and how precisely to train."""
 
@@ -403,8 +413,11 @@ class Recipe:
     """Name of the run; the recipe file's name unless given."""
     output_dir: str = "runs/{name}"
     """Run folder; `{name}` is replaced by the name."""
+    engine: str = "megatron"
+    """What trains: `megatron`, or `deepspeed` (ZeRO; AdamW only)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)

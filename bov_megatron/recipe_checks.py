@@ -34,6 +34,9 @@ CORE_ATTENTIONS = ("auto", "sdpa", "flex", "megatron")
 LINEAR_LAYERS = ("megatron", "transformer_engine")
 PIPELINE_BALANCES = ("layers", "time", "memory")
 RECOMPUTES = ("none", "selective", "full")
+ENGINES = ("megatron", "deepspeed")
+ZERO_STAGES = (1, 2, 3)
+OFFLOADS = ("none", "cpu")
 PRECISIONS = ("bf16", "fp32")
 FP8_SCALINGS = ("none", "tensorwise", "blockwise", "mxfp8")
 OPTIMIZERS = ("muon", "adamw")
@@ -51,6 +54,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_pipeline(recipe.model, recipe.parallel)
     _check_sequence_split(recipe.model, recipe.parallel)
     _check_recomputation(recipe)
+    _check_engine(recipe)
     _check_train(recipe.train)
     _check_fp8(recipe)
     _check_optimizer(recipe.optimizer)
@@ -343,6 +347,50 @@ def _check_recomputation(recipe: Recipe) -> None:
         raise RecipeError(
             f"{found}: must be between 1 and {largest}, the layers of a pipeline stage (interleaved: "
             "of a model chunk); null recomputes all of them"
+        )
+
+
+def _check_engine(recipe: Recipe) -> None:
+    _one_of("engine", recipe.engine, ENGINES)
+    stage = recipe.deepspeed.zero_stage
+    if stage not in ZERO_STAGES:
+        raise RecipeError(f"deepspeed.zero_stage={stage}: must be 1, 2 or 3")
+    _one_of("deepspeed.offload_optimizer", recipe.deepspeed.offload_optimizer, OFFLOADS)
+    if recipe.engine != "deepspeed":
+        return
+    p = recipe.parallel
+    if recipe.optimizer.name == "muon":
+        raise RecipeError(
+            "engine=deepspeed runs AdamW only, found optimizer.name=muon: DeepSpeed's Muon is another algorithm than "
+            "this one, which needs whole matrices; use optimizer.name=adamw, or engine=megatron"
+        )
+    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if getattr(p, name) > 1:
+            raise RecipeError(
+                f"engine=deepspeed has data and tensor parallelism only, found parallel.{name}={getattr(p, name)}; "
+                "set it to 1, or use engine=megatron"
+            )
+    if stage == 3 and p.tensor_model_parallel_size > 1:
+        raise RecipeError(
+            f"deepspeed.zero_stage=3 shards weights over data-parallel ranks alone, found "
+            f"parallel.tensor_model_parallel_size={p.tensor_model_parallel_size}; set it to 1, or use "
+            "deepspeed.zero_stage=2"
+        )
+    if recipe.model.value.table_memory == "host":
+        raise RecipeError(
+            "engine=deepspeed keeps tables where it keeps all weights, found model.value.table_memory=host; use "
+            "deepspeed.offload_optimizer=cpu for their optimizer state, or engine=megatron"
+        )
+    for name in ("overlap_grad_reduce", "overlap_param_gather"):
+        if getattr(p, name):
+            raise RecipeError(
+                f"engine=deepspeed orders its own traffic, found parallel.{name}=true; set it to false, or use "
+                "engine=megatron"
+            )
+    if not p.use_distributed_optimizer:
+        raise RecipeError(
+            "engine=deepspeed always shards the optimizer's state, found parallel.use_distributed_optimizer=false; "
+            "leave it true, or use engine=megatron"
         )
 
 

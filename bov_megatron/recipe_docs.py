@@ -12,7 +12,18 @@ from pathlib import Path
 from bov_megatron import recipe as recipe_module
 from bov_megatron.recipe import Recipe
 
-SECTION_ORDER = ("", "model", "model.value", "parallel", "train", "optimizer", "data", "data.streams[]", "validation")
+SECTION_ORDER = (
+    "",
+    "model",
+    "model.value",
+    "parallel",
+    "deepspeed",
+    "train",
+    "optimizer",
+    "data",
+    "data.streams[]",
+    "validation",
+)
 SECTION_ORDER += ("checkpoint", "health", "logging")
 
 

@@ -26,4 +26,4 @@ def test_refusals_are_quoted(settings, message):
 
 
 def test_all_refusals_are_found():
-    assert len(REFUSED) == 16
+    assert len(REFUSED) == 23

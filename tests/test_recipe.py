@@ -163,6 +163,7 @@ def test_bad_override(overrides, message):
 # --- impossible recipes: field, value found, remedy ---------------------------------------------------------------
 
 TP2, TP4 = (f"parallel.tensor_model_parallel_size={size}" for size in (2, 4))
+ZERO = "engine=deepspeed optimizer.name=adamw"
 PP2 = "parallel.pipeline_model_parallel_size=2"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 TP6 = "parallel.tensor_model_parallel_size=6"
@@ -263,6 +264,15 @@ IMPOSSIBLE = [
             ("projection_plus_embedding", "the token embedding"),
         )
     ),
+    # engine
+    ("engine=deepsped", "engine='deepsped' is unknown; did you mean 'deepspeed'"),
+    ("deepspeed.zero_stage=4", "deepspeed.zero_stage=4: must be 1, 2 or 3"),
+    ("deepspeed.offload_optimizer=nvme", "offload_optimizer='nvme' is unknown.*none, cpu"),
+    ("engine=deepspeed", "AdamW only, found optimizer.name=muon.*use optimizer.name=adamw, or engine=megatron"),
+    (f"{ZERO} {PP2}", "data and tensor parallelism only, found parallel.pipeline_model_parallel_size=2; set it to 1"),
+    (f"{ZERO} parallel.context_parallel_size=2", "found parallel.context_parallel_size=2; set it to 1"),
+    (f"{ZERO} deepspeed.zero_stage=3 {TP2}", "data-parallel ranks alone, found .*=2; .*use deepspeed.zero_stage=2"),
+    (f"{ZERO} parallel.use_distributed_optimizer=false", "always shards the optimizer's state.*leave it true"),
     # training
     ("train.micro_batch_size=0", "train.micro_batch_size=0: must be at least 1"),
     ("train.micro_batch_size=24", "global_batch_size=256 is not divisible by train.micro_batch_size=24"),
@@ -323,6 +333,8 @@ def test_possible_recipes_near_the_impossible_ones():
     for overrides in (
         ["model.value.source=first_layer", "model.value.target_layers=every"],  # layer 0 is left out silently
         [PP2],
+        ["deepspeed.zero_stage=3", TP2],  # another engine's
+        [*ZERO.split(), "deepspeed.zero_stage=2", TP2, "parallel.sequence_parallel=true"],
         [PP2, "model.value.source=gated_value_embedding"],
         [PP2, "model.value.source=projection", "model.value.table=shared"],  # no table to share
         [TP2, "model.num_query_groups=2", "model.value.table_partition=head", "parallel.sequence_parallel=true"],
@@ -354,7 +366,7 @@ def test_every_number_field_is_guarded():
     """A new numeric field must get a check: none accepts -1."""
     unguarded = []
     for section in dataclasses.fields(Recipe):
-        if section.name in ("name", "output_dir"):
+        if section.name in ("name", "output_dir", "engine"):
             continue
         values = getattr(load_recipe(BANK, ["train.steps=5"]), section.name)
         for field in dataclasses.fields(values):

@@ -1,59 +1,28 @@
-"""The Megatron-core engine: builds the model on this rank and executes steps.
-
-Shapes: B micro-batch, T sequence length. Micro-batches are token ids `[B, T+1]`: inputs `[:, :-1]`, targets
-`[:, 1:]`. Every rank that shares a data-parallel rank is given the same micro-batches, on every pipeline stage:
-a stage that hosts a bank looks values up by token id. So is every context-parallel rank, which cuts its part out.
-"""
+"""The Megatron-core engine: its data-parallel wrapper, its schedules, and the optimizer of `optim`."""
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from bov_megatron.engines import data_parallel
+from bov_megatron.engines.base import Engine
 from bov_megatron.model import context_parallel, lookup_ahead
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.host_tables import HostGradients
-from bov_megatron.model.initialization import initialize_weights
-from bov_megatron.model.naming import LocalParameter, local_parameters
 from bov_megatron.optim.optimizer import BovOptimizer
 from bov_megatron.parallel import cpu
 from bov_megatron.plan import total_steps
 from bov_megatron.recipe import Recipe
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did; the same on every rank."""
-
-    loss: float
-    """Mean cross-entropy of the global batch, nats per token, before the update."""
-    gradient_norm: float
-    """`nan` where it was not finite or not needed."""
-    updated: bool
-    """False if gradients were not finite or the loss was not accepted: weights and optimizer state are untouched."""
-
-
-@dataclass(frozen=True)
-class ScoreResult:
-    """Validation sums over all data-parallel ranks; the same on every rank."""
-
-    nats: float
-    bytes: int
-    tokens: int
-    """Targets that count: special tokens count neither nats nor bytes."""
-
-
-class MegatronEngine:
+class MegatronEngine(Engine):
     """Model, gradients and optimizer of one rank, on Megatron-core's data-parallel wrapper and schedules.
 
     Call parallel.process_groups.initialize first. Weights are initialised from the recipe's seed.
@@ -64,9 +33,8 @@ class MegatronEngine:
     """
 
     def __init__(self, recipe: Recipe, with_optimizer: bool = True):
-        self.recipe = recipe
-        self._chunks = _build_chunks(recipe)
-        self.wrapped, self.optimizer = [], None
+        super().__init__(recipe)
+        self.wrapped = []
         self.host_gradients = HostGradients(self.chunks)
         if with_optimizer:
             with self.host_gradients.kept_here():
@@ -77,45 +45,11 @@ class MegatronEngine:
 
     @property
     def chunks(self) -> list[BovModel]:
-        """This pipeline stage's model: one chunk, or several of an interleaved pipeline.
-
-        Ask each time that weights are read: updated ones may arrive in the course of the next forward pass only
-        (`parallel.overlap_param_gather`), and this waits for them.
-        """
+        """See Engine. Ask each time that weights are read: updated ones may arrive in the course of the next forward
+        pass only (`parallel.overlap_param_gather`), and this waits for them."""
         if self.optimizer is not None:
             self.optimizer.finish_gather()
         return self._chunks
-
-    @property
-    def model(self) -> BovModel:
-        """This pipeline stage's model where it is one chunk, as it is unless the pipeline is interleaved."""
-        (chunk,) = self.chunks
-        return chunk
-
-    def local_parameters(self) -> list[LocalParameter]:
-        """Every parameter of this rank."""
-        return [local for chunk in self.chunks for local in local_parameters(chunk)]
-
-    def model_sharded_state_dict(self, metadata: dict) -> dict:
-        """This rank's weights for megatron.core.dist_checkpointing, by chunk; Megatron changes `metadata`."""
-        return {
-            str(number): chunk.sharded_state_dict(metadata=dict(metadata)) for number, chunk in enumerate(self.chunks)
-        }
-
-    def train_step(
-        self, micro_batches: Sequence[Tensor], accept: Callable[[float], bool] = lambda loss: True
-    ) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one optimizer step.
-
-        Args:
-            micro_batches: this data-parallel rank's share of the global batch, each `[B, T+1]`.
-            accept: called with the loss before the update; False, on all ranks alike, leaves the update out.
-        """
-        loss = self.forward_backward(micro_batches)
-        if not accept(loss):
-            return StepResult(loss, math.nan, False)
-        update = self.optimizer.step()
-        return StepResult(loss, update.grad_norm, update.applied)
 
     def forward_backward(self, micro_batches: Sequence[Tensor]) -> float:
         """Leave the global batch's mean gradient in `main_grad`; return its mean loss in nats per token."""
@@ -135,35 +69,10 @@ class MegatronEngine:
             len(micro_batches) * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         )
 
-    @torch.no_grad()
-    def score(self, micro_batches: Sequence[Tensor], bytes_per_token: Tensor, counted: Sequence[Tensor]) -> ScoreResult:
-        """Nats and bytes of held-out micro-batches, without gradients.
-
-        Args:
-            micro_batches: this data-parallel rank's, each `[B, T+1]`; every rank passes equally many.
-            bytes_per_token: UTF-8 bytes of each token id, 0 for special tokens, `[vocab_size]`.
-            counted: per micro-batch, True for the rows that count `[B]` (padding rows don't).
-        """
-        for chunk in self.chunks:
-            chunk.eval()
-        micro_batches, counted = self._fill_groups(micro_batches, counted)
-        masks = iter(counted)
-
-        def sums(labels_BT: Tensor, loss_BT: Tensor):
-            sizes = bytes_per_token[labels_BT] * next(masks).to(labels_BT.device)[:, None]
-            nats = (loss_BT.double() * (sizes > 0)).sum()
-            return loss_BT.mean(), torch.stack([nats, sizes.sum().double(), (sizes > 0).sum().double()])
-
-        results = self._run(self.chunks, micro_batches, sums, forward_only=True)
-        nats, size, tokens = self._sum_over_data_parallel(results, 3)
-        return ScoreResult(nats, int(size), int(tokens))
-
-    def load_state(self, model_state: dict, optimizer_state: dict | None) -> None:
-        """Take loaded weights and, with an optimizer, its state (see training/checkpoint.py)."""
-        for number, chunk in enumerate(self.chunks):
-            chunk.load_state_dict(model_state[str(number)])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(optimizer_state)
+    def table_sums(self, table: torch.nn.Parameter, rows: int) -> tuple[float, int]:
+        """See Engine; every data-parallel rank has all of it."""
+        touched = (table.main_grad[:rows] != 0).any(dim=1).sum()
+        return float(table.detach()[:rows].double().square().sum()), int(touched)
 
     def _finalize_gradients(self, *arguments, **options) -> None:
         """Megatron's reductions after the last backward pass, and those of tables in host memory."""
@@ -196,29 +105,3 @@ class MegatronEngine:
             micro_batch_size=micro_batches[0].size(0),
             forward_only=forward_only,
         )
-
-    def _sum_over_data_parallel(self, results: list[Tensor], width: int) -> list[float]:
-        """Sum of the last stage's results over micro-batches, data- and context-parallel ranks, on every rank."""
-        total = torch.zeros(width, dtype=torch.float64, device=cpu.device())
-        if results:
-            total += torch.stack(results).double().reshape(-1, width).sum(0)
-            dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            last = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
-        return total.tolist()
-
-
-def _build_chunks(recipe: Recipe) -> list[BovModel]:
-    """This pipeline stage's model chunks, with initial weights."""
-    chunks = []
-    for number in range(recipe.parallel.virtual_pipeline_model_parallel_size):
-        chunk = BovModel(
-            recipe,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
-            vp_stage=None if recipe.parallel.virtual_stages is None else number,
-        )
-        initialize_weights(chunk)
-        chunks.append(chunk)
-    return chunks

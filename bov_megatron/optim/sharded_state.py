@@ -40,7 +40,7 @@ def build(optimizer: BovOptimizer, model_sharded_state_dict: dict[str, Any]) -> 
                 f"the model's sharded state dict has no tensor for parameter {managed.qualified_name}: "
                 "pass the one of the same model chunks, made with keep_vars=True (Megatron's default)"
             )
-        state[_local_key(name, managed)] = _like_parameter(name, managed, tensor, model_tensor)
+        state[_local_key(name, managed)] = rows_of(managed, tensor, model_tensor, f"{PREFIX}.{name}.{model_tensor.key}")
     for name, managed, canonical, tensor in optimizer.second_moments():
         state[_local_key(name, managed, canonical)] = _second_moment(optimizer, managed, canonical, tensor)
     return {"step": optimizer.step_count, "state": state}
@@ -82,11 +82,10 @@ def _by_parameter(model_sharded_state_dict: dict[str, Any]) -> dict[int, Any]:
     return {id(tensor.data): tensor for tensor in nested_values(tensors)}
 
 
-def _like_parameter(name: str, managed: ManagedParameter, tensor: Tensor, model_tensor: Any) -> Any:
-    """`tensor`, state of this rank's rows of a parameter, as a part of the parameter's global tensor."""
+def rows_of(managed: ManagedParameter, tensor: Tensor, model_tensor: Any, key: str) -> Any:
+    """`tensor`, something of this rank's rows of a parameter, as a part of the parameter's global tensor `key`."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    key = f"{PREFIX}.{name}.{model_tensor.key}"
     # The last entry of a replica id counts data-parallel copies; state that is not replicated has one copy.
     replica_id = model_tensor.replica_id
     if not managed.assignment.replicated:

@@ -8,6 +8,8 @@ CPU's random state, the functions as they are, and nothing.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -44,6 +46,7 @@ def enable() -> None:
     if torch.cuda.is_available() or getattr(torch.cuda, "_bov_cpu_seam", False):
         return
     torch.cuda._bov_cpu_seam = True
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when imported
     torch._dynamo.config.disable = True  # jit_fuser compiles: minutes on a CPU, for nothing
     torch.cuda.current_device = lambda: "cpu"
     torch.cuda.synchronize = lambda *args, **kwargs: None

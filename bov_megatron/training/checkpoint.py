@@ -34,7 +34,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.engines.base import Engine
 from bov_megatron.parallel import cpu
 from bov_megatron.recipe import Recipe, RecipeError
 from bov_megatron.training import checkpoint_manifest, checkpoint_writing
@@ -94,9 +94,7 @@ def find(run_dir: Path, step: int | None = None) -> Path:
     return found[max(found) if step is None else step]
 
 
-def save(
-    engine: MegatronEngine, run_dir: Path, step: int, keep_last: int, extra: dict[str, Any], keep_every: int = 0
-) -> Path:
+def save(engine: Engine, run_dir: Path, step: int, keep_last: int, extra: dict[str, Any], keep_every: int = 0) -> Path:
     """Write the checkpoint of `step`; collective. Every rank writes its own share, replicas are divided among the
     data-parallel ranks. Then all but the newest `keep_last` and every step that `keep_every` divides are removed.
 
@@ -106,7 +104,7 @@ def save(
 
 
 def begin_save(
-    engine: MegatronEngine,
+    engine: Engine,
     run_dir: Path,
     step: int,
     keep_last: int,
@@ -121,7 +119,7 @@ def begin_save(
     """
     final = run_dir / CHECKPOINTS / f"step_{step:08d}"
     saving = _begin(final)
-    state = _sharded_state(engine)
+    state = engine.sharded_state_dict(_metadata())
     state["run"] = {"version": FORMAT_VERSION, "step": step, "recipe": engine.recipe.to_dict(), "extra": extra}
     state["content_metadata"] = _metadata()
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -158,7 +156,7 @@ class PendingSave:
         return self.final
 
 
-def load(engine: MegatronEngine, path: Path, contents: bool = False) -> Loaded:
+def load(engine: Engine, path: Path, contents: bool = False) -> Loaded:
     """Read weights, and optimizer state if the engine has an optimizer, into this layout; collective.
 
     Args:
@@ -173,7 +171,7 @@ def load(engine: MegatronEngine, path: Path, contents: bool = False) -> Loaded:
     check_same_model(stored["recipe"], engine.recipe, path)
     if engine.optimizer is not None:
         check_same_optimizer(stored["recipe"], engine.recipe, path)
-    state = _sharded_state(engine)
+    state = engine.sharded_state_dict(_metadata())
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(path)),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -341,14 +339,6 @@ def _compare(stored: dict, now: dict, where: str, free: set[str], path: Path, re
                 f"{name}={value!r}, but the checkpoint {path} was saved with {stored.get(key)!r}; "
                 + (remedy or "use the recipe stored with it, or start another run with name=…")
             )
-
-
-def _sharded_state(engine: MegatronEngine) -> dict[str, Any]:
-    model = engine.model_sharded_state_dict(_metadata())
-    state: dict[str, Any] = {"model": model}
-    if engine.optimizer is not None:
-        state["optimizer"] = engine.optimizer.sharded_state_dict(model)
-    return state
 
 
 def _metadata() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from bov_megatron import exit_status
 from bov_megatron.data.errors import DataError
 from bov_megatron.data.loader import TrainLoader, ValidationLoader
-from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.engines.base import Engine, build_engine
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.launch import World
 from bov_megatron.recipe import Recipe, RecipeError
@@ -75,7 +75,7 @@ def _run_folder(recipe: Recipe):
 @contextlib.contextmanager
 def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
     """Everything a run consists of, put together."""
-    engine = MegatronEngine(recipe)
+    engine = build_engine(recipe)
     start = _resume(engine)
     health = Health(recipe.health, start.extra.get("health") if start else None)
     train_loader, validation_loader = _on_all_ranks(lambda: _open_data(recipe, start, health))
@@ -104,7 +104,7 @@ def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
         )
 
 
-def _resume(engine: MegatronEngine) -> checkpoint.Loaded | None:
+def _resume(engine: Engine) -> checkpoint.Loaded | None:
     """Load the newest valid checkpoint of the run folder."""
     path = checkpoint.newest_valid(engine.recipe.run_dir)
     if path is None:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.engines.base import Engine
 from bov_megatron.model.naming import LocalParameter
 from bov_megatron.parallel import cpu
 
@@ -14,7 +14,7 @@ _COLUMNS = ("squares", "rows", "touched")
 
 
 @torch.no_grad()
-def coefficient_values(engine: MegatronEngine) -> dict[str, float]:
+def coefficient_values(engine: Engine) -> dict[str, float]:
     """`gamma/layer_8` (gamma or b), `projection_coefficient/layer_8` (a) of each layer that learns them; collective."""
     model = engine.recipe.model
     values = torch.zeros(2, model.num_layers, dtype=torch.float64, device=cpu.device())
@@ -32,7 +32,7 @@ def coefficient_values(engine: MegatronEngine) -> dict[str, float]:
 
 
 @torch.no_grad()
-def table_statistics(engine: MegatronEngine) -> dict[str, float]:
+def table_statistics(engine: Engine) -> dict[str, float]:
     """Per value table: root mean square of its rows' norms, and the share of rows that the last step's global
     batch touched (rows with a gradient); collective. Keys `table_row_norm/layer_8`, or `/shared`."""
     model = engine.recipe.model
@@ -52,18 +52,20 @@ def table_statistics(engine: MegatronEngine) -> dict[str, float]:
     return found
 
 
-def _table_sums(local: LocalParameter, engine: MegatronEngine) -> torch.Tensor:
+def _table_sums(local: LocalParameter, engine: Engine) -> torch.Tensor:
     """Sum of squares, number of rows, and rows with a gradient of this rank's part of a table, padding left out."""
     table, vocab = local.parameter, engine.recipe.model.vocab_size
-    first = parallel_state.get_tensor_model_parallel_rank() * table.size(0) if local.partition_dim == 0 else 0
-    real = max(0, min(vocab - first, table.size(0)))
+    stored = engine.recipe.padded_vocab_size()
+    first = 0
+    if local.partition_dim == 0:
+        stored //= parallel_state.get_tensor_model_parallel_world_size()
+        first = parallel_state.get_tensor_model_parallel_rank() * stored
+    real = max(0, min(vocab - first, stored))
+    squares, touched = engine.table_sums(table, real)
     counts_rows = local.partition_dim == 0 or _first_tensor_rank()
-    touched = (table.main_grad[:real] != 0).any(dim=1).sum() if counts_rows else 0
     counts_squares = local.partition_dim >= 0 or _first_tensor_rank()
-    squares = table[:real].double().square().sum() if counts_squares else 0
-    return torch.tensor([float(squares), real if counts_rows else 0, float(touched)], dtype=torch.float64).to(
-        cpu.device()
-    )
+    sums = [squares * counts_squares, real * counts_rows, touched * counts_rows]
+    return torch.tensor(sums, dtype=torch.float64, device=cpu.device())
 
 
 def _first_tensor_rank() -> bool:

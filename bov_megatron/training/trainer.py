@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.engines.base import Engine
 from bov_megatron.parallel import cpu
 from bov_megatron.plan import total_steps
 from bov_megatron.training.callbacks import Callback, TrainingError
@@ -43,7 +43,7 @@ class Trainer:
 
     def __init__(
         self,
-        engine: MegatronEngine,
+        engine: Engine,
         loader,
         callbacks: Sequence[Callback],
         bytes_per_token: torch.Tensor,

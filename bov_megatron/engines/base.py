@@ -1,0 +1,191 @@
+"""What the engines have in common, and the one function that chooses between them.
+
+Shapes: B micro-batch, T sequence length. Micro-batches are token ids `[B, T+1]`: inputs `[:, :-1]`, targets
+`[:, 1:]`. Every rank that shares a data-parallel rank is given the same micro-batches, on every pipeline stage:
+a stage that hosts a bank looks values up by token id. So is every context-parallel rank, which cuts its part out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from bov_megatron.model.decoder import BovModel
+from bov_megatron.model.initialization import initialize_weights
+from bov_megatron.model.naming import LocalParameter, local_parameters
+from bov_megatron.parallel import cpu
+from bov_megatron.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; the same on every rank."""
+
+    loss: float
+    """Mean cross-entropy of the global batch, nats per token, before the update."""
+    gradient_norm: float
+    """`nan` where it was not finite or not needed."""
+    updated: bool
+    """False if gradients were not finite or the loss was not accepted: weights and optimizer state are untouched."""
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """Validation sums over all data-parallel ranks; the same on every rank."""
+
+    nats: float
+    bytes: int
+    tokens: int
+    """Targets that count: special tokens count neither nats nor bytes."""
+
+
+def build_engine(recipe: Recipe, with_optimizer: bool = True) -> Engine:
+    """The engine that the recipe's field `engine` names; without an optimizer Megatron's, whatever it names.
+
+    Call parallel.process_groups.initialize first. Weights are initialised from the recipe's seed.
+    """
+    if with_optimizer and recipe.engine == "deepspeed":
+        from bov_megatron.engines.deepspeed import DeepSpeedEngine  # imports deepspeed, which takes seconds
+
+        return DeepSpeedEngine(recipe)
+    from bov_megatron.engines.megatron import MegatronEngine
+
+    return MegatronEngine(recipe, with_optimizer)
+
+
+class Engine:
+    """Model, gradients and optimizer of one rank. A subclass says how gradients and updates are made.
+
+    `optimizer` is None for evaluation, else has `step`, `step_count`, `learning_rates`, `sharded_state_dict`,
+    `load_state_dict` and `reload_model_params`, as optim.BovOptimizer describes them.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.optimizer = None
+        self._chunks = _build_chunks(recipe)
+
+    @property
+    def chunks(self) -> list[BovModel]:
+        """This pipeline stage's model: one chunk, or several of an interleaved pipeline."""
+        return self._chunks
+
+    @property
+    def model(self) -> BovModel:
+        """This pipeline stage's model where it is one chunk, as it is unless the pipeline is interleaved."""
+        (chunk,) = self.chunks
+        return chunk
+
+    def local_parameters(self) -> list[LocalParameter]:
+        """Every parameter of this rank."""
+        return [local for chunk in self.chunks for local in local_parameters(chunk)]
+
+    def train_step(
+        self, micro_batches: Sequence[Tensor], accept: Callable[[float], bool] = lambda loss: True
+    ) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one optimizer step.
+
+        Args:
+            micro_batches: this data-parallel rank's share of the global batch, each `[B, T+1]`.
+            accept: called with the loss before the update; False, on all ranks alike, leaves the update out.
+        """
+        loss = self.forward_backward(micro_batches)
+        if not accept(loss):
+            self._discard_gradients()
+            return StepResult(loss, math.nan, False)
+        update = self.optimizer.step()
+        return StepResult(loss, update.grad_norm, update.applied)
+
+    def forward_backward(self, micro_batches: Sequence[Tensor]) -> float:
+        """Leave the global batch's mean gradient for the optimizer; return its mean loss in nats per token."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[Tensor], bytes_per_token: Tensor, counted: Sequence[Tensor]) -> ScoreResult:
+        """Nats and bytes of held-out micro-batches, without gradients.
+
+        Args:
+            micro_batches: this data-parallel rank's, each `[B, T+1]`; every rank passes equally many.
+            bytes_per_token: UTF-8 bytes of each token id, 0 for special tokens, `[vocab_size]`.
+            counted: per micro-batch, True for the rows that count `[B]` (padding rows don't).
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        micro_batches, counted = self._fill_groups(micro_batches, counted)
+        masks = iter(counted)
+
+        def sums(labels_BT: Tensor, loss_BT: Tensor):
+            sizes = bytes_per_token[labels_BT] * next(masks).to(labels_BT.device)[:, None]
+            nats = (loss_BT.double() * (sizes > 0)).sum()
+            return loss_BT.mean(), torch.stack([nats, sizes.sum().double(), (sizes > 0).sum().double()])
+
+        results = self._run(self.chunks, micro_batches, sums, forward_only=True)
+        nats, size, tokens = self._sum_over_data_parallel(results, 3)
+        return ScoreResult(nats, int(size), int(tokens))
+
+    def table_sums(self, table: torch.nn.Parameter, rows: int) -> tuple[float, int]:
+        """Sum of squares of the first `rows` rows of this rank's part of a value table, and how many of them have a
+        gradient; both the same on all data-parallel ranks, collective among them."""
+        raise NotImplementedError
+
+    def sharded_state_dict(self, metadata: dict) -> dict:
+        """This rank's weights, by chunk, and its optimizer's state, for megatron.core.dist_checkpointing; collective.
+
+        Megatron changes what it is given of `metadata`, and gets a copy.
+        """
+        model = {
+            str(number): chunk.sharded_state_dict(metadata=dict(metadata)) for number, chunk in enumerate(self.chunks)
+        }
+        if self.optimizer is None:
+            return {"model": model}
+        return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model)}
+
+    def load_state(self, model_state: dict, optimizer_state: dict | None) -> None:
+        """Take loaded weights and, with an optimizer, its state (see training/checkpoint.py)."""
+        for number, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(model_state[str(number)])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(optimizer_state)
+
+    def _discard_gradients(self) -> None:
+        """Forget gradients that no update is made of, where the next `forward_backward` doesn't begin with that."""
+
+    def _fill_groups(self, micro_batches: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[list, list]:
+        """The micro-batches to score, and their rows that count, in as many as the schedule takes."""
+        return list(micro_batches), list(counted)
+
+    def _run(self, chunks: list, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
+        """The micro-batches through the model, and back; what `loss_function(labels, losses)` gave beside the loss."""
+        raise NotImplementedError
+
+    def _sum_over_data_parallel(self, results: list[Tensor], width: int) -> list[float]:
+        """Sum of the last stage's results over micro-batches, data- and context-parallel ranks, on every rank."""
+        total = torch.zeros(width, dtype=torch.float64, device=cpu.device())
+        if results:
+            total += torch.stack(results).double().reshape(-1, width).sum(0)
+            dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return total.tolist()
+
+
+def _build_chunks(recipe: Recipe) -> list[BovModel]:
+    """This pipeline stage's model chunks, with initial weights."""
+    chunks = []
+    for number in range(recipe.parallel.virtual_pipeline_model_parallel_size):
+        chunk = BovModel(
+            recipe,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
+            vp_stage=None if recipe.parallel.virtual_stages is None else number,
+        )
+        initialize_weights(chunk)
+        chunks.append(chunk)
+    return chunks
