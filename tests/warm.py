@@ -4,7 +4,7 @@ import megatron.core.dist_checkpointing  # noqa: F401
 
 import bov_megatron.training.run  # noqa: F401
 import tests.golden_files  # noqa: F401
-from bov_megatron.data.shards import _import_streaming
+from bov_megatron.data.cache import import_streaming
 
-_import_streaming()
+import_streaming()
 import streaming.base.format  # noqa: E402, F401
