@@ -145,3 +145,34 @@ def test_refused_at_the_start(start, tmp_path, say, changes, environ, reason):
     say(error)
     assert error.startswith("error: can't fetch s3://") and "/manifest.json: " in error and "credentials" in error
     assert reason in error and "trying again" not in error
+
+
+def slow_steps(rank: int) -> None:
+    from bov_megatron.engines.megatron import MegatronEngine
+
+    train_step = MegatronEngine.train_step
+
+    def slowly(*positional):
+        time.sleep(0.3)
+        return train_step(*positional)
+
+    MegatronEngine.train_step = slowly
+
+
+def test_told_to_end_while_it_is_away(start, store, tmp_path, undisturbed, say):
+    """SIGTERM while a shard for later is being waited for: saved and ended at once, not after all patience."""
+    with start("first", prepare=slow_steps) as launch:
+        wait_until(lambda: lines_of(tmp_path / "run") >= 2, "two steps", launch.output)
+        store.stop()
+        wait_until(lambda: "is out of reach" in launch.output(), "the outage is noticed", launch.output)
+        told = time.monotonic()
+        for rank in launch.ranks:
+            rank.terminate()
+        wait_until(lambda: not any(rank.is_alive() for rank in launch.ranks), "the end", launch.output)
+        statuses, seconds = launch.wait(), time.monotonic() - told
+        say(f"SIGTERM after step {lines_of(tmp_path / 'run')}: statuses {statuses} {seconds:.1f} s later")
+    assert statuses == [143, 143] and "all steps done are saved" in launch.output()
+    store.start()
+    with start("second") as launch:
+        assert launch.wait() == [0, 0], launch.output()
+    say(same_as(undisturbed, tmp_path / "run"))

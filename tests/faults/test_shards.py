@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +9,9 @@ import pytest
 
 from bov_megatron.data.loader import TrainLoader
 from bov_megatron.recipe import load_recipe
+from bov_megatron.training.checkpoint_report import verify
 from tests.faults.launcher import Launch
 from tests.faults.results import lines_of, same_as, wait_until
-from tests.slurm.conftest import REPOSITORY
 from tests.training.runs import SMOKE, overrides, train
 
 STEPS = [
@@ -83,10 +81,9 @@ def test_a_shard_is_damaged_while_the_run_goes_on(prepared_data, undisturbed, tm
     assert str(shard) in errors[0] and reason in errors[0] and "copy it again" in errors[0]
     assert lines_of(run_dir) <= needed_at
 
-    verify = [sys.executable, str(REPOSITORY / "tools/checkpoint.py"), "verify", str(run_dir)]
-    verified = subprocess.run(verify, capture_output=True, text=True)
-    assert verified.returncode == 0, verified.stdout + verified.stderr
-    say(f"tools/checkpoint.py verify: {verified.stdout.strip().splitlines()[-1]}")
+    verified = verify(run_dir)
+    assert verified and not any(verified.values()), verified
+    say(f"every byte of {', '.join(path.name for path in verified)} is as it was written")
 
     shutil.copy(prepared_data.folder / shard.relative_to(tmp_path / "data"), shard)
     with Launch(2, arguments, tmp_path / "second") as launch:
