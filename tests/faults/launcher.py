@@ -76,7 +76,7 @@ class Launch:
     def phase(self, rank: int) -> str:
         return PHASES[self.board[rank, 0]]
 
-    def wait_for(self, phase: str, rank: int = 0, times: int = 1, timeout: float = 60) -> None:
+    def wait_for(self, phase: str, rank: int = 0, times: int = 1, timeout: float = 180) -> None:
         """Until this rank is in `phase`, having begun it `times` times. Fails where the run ends before."""
         column, deadline = PHASES.index(phase), time.monotonic() + timeout
         while not (self.board[rank, 0] == column and self.board[rank, 1 + column] >= times):
@@ -87,7 +87,7 @@ class Launch:
     def kill(self, rank: int) -> None:
         os.kill(self.ranks[rank].pid, signal.SIGKILL)
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = 300) -> list[int]:
         """Exit statuses of all ranks, once they have ended. When one ends badly, the others are told to, and killed
         if they have not within some seconds: torchrun's way, with less patience."""
         deadline = time.monotonic() + timeout

@@ -50,7 +50,7 @@ def lines_of(run_dir: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_until(condition: Callable, what: str, log: Callable[[], str] = lambda: "", seconds: float = 90) -> None:
+def wait_until(condition: Callable, what: str, log: Callable[[], str] = lambda: "", seconds: float = 240) -> None:
     """Fails, with the log, where `condition` is not met in time."""
     deadline = time.monotonic() + seconds
     while not condition():

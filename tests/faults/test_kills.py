@@ -115,7 +115,7 @@ def test_kills_under_torchrun(prepared_data, undisturbed, tmp_path, say):
         wait_until(lambda: lines_of(run_dir) >= 6 and unfinished_saves(run_dir), "a save")
         ranks_of(agent)[1].kill()
         saving = unfinished_saves(run_dir)
-        assert agent.wait(90) == 1
+        assert agent.wait(240) == 1
         say(f"rank 1 killed with {saving or 'a checkpoint just finished'}: torchrun ended with 1")
 
         agent = start("second")
@@ -127,10 +127,10 @@ def test_kills_under_torchrun(prepared_data, undisturbed, tmp_path, say):
             assert launch.wait() == [2, 2], launch.output()
             say(f"torchrun killed; its ranks go on, and a start beside them is refused: {launch.output().strip()}")
         assert f"is in use: host {os.uname().nodename}, process {orphans[0].pid}" in launch.output()
-        psutil.wait_procs(orphans, timeout=90)
+        psutil.wait_procs(orphans, timeout=240)
 
         say(f"the ranks without torchrun have ended: {lines_of(run_dir)} steps; started once more")
-        assert start("last").wait(90) == 0, (tmp_path / "last").read_text()
+        assert start("last").wait(240) == 0, (tmp_path / "last").read_text()
         say(same_as(undisturbed, run_dir))
     finally:
         for agent in agents:

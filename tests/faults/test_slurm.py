@@ -13,7 +13,7 @@ from tests.slurm.test_slurm import CPU_FLAGS, no_rank_left, rank_process
 from tests.training.runs import metrics, overrides, train
 
 RUN = ["train.steps=200", "checkpoint.interval=10", "validation.interval=50"]
-PATIENCE = 240
+PATIENCE = 400
 
 
 @pytest.fixture(scope="module")
