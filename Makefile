@@ -7,7 +7,7 @@ export BOV_VENV ?= $(CURDIR)/.venv
 PY = $(BOV_VENV)/bin/python
 ARGS ?=
 
-.PHONY: help env demo test lint format bench
+.PHONY: help env demo test faults lint format bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ demo: env  ## train BoV and baseline on this machine's text, export, evaluate, d
 
 test: env  ## run the test suite
 	$(PY) -m pytest -q --durations=15 $(ARGS)
+
+faults: env  ## kill, cut off and damage real runs, and say what became of them
+	$(PY) -m pytest -s --durations=15 tests/faults $(ARGS)
 
 lint: env  ## check style, without changing anything
 	$(PY) -m ruff check .

@@ -9,9 +9,9 @@ import torch
 import bov_megatron.engines.megatron
 import bov_megatron.training.run  # noqa: F401
 import tests.golden_files  # noqa: F401
-from bov_megatron.data.shards import _import_streaming
+from bov_megatron.data.cache import import_streaming
 
-_import_streaming()
+import_streaming()
 import streaming.base.format  # noqa: E402, F401
 
 DEEPSPEED_CAME_ALONG = "deepspeed" in sys.modules

@@ -146,6 +146,9 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the threads; batches read ahead are dropped."""
+        for data_set in self.data_sets:
+            if data_set.cache:
+                data_set.cache.close()  # a thread may be waiting for a home that is out of reach
         if self._readers:
             self._readers.shutdown(wait=True, cancel_futures=True)
         if self._fetcher:

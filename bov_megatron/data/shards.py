@@ -1,20 +1,18 @@
 """Reading prepared data sets: by sample id, from this machine or through a local cache of a remote home.
 
 Uses mosaicml-streaming's storage layer (its downloaders for s3://, gs:// and the rest, its MDS reader) and none of its
-StreamingDataset: no shared memory, no barriers, no notion of a world. Several processes may share one cache folder: a
-shard is downloaded by one of them under a lock, checked, and only then given its name.
+StreamingDataset: no shared memory, no barriers, no notion of a world.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import threading
 from pathlib import Path
 
 import numpy as np
 
+from bov_megatron.data.cache import Cache, find_damage, import_streaming
 from bov_megatron.data.errors import DataError
 from bov_megatron.data.files import sha256_hex
 from bov_megatron.data.manifest import COLUMN, MANIFEST_NAME, Manifest, read_manifest
@@ -22,10 +20,6 @@ from bov_megatron.data.tokenizer import load_bytes_per_token
 from bov_megatron.recipe import DataConfig, StreamConfig
 
 INDEX_NAME = "index.json"
-LOCK_FOLDER = ".locks"
-INCOMING_FOLDER = ".incoming"
-DOWNLOAD_ATTEMPTS = 4
-DOWNLOAD_SECONDS = 300.0
 
 
 class DataSet:
@@ -81,13 +75,13 @@ class SplitReader:
         self.num_samples = int(self.shard_sizes.sum())
         self._readers: dict[int, object] = {}
         self._lock = threading.Lock()
-        _import_streaming()
+        import_streaming()
 
     def _read_index(self) -> list[dict]:
         split = self.data_set.manifest.splits[self.name]
         path = self.folder / INDEX_NAME
         if self.data_set.cache:
-            self.data_set.cache.get(f"{self.name}/{INDEX_NAME}", sha256=split.index_sha256)
+            self.data_set.cache.get(f"{self.name}/{INDEX_NAME}", hashes={"sha256": split.index_sha256})
         if not path.is_file():
             raise DataError(f"{path} is missing; copy the data set again, or prepare it again with --overwrite")
         data = path.read_bytes()
@@ -101,7 +95,8 @@ class SplitReader:
     def read(self, samples: np.ndarray) -> np.ndarray:
         """Tokens of these samples: int64 `[len(samples), sequence_length + 1]`.
 
-        Raises DataError for a missing or truncated shard, and for ids beyond the vocabulary.
+        A shard is compared with the index, every byte, when it is first read from. Raises DataError for one that is
+        missing or damaged and cannot be fetched again, and for ids beyond the vocabulary.
         """
         samples = np.asarray(samples, dtype=np.int64)
         tokens = np.empty((len(samples), self.length), dtype=np.int64)
@@ -110,7 +105,7 @@ class SplitReader:
         for row in np.argsort(samples, kind="stable"):
             shard = int(shards[row])
             inside = int(samples[row] - self._ends[shard] + self.shard_sizes[shard])
-            tokens[row] = self._reader(shard)[inside][COLUMN]
+            tokens[row] = self._sample(shard, inside)
         if tokens.size and int(tokens.max()) >= self.vocab_size:
             row = int(tokens.max(axis=1).argmax())
             raise DataError(
@@ -119,8 +114,20 @@ class SplitReader:
             )
         return tokens
 
+    def _sample(self, shard: int, inside: int) -> np.ndarray:
+        try:
+            return self._reader(shard)[inside][COLUMN]
+        except DataError:
+            raise
+        except (OSError, ValueError, LookupError):  # gone or cut off since it was first read from
+            self._readers.pop(shard, None)
+        try:
+            return self._reader(shard)[inside][COLUMN]
+        except OSError as error:
+            raise DataError(f"shard {self._path(shard)} cannot be read: {error}; look at its file system") from error
+
     def ensure(self, shard: int) -> None:
-        """Have a shard on this machine, downloading it if need be, and check its size."""
+        """Have a shard on this machine, downloading it if need be, and compare it with the index."""
         self._reader(shard)
 
     def _path(self, shard: int) -> Path:
@@ -140,117 +147,12 @@ class SplitReader:
     def _check(self, shard: int) -> None:
         info, path, cache = self._shards[shard]["raw_data"], self._path(shard), self.data_set.cache
         if cache:
-            cache.get(f"{self.name}/{info['basename']}", size=info["bytes"], hashes=info["hashes"])
-        found = path.stat().st_size if path.is_file() else None
-        if found != info["bytes"]:
-            state = "is missing" if found is None else f"has {found} bytes"
+            cache.get(f"{self.name}/{info['basename']}", info["bytes"], info["hashes"])
+        elif damage := find_damage(path, info["bytes"], info["hashes"]):
             raise DataError(
-                f"shard {path} {state}, expected {info['bytes']} bytes; copy it again from where the data set was "
-                "prepared, or prepare it again with --overwrite"
+                f"shard {path} {damage}; copy it again from where the data set was prepared, or prepare it again with "
+                "--overwrite, and start again"
             )
-
-
-class Cache:
-    """Local copies of a remote folder's files, each whole or absent, shared by the processes of a machine."""
-
-    def __init__(self, folder: Path, remote: str) -> None:
-        self.folder, self.remote = folder, remote.rstrip("/")
-        if Path(remote).expanduser().resolve() == folder.resolve():
-            raise DataError(f"data remote and path are the same folder, {remote}; leave remote out")
-
-    def get_manifest(self) -> None:
-        """Fetch the manifest anew each time: a cache of what has since been replaced must not be read."""
-        path = self.folder / MANIFEST_NAME
-        with self._locked(MANIFEST_NAME):
-            fresh = self._download(MANIFEST_NAME)
-            try:
-                if not path.exists():
-                    os.replace(fresh, path)
-                elif path.read_bytes() != fresh.read_bytes():
-                    raise DataError(
-                        f"cache {self.folder} holds another data set than {self.remote} (their {MANIFEST_NAME} differ);"
-                        " delete the cache folder or name a new one"
-                    )
-            finally:
-                shutil.rmtree(fresh.parent, ignore_errors=True)
-
-    def get(self, name: str, size: int | None = None, hashes: dict | None = None, sha256: str | None = None) -> Path:
-        """Have a file locally; returns its path.
-
-        A local file counts if its size is right. A download counts if size and hashes are right; it takes its name
-        only then, so a process killed in the middle leaves nothing that could be taken for the file.
-        """
-        path = self.folder / name
-        if _has(path, size):
-            return path
-        with self._locked(name):
-            if _has(path, size):
-                return path
-            fresh = self._download(name)
-            try:
-                self._verify(name, fresh, size, hashes or {}, sha256)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(fresh, path)
-            finally:
-                shutil.rmtree(fresh.parent, ignore_errors=True)
-        return path
-
-    def _locked(self, name: str):
-        from filelock import FileLock
-
-        folder = self.folder / LOCK_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder / f"{name.replace('/', '--')}.lock")
-
-    def _download(self, name: str) -> Path:
-        """Fetch a file into a folder of its own; called with the file's lock held."""
-        _import_streaming()
-        from streaming.base.storage import CloudDownloader
-        from streaming.base.util import retry
-
-        target = self.folder / INCOMING_FOLDER / name.replace("/", "--")
-        shutil.rmtree(target, ignore_errors=True)  # left by a killed process: the lock says it is nobody's
-        target.mkdir(parents=True)
-        file = target / "file"
-        attempts = DOWNLOAD_ATTEMPTS if "://" in self.remote else 1
-        try:
-            downloader = CloudDownloader.get(self.remote)
-            retry(clean_up_fn=downloader.clean_up, num_attempts=attempts)(
-                lambda: downloader.download(f"{self.remote}/{name}", str(file), DOWNLOAD_SECONDS)
-            )()
-        except Exception as error:  # every storage library raises its own
-            shutil.rmtree(target, ignore_errors=True)
-            raise DataError(
-                f"can't fetch {self.remote}/{name}: {type(error).__name__}: {error}; is data remote right, is the data "
-                "set there complete, and are credentials set?"
-            ) from error
-        return file
-
-    def _verify(self, name: str, file: Path, size: int | None, hashes: dict, sha256: str | None) -> None:
-        from streaming.base.hashing import get_hash
-
-        found = file.stat().st_size
-        if size is not None and found != size:
-            raise DataError(f"{self.remote}/{name} has {found} bytes, expected {size}; upload the data set again")
-        for algorithm, expected in hashes.items():
-            if get_hash(algorithm, file.read_bytes()) != expected:
-                raise DataError(f"{self.remote}/{name}: {algorithm} differs from the index; upload it again")
-        if sha256 is not None and sha256_hex(file.read_bytes()) != sha256:
-            raise DataError(f"{self.remote}/{name} is not the one that {MANIFEST_NAME} describes; upload it again")
-
-
-def _has(path: Path, size: int | None) -> bool:
-    try:
-        return size is None or path.stat().st_size == size if path.is_file() else False
-    except FileNotFoundError:
-        return False
-
-
-def _import_streaming() -> None:
-    from bov_megatron.compat import register_missing_torchvision_ops
-
-    register_missing_torchvision_ops()
-    import streaming  # noqa: F401
 
 
 def streams_of(data: DataConfig) -> list[StreamConfig]:

@@ -33,10 +33,14 @@ def global_gradient_norm(parameters: Sequence[ManagedParameter], groups: Optimiz
     for bit, so that they decide alike: the last reduction, a maximum over data-parallel ranks, sees to it.
     """
     first = group_rank(groups.tensor) == 0
-    counted = [p.gradient() for p in parameters if (p.partition_dim >= 0 or first) and not p.counted_elsewhere]
+    counts = [(p.partition_dim >= 0 or first) and not p.counted_elsewhere for p in parameters]
+    counted = [p.gradient() for p, counted_here in zip(parameters, counts, strict=True) if counted_here]
+    others = [p.gradient() for p, counted_here in zip(parameters, counts, strict=True) if not counted_here]
     devices = [p.parameter.device for p in parameters if not p.on_host]  # host tables' norms join the others there
     device = devices[0] if devices else torch.device("cpu")
     squares = torch.nn.utils.get_total_norm(counted).to(device, torch.float64).square()
+    if others:  # add nothing, unless this rank's copy of them has gone bad: 0 · nan and 0 · inf are nan
+        squares += 0 * torch.nn.utils.get_total_norm(others).to(device, torch.float64)
     if group_size(groups.model) > 1:
         dist.all_reduce(squares, group=groups.model)
     finite = squares.isfinite()

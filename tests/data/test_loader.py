@@ -199,12 +199,40 @@ def test_damaged_data_sets_are_refused(copy):
         train_loader(copy)
 
 
-def test_ids_beyond_the_vocabulary_are_refused(copy):
+def test_a_flipped_byte_is_found_when_a_shard_is_first_read(copy):
+    """Tokens that are tokens: nothing but the index's hash could tell."""
     shard = sorted((copy / "train").rglob("*.mds"))[0]
-    with open(shard, "r+b") as file:
-        file.seek(-10, os.SEEK_END)
-        file.write(np.array([VOCAB_SIZE], dtype="<u2").tobytes())
-    with pytest.raises(DataError, match=rf"{shard.name}: sample \d+ holds id {VOCAB_SIZE}, beyond the vocabulary"):
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{shard.name} is damaged: its xxh64 differs from the index's; copy it again"):
+        take(train_loader(copy), 60)
+
+
+@pytest.mark.parametrize("fault", ["gone", "cut off", "emptied"])
+def test_a_shard_lost_while_it_is_read_from(copy, tmp_path, fault):
+    """Local data end the run and say so; a cache is filled again."""
+    remote = DataConfig(path=str(tmp_path / "cache"), remote=str(copy), num_workers=0)
+    for data, name in ((DataConfig(path=str(copy), num_workers=0), "copy"), (remote, "cache")):
+        split = DataSet(data.path, data.remote).split("train")
+        before = split.read(np.arange(split.num_samples))
+        shard = split._path(0)
+        content = shard.read_bytes()
+        if fault == "gone":
+            shard.unlink()
+        else:
+            os.truncate(shard, 0 if fault == "emptied" else len(content) - 2)
+        if name == "cache":
+            assert np.array_equal(split.read(np.arange(split.num_samples)), before)
+        else:
+            with pytest.raises(DataError, match=rf"{shard} (is missing|has \d+ bytes), expected {len(content)} bytes"):
+                split.read(np.arange(split.num_samples))
+        shard.write_bytes(content)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(copy):
+    edit_manifest(copy, vocab_size=1000)
+    with pytest.raises(DataError, match=r"shard.\d+.mds: sample \d+ holds id \d+, beyond the vocabulary of 1000"):
         take(train_loader(copy), 60)
 
 
@@ -283,7 +311,7 @@ def test_bad_remotes_are_refused(copy, data_folder, tmp_path):
     content = bytearray(shard.read_bytes())
     content[-3] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(DataError, match=rf"{shard.name}: xxh64 differs from the index; upload it again"):
+    with pytest.raises(DataError, match=rf"{shard.name} is damaged: its xxh64 differs from the index's; upload"):
         take(loader(copy, "d"), 60)
     assert not list((tmp_path / "d").rglob(f"{shard.parent.name}/{shard.name}"))
     edit_manifest(copy, seed=5)

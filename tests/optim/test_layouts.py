@@ -1,6 +1,7 @@
 """Every layout takes the step that one process takes."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from bov_megatron.optim.muon_sharded import consecutive_buckets
 from bov_megatron.optim.sharding import balance
 from bov_megatron.optim.weight_gatherer import WeightGatherer
 from tests.distributed import run_ranks
-from tests.optim.sharded_model import advance, assemble, local_result, recipe, single_process, start_rank
+from tests.optim.sharded_model import advance, assemble, local_result, recipe, single_process, start_rank, weights
 
 STEPS = 4
 
@@ -110,13 +111,16 @@ def rank_refuses(rank, world_size, recipe):
     advance(model, optimizer, 1)
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     state = [tensor.clone() for _, _, tensor in optimizer.state_tensors()]
-    model.set_gradients(1)
-    if rank == world_size - 1 and model.tensor_rank == 1:  # one rank of one stage alone sees it
-        next(model.parameters()).main_grad.view(-1)[3] = float("inf")
-    result = optimizer.step()
+    applied = False
+    parameters = list(model.parameters())
+    for number in range(len(weights())):  # replicated ones too: no other rank sees this rank's copy
+        model.set_gradients(1)
+        if rank == world_size - 1 and model.tensor_rank == 1:  # one rank of one stage alone sees it
+            parameters[number % len(parameters)].main_grad.view(-1)[-1] = (math.nan, math.inf)[number % 2]
+        applied |= optimizer.step().applied
     unchanged = all(torch.equal(before[key], parameter) for key, parameter in model.named_parameters())
     unchanged &= all(torch.equal(a, t) for a, (_, _, t) in zip(state, optimizer.state_tensors(), strict=True))
-    return result.applied, unchanged, optimizer.step_count
+    return applied, unchanged, optimizer.step_count
 
 
 def test_all_ranks_refuse_a_gradient_that_is_not_finite():

@@ -1,7 +1,7 @@
-"""A real two-node Slurm cluster on this machine: munged, slurmctld and two slurmd, in one temporary folder.
+"""A real Slurm cluster on this machine: munged, slurmctld and a slurmd for each node, in one temporary folder.
 
 Everything is the cluster's own (configuration, keys, ports, process ids), so it neither needs systemd nor
-disturbs another cluster on the same machine. The two nodes share the host: 127.0.0.1 is the address of both,
+disturbs another cluster on the same machine. The nodes share the host: 127.0.0.1 is the address of all,
 and their names, as on some real clusters, mean nothing to the resolver.
 """
 
@@ -19,7 +19,8 @@ from pathlib import Path
 
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
-NODES = ("node1", "node2")
+NODE_VARIABLE = "BOV_TEST_NODE"
+"""In the environment of a slurmd and of the steps that it starts."""
 # Jobs leave the queue with one of these.
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
 
@@ -29,6 +30,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser=root
 SlurmdUser=root
+SlurmdTimeout={slurmd_timeout}
 AuthType=auth/munge
 # A requeued job waits until its credentials have expired: two minutes, unless told otherwise.
 AuthInfo=socket={munge}/munge.socket,cred_expire=10
@@ -54,10 +56,10 @@ SlurmdParameters=config_overrides
 KillWait=20
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={node1_port} CPUs=4 RealMemory=4000 State=UNKNOWN
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={node2_port} CPUs=4 RealMemory=4000 State=UNKNOWN
-PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+NODE_CONF = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=4000 State=UNKNOWN"
 
 
 class ClusterUnavailable(RuntimeError):
@@ -84,9 +86,16 @@ def install_slurm() -> None:
 
 
 class SlurmCluster:
-    """Start with `with SlurmCluster() as cluster:`; leaving the block ends every process that it started."""
+    """Start with `with SlurmCluster() as cluster:`; leaving the block ends every process that it started.
 
-    def __init__(self) -> None:
+    Args:
+        nodes: how many; they are called node1, node2, …
+        slurmd_timeout: seconds without an answer after which Slurm takes a node for dead (its own default is 300).
+    """
+
+    def __init__(self, nodes: int = 2, slurmd_timeout: int = 300) -> None:
+        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
+        self.slurmd_timeout = slurmd_timeout
         # Short and world-readable: munged refuses a socket in a private folder, and a socket's path is limited.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.folder.chmod(0o755)
@@ -181,22 +190,45 @@ class SlurmCluster:
                     found.append(int(entry.name))
         return found
 
+    def start_node(self, name: str) -> None:
+        """Start a node's slurmd, also once more after `kill_node`."""
+        self._daemon("slurmd", "-D", "-N", name, "-f", str(self.config), **{NODE_VARIABLE: name})
+
+    def kill_node(self, name: str) -> int:
+        """`kill -9` of a node's slurmd, its steps and all their processes, as if its power had gone; how many."""
+        marks = [f"{variable}={name}\0".encode() for variable in (NODE_VARIABLE, "SLURMD_NODENAME")]
+        killed = 0
+        for process in self.processes():
+            with contextlib.suppress(OSError):
+                if any(mark in Path(f"/proc/{process}/environ").read_bytes() for mark in marks):
+                    os.kill(process, signal.SIGKILL)
+                    killed += 1
+        return killed
+
+    def node_state(self, name: str) -> str:
+        """What `sinfo` says of a node: idle, mixed, down*, …"""
+        return self.command("sinfo", "--noheader", f"--nodes={name}", "--format=%T").split()[0]
+
     def _start(self) -> None:
         munge = self.folder / "munge"
         munge.mkdir(mode=0o755)
         (self.folder / "state").mkdir()
         (munge / "munge.key").write_bytes(os.urandom(1024))
         (munge / "munge.key").chmod(0o400)
-        ports = _free_ports(3)
+        controller_port, *ports = _free_ports(1 + len(self.nodes))
+        host = socket.gethostname().split(".")[0]
+        nodes = [
+            NODE_CONF.format(name=name, host=host, port=port) for name, port in zip(self.nodes, ports, strict=True)
+        ]
         self.config.write_text(
             SLURM_CONF.format(
                 name=f"test{os.getpid()}",
-                host=socket.gethostname().split(".")[0],
+                host=host,
                 folder=self.folder,
                 munge=munge,
-                controller_port=ports[0],
-                node1_port=ports[1],
-                node2_port=ports[2],
+                controller_port=controller_port,
+                slurmd_timeout=self.slurmd_timeout,
+                nodes="\n".join(nodes),
             )
         )
         self._daemon(
@@ -211,16 +243,16 @@ class SlurmCluster:
         )
         self._wait((munge / "munge.socket").exists, 20)
         self._daemon("slurmctld", "-D", "-f", str(self.config))
-        for node in NODES:
-            self._daemon("slurmd", "-D", "-N", node, "-f", str(self.config))
-        self._wait(self._both_idle, 60)
+        for node in self.nodes:
+            self.start_node(node)
+        self._wait(self._all_idle, 60)
 
-    def _daemon(self, *command: str) -> None:
+    def _daemon(self, *command: str, **environ: str) -> None:
         """In the foreground of a session of its own: no fork to lose track of, no Ctrl-C meant for pytest."""
         with (self.folder / f"{command[0]}.out").open("ab") as output:
             process = subprocess.Popen(
                 command,
-                env=self.environ,
+                env=self.environ | environ,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -229,13 +261,13 @@ class SlurmCluster:
             )
         self._daemons.append(process)
 
-    def _both_idle(self) -> bool:
+    def _all_idle(self) -> bool:
         for daemon in self._daemons:
             if daemon.poll() is not None:
                 logs = "\n".join(f"{log.name}: {log.read_text()[-1500:]}" for log in self.folder.rglob("*.out"))
                 raise RuntimeError(f"{daemon.args[0]} ended with {daemon.returncode}\n{logs}")
         states = self.command("sinfo", "--noheader", "--Node", "--format=%T", check=False).split()
-        return states == ["idle"] * len(NODES)
+        return states == ["idle"] * len(self.nodes)
 
     def _wait(self, condition, timeout: float) -> None:
         deadline = time.monotonic() + timeout

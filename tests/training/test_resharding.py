@@ -118,6 +118,12 @@ def test_saved_by_a_pipeline(saved, layout):
     check(saved, "pp2", "bank", "muon", "fp32", layout)
 
 
+@pytest.mark.parametrize("layout", ["dp2", "tp4"])
+def test_saved_by_a_pipeline_of_tensor_parallel_ranks(saved, layout):
+    """From TP 2 · PP 2 on, with AdamW: three further steps to 1e-6."""
+    check(saved, "pp2-tp2", "bank", "adamw", "fp32", layout)
+
+
 @pytest.mark.parametrize("layout", ["one rank", "tp2-dp2"])
 def test_saved_by_ranks_that_share_query_groups(saved, layout):
     check(saved, "tp4", "projection_plus_bank", "muon", "fp32", layout, groups=2)
