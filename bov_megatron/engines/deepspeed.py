@@ -190,6 +190,7 @@ def zero_config(recipe: Recipe) -> dict:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "gradient_clipping": recipe.optimizer.clip_grad,
+        "timers": {"throughput": {"enabled": False}},  # waits for the device at every micro-batch
     }
 
 

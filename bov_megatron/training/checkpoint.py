@@ -119,7 +119,7 @@ def begin_save(
     """
     final = run_dir / CHECKPOINTS / f"step_{step:08d}"
     saving = _begin(final)
-    state = engine.sharded_state_dict(_metadata())
+    state = _sharded_state(engine)
     state["run"] = {"version": FORMAT_VERSION, "step": step, "recipe": engine.recipe.to_dict(), "extra": extra}
     state["content_metadata"] = _metadata()
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -171,7 +171,7 @@ def load(engine: Engine, path: Path, contents: bool = False) -> Loaded:
     check_same_model(stored["recipe"], engine.recipe, path)
     if engine.optimizer is not None:
         check_same_optimizer(stored["recipe"], engine.recipe, path)
-    state = engine.sharded_state_dict(_metadata())
+    state = _sharded_state(engine)
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(path)),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -339,6 +339,10 @@ def _compare(stored: dict, now: dict, where: str, free: set[str], path: Path, re
                 f"{name}={value!r}, but the checkpoint {path} was saved with {stored.get(key)!r}; "
                 + (remedy or "use the recipe stored with it, or start another run with name=…")
             )
+
+
+def _sharded_state(engine: Engine) -> dict[str, Any]:
+    return engine.sharded_state_dict(_metadata())
 
 
 def _metadata() -> dict[str, Any]:

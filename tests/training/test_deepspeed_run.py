@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bov_megatron.training import checkpoint_report
 from tests.distributed import run_ranks
 from tests.test_convert import convert_rank
 from tests.training.runs import SMOKE, metrics, overrides, train
@@ -73,6 +74,11 @@ def check(found, expected):
         assert (line["step"], line["digest"], line["updated"]) == (wanted["step"], wanted["digest"], True)
         for key in wanted.keys() - {"digest", "updated"}:
             assert line[key] == pytest.approx(wanted[key], rel=1e-5), key
+
+
+def test_checkpoints_hold_the_same_tensors(runs):
+    megatron, zero3 = (checkpoint_report.inspect(runs / name)["tensors"] for name in ("megatron", "zero3"))
+    assert megatron == zero3 and len(zero3) > 20
 
 
 def test_export(runs, tmp_path):
