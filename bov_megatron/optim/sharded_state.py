@@ -5,8 +5,8 @@ data-parallel ranks divide among themselves are further offsets. Keys are `optim
 second moments belong to a whole matrix and are keyed by its canonical name, which no layout changes. The step count
 is one number. No rank ever holds another's state.
 
-Any optimizer will do that has `state_tensors`, `second_moments`, `step_count` and `groups` as `BovOptimizer` has them; of
-a parameter only `qualified_name`, `parameter`, `assignment` and `rows` are asked (engines/zero_optimizer.py).
+Any optimizer will do that has `state_tensors`, `second_moments`, `step_count` and `groups` as `BovOptimizer` has them;
+of a parameter only `qualified_name`, `parameter`, `assignment` and `rows` are asked (engines/zero_optimizer.py).
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ PATIENCE = "health.max_not_finite_steps=1"
 OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
 LAYOUTS = {
     "dp2": [],
+    "dp2-deepspeed": ["engine=deepspeed", "optimizer.name=adamw", "deepspeed.zero_stage=3"],
     "tp2-asynchronous": ["parallel.tensor_model_parallel_size=2", "checkpoint.asynchronous=true"],
 }
 
@@ -33,7 +34,11 @@ def disturbed_rank(rank, world_size, arguments, faults):
     """
     from bov_megatron import train as command
     from bov_megatron.data.loader import TrainLoader
-    from bov_megatron.engines.megatron import MegatronEngine
+
+    if "engine=deepspeed" in arguments:
+        from bov_megatron.engines.deepspeed import DeepSpeedEngine as Engine
+    else:
+        from bov_megatron.engines.megatron import MegatronEngine as Engine
 
     places = []
 
@@ -54,7 +59,7 @@ def disturbed_rank(rank, world_size, arguments, faults):
         return batch
 
     drawn, TrainLoader.__next__ = TrainLoader.__next__, next_batch
-    original, MegatronEngine.forward_backward = MegatronEngine.forward_backward, forward_backward
+    original, Engine.forward_backward = Engine.forward_backward, forward_backward
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         code = command.main([SMOKE, *arguments])
     return code, stderr.getvalue(), places
@@ -98,7 +103,13 @@ def check(arguments, folder, expected):
 
 
 @pytest.mark.parametrize(
-    ("layout", "fault", "also"), [("dp2", "spike", []), ("dp2", "nan", OVERLAP), ("tp2-asynchronous", "spike", [])]
+    ("layout", "fault", "also"),
+    [
+        ("dp2", "spike", []),
+        ("dp2", "nan", OVERLAP),
+        ("dp2-deepspeed", "spike", []),
+        ("tp2-asynchronous", "spike", []),
+    ],
 )
 def test_as_if_the_samples_had_never_been(prepared_data, tmp_path, never_given, layout, fault, also):
     """Though one rank alone saw what went wrong."""
