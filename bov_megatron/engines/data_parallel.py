@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from torch import nn
@@ -14,13 +14,21 @@ BUCKET_ELEMENTS = None
 """Gradients that are reduced together while the backward pass goes on; None: Megatron's choice, 40 million or more."""
 
 
-def wrap(chunks: Sequence[BovModel], overlap_grad_reduce: bool) -> list[DataParallel]:
+def wrap(
+    chunks: Sequence[BovModel], overlap_grad_reduce: bool, before_reduction: Callable[[], None] = lambda: None
+) -> list[DataParallel]:
     """Wrap the model chunks of this pipeline stage, and tell Megatron's schedules how to reduce their gradients.
 
     Args:
         overlap_grad_reduce: reduce a bucket as soon as the step's last micro-batch has left its gradients; on later
             pipeline stages, whose buckets are whole chunks, when the schedule says that all stages do.
+        before_reduction: called in each step when the backward pass has ended, before reductions are waited for.
     """
+
+    def finalize(*positional, **named):
+        before_reduction()
+        finalize_model_grads(*positional, **named)
+
     wrapped = []
     for number, chunk in enumerate(chunks):
         # One each: Megatron writes the bucket size into it.
@@ -32,7 +40,7 @@ def wrap(chunks: Sequence[BovModel], overlap_grad_reduce: bool) -> list[DataPara
     config.no_sync_func = _each([one.no_sync for one in wrapped])
     if overlap_grad_reduce:
         config.grad_sync_func = _each([one.start_grad_sync for one in wrapped])
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize
     return wrapped
 
 

@@ -25,6 +25,7 @@ from bov_megatron.model.initialization import initialize_weights
 from bov_megatron.model.naming import LocalParameter, local_parameters
 from bov_megatron.optim.optimizer import BovOptimizer
 from bov_megatron.parallel import cpu
+from bov_megatron.parallel.timer import DeviceTimer
 from bov_megatron.plan import total_steps
 from bov_megatron.recipe import Recipe
 
@@ -65,8 +66,11 @@ class MegatronEngine:
         self.recipe = recipe
         self._chunks = _build_chunks(recipe)
         self.wrapped, self.optimizer = [], None
+        self._gradient_timer = DeviceTimer()
         if with_optimizer:
-            self.wrapped = data_parallel.wrap(self._chunks, recipe.parallel.overlap_grad_reduce)
+            self.wrapped = data_parallel.wrap(
+                self._chunks, recipe.parallel.overlap_grad_reduce, before_reduction=self._gradient_timer.stop
+            )
             self.optimizer = BovOptimizer(self.wrapped, recipe, total_steps(recipe))
 
     @property
@@ -85,6 +89,14 @@ class MegatronEngine:
         """This pipeline stage's model where it is one chunk, as it is unless the pipeline is interleaved."""
         (chunk,) = self.chunks
         return chunk
+
+    @property
+    def gradient_seconds(self) -> float | None:
+        """From the start of the last `forward_backward` until gradients were ready for their reduction over
+        data-parallel ranks; None on later pipeline stages, which the first one waits for."""
+        if parallel_state.get_pipeline_model_parallel_rank() > 0:
+            return None
+        return self._gradient_timer.seconds()
 
     def local_parameters(self) -> list[LocalParameter]:
         """Every parameter of this rank."""
@@ -113,6 +125,7 @@ class MegatronEngine:
 
     def forward_backward(self, micro_batches: Sequence[Tensor]) -> float:
         """Leave the global batch's mean gradient in `main_grad`; return its mean loss in nats per token."""
+        self._gradient_timer.start()
         for wrapped in self.wrapped:
             wrapped.train()
             wrapped.zero_grad_buffer()
