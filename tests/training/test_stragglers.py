@@ -14,7 +14,7 @@ from bov_megatron.training import stragglers
 from tests.distributed import run_ranks
 from tests.training.runs import SMOKE, overrides
 
-SECONDS, SLOW_STEP = 0.7, 5
+SECONDS, SLOW_STEP = 1.2, 5
 
 
 def slowed_rank(rank, world_size, arguments, slow, how):
@@ -61,8 +61,8 @@ def test_a_rank_that_computes_late_is_named(prepared_data, tmp_path, layout):
     world_size, parallel, slow, named = LAYOUTS[layout]
     line = line_of_slow_step(overrides(prepared_data, tmp_path, *parallel), tmp_path, world_size, slow, "stopped")
     assert line["slowest_rank"] in named
-    assert line["step_seconds"] > line["slowest_rank_seconds"] > SECONDS
-    assert line["slowest_rank_seconds"] - line["fastest_rank_seconds"] > SECONDS / 2
+    # Not compared with step_seconds: rank 0 may begin its step later than others do theirs.
+    assert line["slowest_rank_seconds"] > max(SECONDS, line["fastest_rank_seconds"])
 
 
 def test_a_rank_whose_data_come_late_is_named(prepared_data, tmp_path):
