@@ -77,6 +77,12 @@ class Engine:
         return self._chunks
 
     @property
+    def gradient_seconds(self) -> float | None:
+        """From the start of the last `forward_backward` until this rank's gradients were ready for their reduction over
+        data-parallel ranks; None where that cannot be told."""
+        return None
+
+    @property
     def model(self) -> BovModel:
         """This pipeline stage's model where it is one chunk, as it is unless the pipeline is interleaved."""
         (chunk,) = self.chunks

@@ -22,6 +22,7 @@ def wrap(chunks: Sequence[BovModel], overlap_grad_reduce: bool, finalize: Callab
             pipeline stages, whose buckets are whole chunks, when the schedule says that all stages do.
         finalize: called after the last backward pass with the arguments of Megatron's `finalize_model_grads`.
     """
+
     wrapped = []
     for number, chunk in enumerate(chunks):
         # One each: Megatron writes the bucket size into it.

@@ -18,6 +18,7 @@ from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.host_tables import HostGradients
 from bov_megatron.optim.optimizer import BovOptimizer
 from bov_megatron.parallel import cpu
+from bov_megatron.parallel.timer import DeviceTimer
 from bov_megatron.plan import total_steps
 from bov_megatron.recipe import Recipe
 
@@ -36,6 +37,7 @@ class MegatronEngine(Engine):
         super().__init__(recipe)
         self.wrapped = []
         self.host_gradients = HostGradients(self.chunks)
+        self._gradient_timer = DeviceTimer()
         if with_optimizer:
             with self.host_gradients.kept_here():
                 self.wrapped = data_parallel.wrap(
@@ -51,8 +53,16 @@ class MegatronEngine(Engine):
             self.optimizer.finish_gather()
         return self._chunks
 
+    @property
+    def gradient_seconds(self) -> float | None:
+        """See Engine; None on later pipeline stages, which the first one waits for."""
+        if parallel_state.get_pipeline_model_parallel_rank() > 0:
+            return None
+        return self._gradient_timer.seconds()
+
     def forward_backward(self, micro_batches: Sequence[Tensor]) -> float:
         """Leave the global batch's mean gradient in `main_grad`; return its mean loss in nats per token."""
+        self._gradient_timer.start()
         for wrapped in self.wrapped:
             wrapped.train()
             wrapped.zero_grad_buffer()
@@ -76,6 +86,7 @@ class MegatronEngine(Engine):
 
     def _finalize_gradients(self, *arguments, **options) -> None:
         """Megatron's reductions after the last backward pass, and those of tables in host memory."""
+        self._gradient_timer.stop()
         finalize_model_grads(*arguments, **options)
         self.host_gradients.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from bov_megatron.engines.base import Engine
 from bov_megatron.parallel import cpu
 from bov_megatron.plan import total_steps
+from bov_megatron.training import stragglers
 from bov_megatron.training.callbacks import Callback, TrainingError
 from bov_megatron.training.checkpoint import CheckpointError, Loaded
 from bov_megatron.training.health import Health, Verdict
@@ -67,6 +70,7 @@ class Trainer:
         self._checkpoint_extra, self._reload = checkpoint_extra or {}, reload
         self._stop_request, self._alive = stop_request, alive
         self.throughput = Throughput(self.recipe, dist.get_world_size())
+        self._data_seconds, self._stragglers = 0.0, {}
 
     @property
     def stopping(self) -> bool:
@@ -101,7 +105,9 @@ class Trainer:
         batches = iter(self.loader)
         while self.step < self.total_steps and not self.stopping:
             self.throughput.start()
+            waiting_since = time.perf_counter()
             self.batch = next(batches)
+            self._data_seconds = time.perf_counter() - waiting_since
             record = self._train_step()
             if self.health is not None and self.health.must_roll_back(record):
                 self._roll_back(record)
@@ -115,6 +121,7 @@ class Trainer:
     def _train_step(self) -> dict[str, Any]:
         """One optimizer step; its line of metrics."""
         rates = self.engine.optimizer.learning_rates()
+        self._stragglers = {}
         result = self.engine.train_step(self.batch.micro_batches, self._accepts)
         self.step += 1
         return {
@@ -126,6 +133,7 @@ class Trainer:
             "tokens": self.step * self.recipe.batch_tokens,
             **{f"learning_rate/{kind}": rate for kind, rate in rates.items()},
             **self.throughput.stop(),
+            **self._stragglers,
         }
 
     def _roll_back(self, record: dict[str, Any]) -> None:
@@ -155,19 +163,23 @@ class Trainer:
 
     def _accepts(self, loss: float) -> bool:
         """Whether the update is made that the gradients of `loss` are ready for; the same on every rank."""
+        verdict = Verdict.TAKE if self.health is None else self.health.judge(loss)
+        durations = stragglers.pack(self._data_seconds, self.engine.gradient_seconds, dist.get_rank())
+        verdict, *durations = self.agree(verdict, *durations)
+        self._stragglers = stragglers.unpack(durations, parallel_state.get_data_parallel_world_size())
         if self.health is None:
-            return not self.agree()
-        self.health.verdict = Verdict(self.agree(self.health.judge(loss)))
+            return True
+        self.health.verdict = Verdict(verdict)
         return self.health.verdict is Verdict.TAKE
 
-    def agree(self, verdict: int = 0) -> int:
+    def agree(self, *words: int) -> list[int]:
         """One small reduction: any rank's reason to stop becomes everyone's `stop_reason`; collective.
 
-        Returns the highest of all ranks' verdicts on the step at hand.
+        Returns the highest that any rank gave of each of `words`.
         """
-        words = torch.tensor([int(self._stop_request()), int(verdict)], device=cpu.device())
-        dist.all_reduce(words, op=dist.ReduceOp.MAX)
-        reason, verdict = words.tolist()
+        highest = torch.tensor([int(self._stop_request()), *words], device=cpu.device())
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        reason, *agreed = highest.tolist()
         self.stop_reason = max(self.stop_reason, StopReason(reason))
         self._alive()
         if self.stop_reason is StopReason.LEASE_LOST:
@@ -175,7 +187,7 @@ class Trainer:
                 f"another start has taken the run folder {self.recipe.run_dir}, as this one gave no sign of life for a "
                 "while (suspended, or cut off from the file system); it ends without saving, the other goes on"
             )
-        return verdict
+        return agreed
 
     def is_due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps (0: only at the end) happens after this one."""

@@ -10,7 +10,10 @@ from pathlib import Path
 from tests.distributed import run_ranks
 
 SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
-TIMINGS = ("step_seconds", "tokens_per_second", "validation_seconds", "mfu")
+TIMINGS = (
+    *("step_seconds", "tokens_per_second", "validation_seconds", "mfu", "data_seconds", "data_rank"),
+    *("slowest_rank", "slowest_rank_seconds", "fastest_rank_seconds"),
+)
 
 TINY = [
     "model.num_layers=3",

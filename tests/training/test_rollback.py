@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_killed_at_once_and_resumed(prepared_data, tmp_path, never_given):
     with pytest.raises(AssertionError, match="exit codes"):
         run_ranks(disturbed_rank, 2, arguments, {8: "spike", 9: "kill"})
     shutil.copytree(tmp_path / "same", tmp_path / "other")
-    (tmp_path / "other" / "lease.json").unlink()
+    (tmp_path / "other" / "lease.json").unlink(missing_ok=True)
     result = run_ranks(disturbed_rank, 2, arguments, {})[0]
     assert "resuming after step 6" in result[1] and result[2] == list(range(9, 15))
     check(arguments, tmp_path / "same", never_given["dp2"])
@@ -182,3 +183,26 @@ def test_runs_that_are_ended(prepared_data, tmp_path, faults, limit, message):
     assert len(errors) == 1
     first, second = message.split(" .* ")
     assert first in errors[0] and second in errors[0]
+
+
+@pytest.mark.parametrize("to_step", [2, 4, 5])
+def test_lines_that_a_full_disk_has_not_taken_are_dropped_too(tmp_path, monkeypatch, to_step):
+    from bov_megatron.training import metrics_file
+
+    monkeypatch.setattr(metrics_file.dist, "get_rank", lambda: 0)
+    trainer = SimpleNamespace(step=0, unfinished=None, rollbacks=1, is_due=lambda interval: True)
+    file = metrics_file.MetricsFile(tmp_path, 1)
+    file.start(trainer)
+    earlier = {"step": 3, "rollback": {"number": 1}}
+    for line in [*({"step": step} for step in (1, 2, 3)), earlier, *({"step": step} for step in (4, 5, 6))]:
+        file.after_step(trainer, line)
+    whole = file.path.read_bytes()
+    taken = whole.index(b'{"step": 5}') + 4
+    file.file.truncate(taken)
+    file.unwritten = whole[taken:]
+    trainer.step, trainer.rollbacks = to_step, 2
+    file.rolled_back(trainer, {"step": to_step, "rollback": {"number": 2}})
+    file.finish(trainer)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines if "rollback" not in line] == list(range(1, to_step + 1))
+    assert [line["rollback"]["number"] for line in lines if "rollback" in line] == [1, 2]

@@ -1,0 +1,36 @@
+"""How long a device takes between two points of a program."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class DeviceTimer:
+    """Time between `start` and `stop` on this rank's device: on a GPU between two points of its stream, since the
+    program itself runs ahead; on a CPU by the clock."""
+
+    def __init__(self):
+        self._on_gpu = torch.cuda.is_available()
+        self._started = self._stopped = None
+
+    def start(self) -> None:
+        self._started, self._stopped = self._now(), None
+
+    def stop(self) -> None:
+        self._stopped = self._now()
+
+    def _now(self) -> torch.cuda.Event | float:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        """Between the last `start` and the `stop` after it. Waits for a GPU to get there."""
+        if not self._on_gpu:
+            return self._stopped - self._started
+        self._stopped.synchronize()
+        return self._started.elapsed_time(self._stopped) / 1e3
