@@ -98,6 +98,7 @@ finish() {
 # srun's own status is the highest of all ranks', and 143 once it has terminated some because another one crashed. The
 # run's status is what rank 0 leaves in a file, or whichever rank ends the run; if none could leave any, it crashed.
 # All nodes see this folder, but it may be read-only; then it is rank 0's file alone, which runs on this node.
+rm -f "$PWD/logs/.status-$SLURM_JOB_ID."* # of an earlier start that was killed
 BOV_STATUS_FILE=$(mktemp -p "$PWD/logs" ".status-$SLURM_JOB_ID.XXXXXX" 2>/dev/null || mktemp)
 export BOV_STATUS_FILE
 status=0
