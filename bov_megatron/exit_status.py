@@ -1,5 +1,6 @@
 """Exit statuses of a training run, by which a launcher knows whether to start it again. Imports nothing heavy."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -17,9 +18,13 @@ INTERRUPTED = 143
 
 
 def report(status: int) -> None:
-    """Write the run's status to the file that the variable BOV_STATUS_FILE names, if any; for rank 0.
+    """Write the run's status to the file that the variable BOV_STATUS_FILE names, if any; for rank 0, or for the one
+    that ends the run.
 
     A launcher that kills the other ranks as soon as one has ended cannot tell their statuses from the run's.
     """
     if file := os.environ.get("BOV_STATUS_FILE"):
-        Path(file).write_text(f"{status}\n")
+        with contextlib.suppress(
+            OSError
+        ):  # a folder that this node doesn't see: the launcher then takes it for a crash
+            Path(file).write_text(f"{status}\n")

@@ -76,7 +76,10 @@ def _train(recipe: Recipe, world: World, signals: StopSignals) -> int:
         return _refuse(error, status, world.rank == 0)
     except DataError as error:
         # At the start the same on every rank; later, a shard may be damaged for one rank alone.
-        speaks = world.rank == 0 or not getattr(error, "on_all_ranks", False)
+        alone = not getattr(error, "on_all_ranks", False)
+        if alone:  # rank 0 may only see that this one has gone
+            exit_status.report(exit_status.CANNOT_START)
+        speaks = world.rank == 0 or alone
         return _refuse(error, exit_status.CANNOT_START, speaks, world.rank)
     if stopped_by and world.rank == 0:
         print(

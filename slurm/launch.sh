@@ -96,8 +96,10 @@ finish() {
 # A rank that fails takes the others with it: they would wait for it in a collective until that times out.
 # --label begins each line with its rank, as tracebacks of all ranks arrive at once.
 # srun's own status is the highest of all ranks', and 143 once it has terminated some because another one crashed. The
-# run's status is what rank 0, which runs on this node, leaves in a file; if it could leave none, it crashed.
-BOV_STATUS_FILE=$(mktemp)
+# run's status is what rank 0 leaves in a file, or whichever rank ends the run; if none could leave any, it crashed.
+# All nodes see this folder, but it may be read-only; then it is rank 0's file alone, which runs on this node.
+rm -f "$PWD/logs/.status-$SLURM_JOB_ID."* # of an earlier start that was killed
+BOV_STATUS_FILE=$(mktemp -p "$PWD/logs" ".status-$SLURM_JOB_ID.XXXXXX" 2>/dev/null || mktemp)
 export BOV_STATUS_FILE
 status=0
 run_with_signals "${srun[@]}" --kill-on-bad-exit=1 --label \

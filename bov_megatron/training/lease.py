@@ -181,7 +181,7 @@ class Lease:
                 part = self._part()
                 part.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(self.me, beat=beat))))
                 part.replace(self.path)
-            except (OSError, RunFolderError) as error:  # a full disk, a server that restarts, half a file: not for long
+            except (OSError, RunFolderError) as error:  # a full disk, half a file: the next beat may succeed
                 _say(f"warning: {self.path} cannot be renewed: {error}")
 
     def _part(self) -> Path:

@@ -24,7 +24,8 @@ def pack(data_seconds: float, gradient_seconds: float | None, rank: int) -> list
 
     Args:
         data_seconds: how long the step's batch was waited for.
-        gradient_seconds: until gradients were ready; None on ranks that represent no replica.
+        gradient_seconds: until gradients were ready; None on ranks that represent no replica, and with an engine that
+            cannot tell.
     """
     data = _packed(data_seconds, rank)
     if gradient_seconds is None:
@@ -41,7 +42,7 @@ def unpack(words: list[int], replicas: int) -> dict[str, float | int]:
     """
     data, slowest, fastest = words
     told = dict(zip(("data_rank", "data_seconds"), _unpacked(data), strict=True))
-    if replicas > 1:
+    if replicas > 1 and slowest != UNKNOWN:
         told["slowest_rank"], told["slowest_rank_seconds"] = _unpacked(slowest)
         told["fastest_rank_seconds"] = _unpacked(-fastest)[1]
     return told

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections import Counter
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from bov_megatron.data import cache as cache_module
 from bov_megatron.data.errors import DataError
 from bov_megatron.data.loader import TrainLoader, ValidationLoader
 from bov_megatron.data.manifest import read_manifest
@@ -294,6 +296,57 @@ def test_a_killed_download_leaves_nothing_to_be_believed(copy, tmp_path):
     assert not list(incoming.iterdir())
     os.truncate(tmp_path / "cache" / name, 999)  # as another program may leave it
     assert cache.get(name, 300_000_000).stat().st_size == 300_000_000
+
+
+@pytest.fixture
+def outage(copy, tmp_path, monkeypatch):
+    """A cache whose next downloads fail, as many as the list has errors (tests/faults has a real server's outages)."""
+    errors = []
+    real = cache_module.Cache._download
+
+    def download(self, name, file):
+        if errors:
+            raise errors.pop()
+        real(self, name, file)
+
+    monkeypatch.setattr(cache_module.Cache, "_download", download)
+    monkeypatch.setattr(cache_module, "FIRST_WAIT_SECONDS", 0.01)
+    return cache_module.Cache(tmp_path / "cache", str(copy)), errors
+
+
+def test_a_home_out_of_reach_is_tried_again(outage, capsys):
+    cache, errors = outage
+    errors += [ConnectionResetError("cut off")] * 3
+    assert json.loads(cache.get("train/index.json").read_text())
+    said = capsys.readouterr().err
+    assert said.count("is out of reach (ConnectionResetError: cut off); trying again for") == 1
+    assert "train/index.json is back, after" in said and not errors
+
+
+def test_what_cannot_get_better_is_not_tried_again(outage):
+    cache, errors = outage
+    refused = RuntimeError()
+    refused.response = {"ResponseMetadata": {"HTTPStatusCode": 403}}
+    for error, reason in ((refused, "HTTP status 403"), (FileNotFoundError("x"), "FileNotFoundError: x")):
+        errors[:] = [error]
+        with pytest.raises(DataError, match=f"can't fetch .*/train/index.json: .*{reason}"):
+            cache.get("train/index.json")
+        assert not errors
+    assert not list((cache.folder / ".incoming").iterdir())
+
+
+def test_waiting_ends_with_patience_or_with_the_run(outage, monkeypatch):
+    cache, errors = outage
+    errors += [ConnectionResetError("cut off")] * 1000
+    monkeypatch.setattr(cache_module, "PATIENCE_SECONDS", 0.1)
+    with pytest.raises(DataError, match="can't fetch .*ConnectionResetError: cut off.*start again to go on"):
+        cache.get("train/index.json")
+    monkeypatch.setattr(cache_module, "PATIENCE_SECONDS", 600.0)
+    threading.Timer(0.2, cache.close).start()
+    started = time.monotonic()
+    with pytest.raises(DataError, match="given up, as the run ends"):
+        cache.get("train/index.json")
+    assert time.monotonic() - started < 30
 
 
 def test_bad_remotes_are_refused(copy, data_folder, tmp_path):

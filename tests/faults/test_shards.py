@@ -45,6 +45,22 @@ def shard_of_step(arguments: list[str], step: int) -> tuple[Path, int]:
         return split._path(int(wanted)), next(n for n in range(step + 1) if wanted in shards[n])
 
 
+def shard_of_second_rank_alone(arguments: list[str]) -> tuple[Path, int]:
+    """A shard, and the step that is the first to need it, in the second half of its batch of 20 only."""
+    recipe = load_recipe(SMOKE, arguments)
+    sizes = {"global_batch_size": 20, "micro_batch_size": 20, "sequence_length": 256, "vocab_size": 512}
+    with TrainLoader(recipe.data, **sizes) as loader:
+        (split,) = loader._splits
+        ends, seen = np.cumsum(split.shard_sizes), set()
+        for step in range(40):
+            shards = np.searchsorted(ends, loader.order.batch(step)[:, 1], side="right")
+            alone = set(shards[10:]) - set(shards[:10]) - seen
+            if alone:
+                return split._path(int(alone.pop())), step
+            seen |= set(shards)
+    raise AssertionError("no such shard")
+
+
 def truncate(shard: Path) -> None:
     os.truncate(shard, shard.stat().st_size - 100)
 
@@ -90,3 +106,20 @@ def test_a_shard_is_damaged_while_the_run_goes_on(prepared_data, undisturbed, tm
         assert launch.wait() == [0, 0], launch.output()
         say(f"restored; {launch.output().splitlines()[0].rpartition('; ')[2]}")
     say(same_as(undisturbed, run_dir))
+
+
+def test_the_second_rank_alone_meets_it(prepared_data, tmp_path, say):
+    """Rank 0 sees no more than a broken connection; a launcher is told that starting again is no use."""
+    shutil.copytree(prepared_data.folder, tmp_path / "data")
+    arguments = overrides(
+        prepared_data, tmp_path / "run", *STEPS, "train.global_batch_size=20", f"data.path={tmp_path}/data"
+    )
+    shard, needed_at = shard_of_second_rank_alone(arguments)
+    shard.unlink()
+    status = tmp_path / "status"
+    with Launch(2, arguments, tmp_path / "first", environ={"BOV_STATUS_FILE": str(status)}) as launch:
+        statuses = launch.wait()
+        error = next(line for line in launch.output().splitlines() if line.startswith("error: "))
+        say(f"step {needed_at + 1}: statuses {statuses}, told {status.read_text().strip()}; {error}")
+    assert statuses[1] == 2 and statuses[0] not in (0, 2) and status.read_text() == "2\n"
+    assert error.startswith("error: rank 1: shard ") and str(shard) in error
