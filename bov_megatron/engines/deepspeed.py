@@ -22,6 +22,7 @@ from torch import Tensor
 from bov_megatron.engines.base import Engine
 from bov_megatron.engines.zero_optimizer import ZeroOptimizer, make_adamw
 from bov_megatron.engines.zero_state import Stretch, ZeroParameter
+from bov_megatron.model import lookup_ahead
 from bov_megatron.optim import sharded_state
 from bov_megatron.parallel import cpu
 from bov_megatron.plan import total_steps
@@ -73,6 +74,7 @@ class DeepSpeedEngine(Engine):
             return loss, loss.detach()
 
         losses = self._run(self.chunks, micro_batches, mean_loss, forward_only=False)
+        lookup_ahead.check_settled()
         self._note_touched_rows()
         return self._sum_over_data_parallel(losses, 1)[0] / (
             len(micro_batches) * parallel_state.get_data_parallel_world_size()
@@ -81,8 +83,7 @@ class DeepSpeedEngine(Engine):
     def _run(self, chunks: list, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
         results = []
         for number, ids_BT in enumerate(micro_batches, 1):
-            ids_BT = ids_BT.to(cpu.device(), non_blocking=True)
-            labels_BT = ids_BT[:, 1:].contiguous()
+            labels_BT = cpu.to_device(ids_BT[:, 1:].contiguous())
             if not forward_only:
                 self.zero.set_gradient_accumulation_boundary(number == len(micro_batches))
             loss, result = loss_function(labels_BT, self.zero(ids_BT[:, :-1].contiguous(), labels_BT))
