@@ -165,7 +165,7 @@ def host_gradients_not_cleared():
 def host_weights_not_gathered():
     """A data-parallel rank keeps to the rows that it updates itself."""
     from bov_megatron.optim.optimizer import BovOptimizer
-    from bov_megatron.optim.sharding import WeightGatherer
+    from bov_megatron.optim.weight_gatherer import WeightGatherer
 
     make = BovOptimizer._gatherer
     BovOptimizer._gatherer = lambda self, on_host: WeightGatherer([], [], None) if on_host else make(self, on_host)
