@@ -96,7 +96,7 @@ def _weights_of_layers_with_extra_state(rank, world_size, description):
     plain = MegatronEngine(recipe, with_optimizer=False)
     spec.linear_layers = lambda recipe: (WithExtraState, linear.RowParallelLinear)
     engine = MegatronEngine(recipe, with_optimizer=False)
-    stored = [e.model_sharded_state_dict({"dp_cp_group": None}) for e in (plain, engine)]
+    stored = [e.sharded_state_dict({"dp_cp_group": None})["model"] for e in (plain, engine)]
     weights = {"0": dict(plain.model.named_parameters())}
     engine.load_state(weights, None)
     return [set(state["0"]) for state in stored]
