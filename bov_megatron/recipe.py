@@ -458,7 +458,7 @@ class Recipe:
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel ranks in a world of this size; raises RecipeError where it doesn't divide."""
-        from bov_megatron.recipe_checks import check_world_size
+        from bov_megatron.recipe_layout_checks import check_world_size
 
         return check_world_size(self, world_size)
 
