@@ -21,7 +21,7 @@ from bov_megatron.engines.base import Engine, build_engine
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.launch import World
 from bov_megatron.recipe import Recipe, RecipeError
-from bov_megatron.training import checkpoint
+from bov_megatron.training import checkpoint, checkpoint_compatibility
 from bov_megatron.training.callbacks import (
     Checkpoints,
     Progress,
@@ -110,7 +110,7 @@ def _resume(engine: Engine) -> checkpoint.Loaded | None:
     if path is None:
         return None
     stored = _on_all_ranks(lambda: checkpoint.read_run(path))
-    checkpoint.check_same_data_order(stored["recipe"], engine.recipe, path)
+    checkpoint_compatibility.check_same_data_order(stored["recipe"], engine.recipe, path)
     return _on_all_ranks(lambda: checkpoint.load(engine, path))
 
 

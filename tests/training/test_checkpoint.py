@@ -175,7 +175,7 @@ def data_recipe():
 
 
 def test_another_data_order_is_refused_on_resume(tmp_path):
-    from bov_megatron.training.checkpoint import check_same_data_order
+    from bov_megatron.training.checkpoint_compatibility import check_same_data_order
 
     stored = data_recipe().to_dict()
     moved = data_recipe()
