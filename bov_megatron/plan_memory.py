@@ -137,8 +137,9 @@ def _state_bytes(recipe: Recipe, spec: ParameterSpec, data_parallel_size: int) -
         return _zero_bytes(recipe, size, data_parallel_size)
     if recipe.parallel.use_distributed_optimizer:
         shards = data_parallel_size * recipe.parallel.context_parallel_size
+    arriving = recipe.parallel.overlap_param_gather and shards > 1 and not _is_on_host(recipe, spec)
     return {
-        "weights": size * weight_bytes(recipe),
+        "weights": size * weight_bytes(recipe) * (2 if arriving else 1),
         "gradients": size * MAIN_BYTES,
         "optimizer": -(-optimizer_bytes(recipe, spec, size) // shards),
     }

@@ -171,3 +171,11 @@ def test_distributed_optimizer_divides_the_state():
     stored = planned["weights"] + planned["gradients"] + planned["optimizer"] + planned["tables"]
     for rank in ranks:  # whole matrices have one owner each, so shares are not quite equal
         assert sum(rank) == pytest.approx(stored, rel=0.02)
+
+
+def test_weights_on_their_way_are_there_twice():
+    recipe = Recipe(model=ModelConfig(num_layers=4, hidden_size=128, num_attention_heads=4))
+    alone, two = memory_by_stage(recipe, 1), memory_by_stage(recipe, 2)[0]
+    recipe.parallel.overlap_param_gather = True
+    assert memory_by_stage(recipe, 2)[0]["weights"] == 2 * two["weights"]
+    assert memory_by_stage(recipe, 1) == alone, "one replica gathers nothing"
