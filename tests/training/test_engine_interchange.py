@@ -14,6 +14,9 @@ BF16_DP2, BF16_TP2 = adamw_recipe("bf16"), adamw_recipe("bf16", tensor_model_par
 RECIPES = {
     "megatron-dp2": DP2,
     "megatron-tp2": TP2,
+    "megatron-tp2-pp2": adamw_recipe(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, pipeline_layers=[1, 2]
+    ),
     "zero1-tp2": zero(TP2, 1),
     "zero1-dp2-offload": zero(DP2, 1, "cpu"),
     "zero2-dp2": zero(DP2, 2),
@@ -23,6 +26,8 @@ RECIPES = {
     "bf16-zero3-dp2": zero(BF16_DP2, 3),
 }
 """Vocabularies pad to 301 or 302 rows: shapes differ between layouts."""
+ON_FOUR = {"megatron-tp2-pp2": ["zero1-tp2", "zero2-dp2", "zero3-dp2"]}
+"""Twice the data-parallel ranks of those names."""
 CONTINUED = {
     "megatron-tp2": ["zero1-dp2-offload", "zero2-dp2", "zero3-dp2"],
     "zero3-dp2": ["megatron-tp2", "zero3-dp2"],
@@ -32,14 +37,14 @@ CONTINUED = {
 }
 
 
-def interchange(rank, world_size, folder):
+def interchange(rank, world_size, continued, folder):
     """Losses after the checkpoint: by the run that saved it under its own name, and by each that loaded it."""
     return {
         saved: {
             saved: save_and_go_on(RECIPES[saved], folder / saved),
             **{f"then {name}": go_on(RECIPES[name], folder / saved) for name in targets},
         }
-        for saved, targets in CONTINUED.items()
+        for saved, targets in continued.items()
     }
 
 
@@ -69,10 +74,13 @@ def more_steps(engine) -> list[float]:
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory):
-    return run_ranks(interchange, 2, tmp_path_factory.mktemp("interchange"))[0]
+    folder = tmp_path_factory.mktemp("interchange")
+    return run_ranks(interchange, 2, CONTINUED, folder)[0] | run_ranks(interchange, 4, ON_FOUR, folder)[0]
 
 
-@pytest.mark.parametrize(("saved", "target"), [(saved, t) for saved, targets in CONTINUED.items() for t in targets])
+@pytest.mark.parametrize(
+    ("saved", "target"), [(saved, t) for saved, targets in (CONTINUED | ON_FOUR).items() for t in targets]
+)
 def test_goes_on(losses, saved, target):
     expected, found = losses[saved][saved], losses[saved][f"then {target}"]
     assert found == pytest.approx(expected, rel=1e-3 if "bf16" in saved else 1e-6)
