@@ -24,7 +24,6 @@ def report(status: int) -> None:
     A launcher that kills the other ranks as soon as one has ended cannot tell their statuses from the run's.
     """
     if file := os.environ.get("BOV_STATUS_FILE"):
-        with contextlib.suppress(
-            OSError
-        ):  # a folder that this node doesn't see: the launcher then takes it for a crash
+        # A folder that this node doesn't see: the launcher then takes it for a crash.
+        with contextlib.suppress(OSError):
             Path(file).write_text(f"{status}\n")

@@ -25,7 +25,7 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout: float = 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(WARM_MODULES)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        port = _free_port()
+        port = free_port()
         ranks = [
             context.Process(target=_rank_main, args=(function, rank, world_size, port, folder, args))
             for rank in range(world_size)
@@ -65,14 +65,7 @@ def _wait(ranks, folder: Path, timeout: float) -> None:
 
 
 def _rank_main(function, rank: int, world_size: int, port: int, folder: str, args: tuple) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(rank_environment(rank, world_size, port))
     import torch
 
     torch.set_num_threads(1)
@@ -93,7 +86,19 @@ def _rank_main(function, rank: int, world_size: int, port: int, folder: str, arg
             dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would set for a rank of a single node."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

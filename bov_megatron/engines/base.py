@@ -7,6 +7,7 @@ a stage that hosts a bank looks values up by token id. So is every context-paral
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def build_engine(recipe: Recipe, with_optimizer: bool = True) -> Engine:
     return MegatronEngine(recipe, with_optimizer)
 
 
-class Engine:
+class Engine(abc.ABC):
     """Model, gradients and optimizer of one rank. A subclass says how gradients and updates are made.
 
     `optimizer` is None for evaluation, else has `step`, `step_count`, `learning_rates`, `sharded_state_dict`,
@@ -108,9 +109,9 @@ class Engine:
         update = self.optimizer.step()
         return StepResult(loss, update.grad_norm, update.applied)
 
+    @abc.abstractmethod
     def forward_backward(self, micro_batches: Sequence[Tensor]) -> float:
         """Leave the global batch's mean gradient for the optimizer; return its mean loss in nats per token."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[Tensor], bytes_per_token: Tensor, counted: Sequence[Tensor]) -> ScoreResult:
@@ -135,10 +136,10 @@ class Engine:
         nats, size, tokens = self._sum_over_data_parallel(results, 3)
         return ScoreResult(nats, int(size), int(tokens))
 
+    @abc.abstractmethod
     def table_sums(self, table: torch.nn.Parameter, rows: int) -> tuple[float, int]:
         """Sum of squares of the first `rows` rows of this rank's part of a value table, and how many of them have a
         gradient; both the same on all data-parallel ranks, collective among them."""
-        raise NotImplementedError
 
     def sharded_state_dict(self, metadata: dict) -> dict:
         """This rank's weights, by chunk, and its optimizer's state, for megatron.core.dist_checkpointing; collective.
@@ -159,16 +160,17 @@ class Engine:
         if self.optimizer is not None:
             self.optimizer.load_state_dict(optimizer_state)
 
+    @abc.abstractmethod
     def _discard_gradients(self) -> None:
-        """Forget gradients that no update is made of, where the next `forward_backward` doesn't begin with that."""
+        """Forget gradients that no update is made of."""
 
     def _fill_groups(self, micro_batches: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[list, list]:
         """The micro-batches to score, and their rows that count, in as many as the schedule takes."""
         return list(micro_batches), list(counted)
 
+    @abc.abstractmethod
     def _run(self, chunks: list, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
         """The micro-batches through the model, and back; what `loss_function(labels, losses)` gave beside the loss."""
-        raise NotImplementedError
 
     def _sum_over_data_parallel(self, results: list[Tensor], width: int) -> list[float]:
         """Sum of the last stage's results over micro-batches, data- and context-parallel ranks, on every rank."""

@@ -84,6 +84,9 @@ class MegatronEngine(Engine):
         touched = (table.main_grad[:rows] != 0).any(dim=1).sum()
         return float(table.detach()[:rows].double().square().sum()), int(touched)
 
+    def _discard_gradients(self) -> None:
+        """Nothing to do: the next `forward_backward` clears the buffers."""
+
     def _finalize_gradients(self, *arguments, **options) -> None:
         """Megatron's reductions after the last backward pass, and those of tables in host memory."""
         self._gradient_timer.stop()

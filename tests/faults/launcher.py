@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.distributed import WARM_MODULES, _free_port
+from tests.distributed import WARM_MODULES, free_port, rank_environment
 from tests.training.runs import SMOKE
 
 PHASES = ("start-up", "step", "validation", "save")
@@ -50,7 +50,7 @@ class Launch:
         self.board[:, 1] = 1
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(WARM_MODULES)
-        port = _free_port()
+        port = free_port()
         self.ranks = [
             context.Process(
                 target=_rank,
@@ -118,15 +118,7 @@ def _rank(rank, world_size, port, arguments, folder, prepare, prepare_arguments,
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.update(
-        environ,
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(environ | rank_environment(rank, world_size, port))
     import torch
 
     from bov_megatron import train

@@ -16,7 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from tests.distributed import _free_port
+from tests.distributed import free_port
 
 BUCKET = "corpus"
 
@@ -25,7 +25,7 @@ class ObjectStore:
     """Start with `start()`, at the same port each time."""
 
     def __init__(self, data: Path, folder: Path):
-        self.data, self.folder, self.port = data, folder, _free_port()
+        self.data, self.folder, self.port = data, folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "store.log"
         self.process: subprocess.Popen | None = None
@@ -72,7 +72,7 @@ def main(port: int, folder: Path, keys: Path) -> None:
     from moto.moto_api._internal import mock_random
     from moto.server import ThreadedMotoServer
 
-    inner, outer = (ThreadedMotoServer(ip_address="127.0.0.1", port=port) for port in (_free_port(), port))
+    inner, outer = (ThreadedMotoServer(ip_address="127.0.0.1", port=port) for port in (free_port(), port))
     inner.start()
     url = f"http://127.0.0.1:{inner._port}"
     anyone = {"aws_access_key_id": "setup", "aws_secret_access_key": "setup", "region_name": "us-east-1"}
