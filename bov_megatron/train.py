@@ -10,12 +10,13 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from bov_megatron import exit_status
+from bov_megatron import errors
+from bov_megatron.lifecycle import exit_status
 
 if TYPE_CHECKING:
+    from bov_megatron.lifecycle.interruption import StopSignals
     from bov_megatron.parallel.launch import World
-    from bov_megatron.recipe import Recipe
-    from bov_megatron.training.interruption import StopSignals
+    from bov_megatron.recipe import Recipe, data_parallel_size
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,51 +44,48 @@ def _main(arguments: list[str] | None) -> int:
     options = parser.parse_args(arguments)
 
     from bov_megatron.compat import quiet_megatron_imports
-    from bov_megatron.parallel.launch import LaunchError, detect_world, export_world
-    from bov_megatron.recipe import RecipeError, load_recipe
-    from bov_megatron.training.interruption import StopSignals
+    from bov_megatron.errors import LaunchError, RecipeError
+    from bov_megatron.lifecycle.interruption import StopSignals
+    from bov_megatron.parallel.launch import detect_world, export_world
+    from bov_megatron.recipe import load_recipe
 
     # The first rank of each node speaks: a recipe may be missing on one node alone.
     speaks = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
     try:
         world = detect_world()
         recipe = load_recipe(options.recipe, options.overrides)
-        recipe.data_parallel_size(world.world_size)
+        data_parallel_size(recipe, world.world_size)
         export_world(world)
         quiet_megatron_imports()
     except (RecipeError, LaunchError) as error:
-        return _refuse(error, exit_status.CANNOT_START, speaks)
+        return _refuse(error, errors.CANNOT_START, speaks)
     with StopSignals() as signals:  # importing takes its time
         return _train(recipe, world, signals)
 
 
 def _train(recipe: Recipe, world: World, signals: StopSignals) -> int:
-    from bov_megatron.data.errors import DataError
-    from bov_megatron.recipe import RecipeError
+    from bov_megatron.errors import CheckpointError, DataError, RecipeError, RunFolderError, TrainingError
     from bov_megatron.training import run
-    from bov_megatron.training.callbacks import TrainingError
-    from bov_megatron.training.checkpoint import CheckpointError
-    from bov_megatron.training.lease import RunFolderError
 
     try:
         stopped_by = run.train(recipe, world, signals)
     except (RecipeError, CheckpointError, RunFolderError, TrainingError) as error:  # the same on every rank
-        status = exit_status.NOT_WORTH_GOING_ON if isinstance(error, TrainingError) else exit_status.CANNOT_START
+        status = errors.NOT_WORTH_GOING_ON if isinstance(error, TrainingError) else errors.CANNOT_START
         return _refuse(error, status, world.rank == 0)
     except DataError as error:
         # At the start the same on every rank; later, a shard may be damaged for one rank alone.
         alone = not getattr(error, "on_all_ranks", False)
         if alone:  # rank 0 may only see that this one has gone
-            exit_status.report(exit_status.CANNOT_START)
+            exit_status.report(errors.CANNOT_START)
         speaks = world.rank == 0 or alone
-        return _refuse(error, exit_status.CANNOT_START, speaks, world.rank)
+        return _refuse(error, errors.CANNOT_START, speaks, world.rank)
     if stopped_by and world.rank == 0:
         print(
             f"stopped by {stopped_by.describe()}, all steps done are saved: start again to continue",
             file=sys.stderr,
             flush=True,
         )
-    return exit_status.INTERRUPTED if stopped_by else exit_status.DONE
+    return errors.INTERRUPTED if stopped_by else errors.DONE
 
 
 def _refuse(error: Exception, status: int, speaks: bool, rank: int = 0) -> int:

@@ -9,16 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from bov_megatron.parameters import parameter_specs
-from bov_megatron.plan import (
-    flops_per_token,
-    format_plan,
-    parameter_counts,
-    plan,
-    reference_scaling,
-    total_steps,
-)
-from bov_megatron.recipe import ModelConfig, Recipe, RecipeError, ValueConfig, load_recipe
+from bov_megatron.errors import RecipeError
+from bov_megatron.plan import format_plan, plan
+from bov_megatron.recipe import ModelConfig, Recipe, ValueConfig, load_recipe
+from bov_megatron.recipe.parameters import parameter_specs
+from bov_megatron.recipe.quantities import flops_per_token, parameter_counts, reference_scaling, total_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
@@ -174,7 +169,7 @@ def test_command_is_fast_without_torch_and_prints_json():
     assert (values["flops_per_token"], values["steps"]) == PUBLISHED["780m_bov"][2:4]
     assert values["tokens"] == 7_998 * 1_048_576
     assert values["memory_per_rank_bytes"] == sum(values["memory_per_rank"].values())
-    code = "import sys, bov_megatron.plan, bov_megatron.recipe_checks; sys.exit('torch' in sys.modules)"
+    code = "import sys, bov_megatron.plan, bov_megatron.recipe; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bov_megatron.benchmarks.run import NAMES, TURNS, format_results, run
+from benchmarks.run import NAMES, TURNS, format_results, run
 from bov_megatron.compat import quiet_megatron_imports
 
 

@@ -35,8 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     from bov_megatron.compat import quiet_megatron_imports
 
     quiet_megatron_imports()
-    from bov_megatron.recipe import RecipeError
-    from bov_megatron.training.checkpoint import CheckpointError
+    from bov_megatron.errors import CheckpointError, RecipeError
 
     try:
         return _COMMANDS[options.command](options)
@@ -46,25 +45,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _list(options) -> int:
-    from bov_megatron.training import checkpoint_report
+    from bov_megatron.checkpoint import report
 
-    entries = checkpoint_report.list_run(options.path)
-    print(json.dumps(entries, indent=2) if options.json else checkpoint_report.format_list(entries))
+    entries = report.list_run(options.path)
+    print(json.dumps(entries, indent=2) if options.json else report.format_list(entries))
     return 0
 
 
 def _inspect(options) -> int:
-    from bov_megatron.training import checkpoint_report
+    from bov_megatron.checkpoint import report
 
-    found = checkpoint_report.inspect(options.path, options.recipe)
-    print(json.dumps(found, indent=2) if options.json else checkpoint_report.format_inspection(found))
+    found = report.inspect(options.path, options.recipe)
+    print(json.dumps(found, indent=2) if options.json else report.format_inspection(found))
     return 0
 
 
 def _verify(options) -> int:
-    from bov_megatron.training import checkpoint_report
+    from bov_megatron.checkpoint import report
 
-    damage = checkpoint_report.verify(options.path)
+    damage = report.verify(options.path)
     if options.json:
         print(json.dumps({str(path): [vars(one) for one in found] for path, found in damage.items()}, indent=2))
     else:

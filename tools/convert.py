@@ -32,10 +32,8 @@ def main() -> int:
     quiet_megatron_imports()
     import torch
 
-    from bov_megatron.convert import to_hf as convert
-    from bov_megatron.hf.export import ExportError
-    from bov_megatron.recipe import RecipeError
-    from bov_megatron.training.checkpoint import CheckpointError
+    from bov_megatron.errors import CheckpointError, ExportError, RecipeError
+    from bov_megatron.exchange.convert import to_hf as convert
 
     try:
         done = convert(

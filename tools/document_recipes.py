@@ -7,13 +7,120 @@ python tools/document_recipes.py --check   only say whether they are up to date 
 from __future__ import annotations
 
 import argparse
+import ast
+import dataclasses
+import inspect
+import re
 import sys
+import typing
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bov_megatron.recipe_docs import update  # noqa: E402
+from bov_megatron.recipe import Recipe, fields  # noqa: E402
+
+SECTION_ORDER = (
+    "",
+    "model",
+    "model.value",
+    "parallel",
+    "deepspeed",
+    "train",
+    "optimizer",
+    "data",
+    "data.streams[]",
+    "validation",
+)
+SECTION_ORDER += ("checkpoint", "health", "logging")
+
+
+def update(text: str, recipes: Path) -> str:
+    """`text` of docs/recipes.md with what stands between its `<!-- begin X -->`, `<!-- end X -->` marks renewed.
+
+    Raises ValueError where a mark is missing.
+    """
+    for name, body in (("recipes", recipe_table(recipes)), ("fields", field_tables())):
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"the marks <!-- begin {name} --> and <!-- end {name} --> are missing; put them back")
+        text = pattern.sub(lambda match, body=body: match[1] + body + match[2], text)
+    return text
+
+
+def recipe_table(folder: Path) -> str:
+    """One row a recipe: its path and the comment at its head."""
+    rows = ["| recipe | what it is and why to run it |", "|---|---|"]
+    for path in [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]:
+        comment = re.match(r"(?:#[^\n]*\n)*", path.read_text(encoding="utf-8"))[0]
+        text = " ".join(line.lstrip("# ") for line in comment.splitlines())
+        rows.append(f"| `{path.relative_to(folder).with_suffix('')}` | {_cell(text)} |")
+    return "\n".join(rows) + "\n"
+
+
+def field_tables() -> str:
+    """One table a section: field, type, default, meaning."""
+    sections = _sections(Recipe, "")
+    parts = []
+    for name in SECTION_ORDER:
+        cls = sections.pop(name)
+        title = f"### `{name}`" if name else "### At the top"
+        summary = inspect.getdoc(cls).split("\n\n")[0].replace("\n", " ")
+        rows = ["| field | type | default | meaning |", "|---|---|---|---|", *_rows(cls)]
+        parts.append("\n".join([title, "", summary, "", *rows, ""]))
+    if sections:
+        raise ValueError(f"sections {', '.join(sections)} have no place in SECTION_ORDER; add them")
+    return "\n".join(parts)
+
+
+def field_docstrings(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass, which Python itself drops; fields without one are absent."""
+    tree = ast.parse(inspect.getsource(fields))
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+    docs = {}
+    for node, following in zip(body, body[1:], strict=False):
+        is_field = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if is_field and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            docs[node.target.id] = inspect.cleandoc(following.value.value)
+    return docs
+
+
+def _sections(cls: type, name: str) -> dict[str, type]:
+    """Dataclasses by the path of their section, `cls` itself first."""
+    found = {name: cls}
+    for field, wanted in typing.get_type_hints(cls).items():
+        path = f"{name}.{field}" if name else field
+        if dataclasses.is_dataclass(wanted):
+            found |= _sections(wanted, path)
+        elif _is_section_list(wanted):
+            found |= _sections(typing.get_args(wanted)[0], f"{path}[]")
+    return found
+
+
+def _is_section_list(wanted: typing.Any) -> bool:
+    return typing.get_origin(wanted) is list and dataclasses.is_dataclass(typing.get_args(wanted)[0])
+
+
+def _rows(cls: type) -> list[str]:
+    hints, docs, rows = typing.get_type_hints(cls), field_docstrings(cls), []
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            continue  # has its own table
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        kind = "list of sections" if _is_section_list(hints[field.name]) else _cell(field.type)
+        meaning = _cell(docs[field.name].replace("\n", " "))
+        rows.append(f"| `{field.name}` | {kind.replace('None', 'null')} | `{_yaml(default)}` | {meaning} |")
+    return rows
+
+
+def _yaml(value: typing.Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "or")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -45,8 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = parse_arguments(arguments)
     if arguments.offline:  # read when the libraries are imported
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    from bov_megatron.data.errors import DataError
-    from bov_megatron.evaluation.bits_per_byte import EvaluationError
+    from bov_megatron.errors import DataError, EvaluationError
     from bov_megatron.evaluation.report import evaluate
 
     try:

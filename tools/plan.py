@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bov_megatron.errors import RecipeError
 from bov_megatron.plan import DEFAULT_MFU, DEFAULT_PEAK_FLOPS, format_plan, plan  # noqa: E402
-from bov_megatron.recipe import RecipeError, load_recipe  # noqa: E402
+from bov_megatron.recipe import load_recipe  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bov_megatron.data.corpus import INVALID_UTF8_POLICIES
-from bov_megatron.data.errors import DataError
 from bov_megatron.data.prepare import PrepareOptions, prepare_data
+from bov_megatron.errors import DataError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

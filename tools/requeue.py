@@ -9,8 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bov_megatron.recipe import RecipeError, load_recipe  # noqa: E402
-from bov_megatron.restarts import LIMIT, decide  # noqa: E402
+from bov_megatron.errors import RecipeError
+from bov_megatron.lifecycle.restarts import LIMIT, decide  # noqa: E402
+from bov_megatron.recipe import load_recipe  # noqa: E402
 
 
 def main() -> int:

@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bov_megatron.data.errors import DataError
 from bov_megatron.data.manifest import MANIFEST_NAME
+from bov_megatron.errors import DataError
 
 LOCK_FOLDER = ".locks"
 INCOMING_FOLDER = ".incoming"

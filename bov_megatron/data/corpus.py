@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from bov_megatron.data.errors import DataError
+from bov_megatron.errors import DataError
 
 # fmt: off
 TEXT_SUFFIXES = frozenset({

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bov_megatron.data.errors import DataError
 from bov_megatron.data.order import SampleOrder, SkippedBatches, digest
 from bov_megatron.data.shards import DataSet, SplitReader, open_data_sets, streams_of
+from bov_megatron.errors import DataError
 from bov_megatron.recipe import DataConfig
 
 

@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bov_megatron.data.errors import DataError
 from bov_megatron.data.files import json_bytes, write_atomically
+from bov_megatron.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1

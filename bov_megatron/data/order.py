@@ -24,7 +24,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from bov_megatron.data.errors import DataError
+from bov_megatron.errors import DataError
 
 MAX_PERIOD = 1 << 16
 """Finest resolution of stream weights: shares are rounded to multiples of 1 / MAX_PERIOD if they must be."""

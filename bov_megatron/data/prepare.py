@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 
 from bov_megatron.data.corpus import INVALID_UTF8_POLICIES, Unit, find_files, make_units
-from bov_megatron.data.errors import DataError
 from bov_megatron.data.files import json_bytes, sha256_hex, write_atomically
 from bov_megatron.data.manifest import MANIFEST_NAME, SPLITS, Manifest, SplitManifest, read_manifest
 from bov_megatron.data.packing import (
@@ -42,6 +41,7 @@ from bov_megatron.data.packing import (
     unit_name,
 )
 from bov_megatron.data.tokenizer import Encoder, copy_tokenizer, load_encoder
+from bov_megatron.errors import DataError
 
 WORK_NAME = ".work"
 LOCK_NAME = ".prepare.lock"

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from bov_megatron.data.cache import Cache, find_damage, import_streaming
-from bov_megatron.data.errors import DataError
 from bov_megatron.data.files import sha256_hex
 from bov_megatron.data.manifest import COLUMN, MANIFEST_NAME, Manifest, read_manifest
 from bov_megatron.data.tokenizer import load_bytes_per_token
+from bov_megatron.errors import DataError
 from bov_megatron.recipe import DataConfig, StreamConfig
 
 INDEX_NAME = "index.json"

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from bov_megatron.data.corpus import Unit, find_files, make_units, read_documents
-from bov_megatron.data.errors import DataError
 from bov_megatron.data.files import sha256_hex, write_atomically
+from bov_megatron.errors import DataError
 
 BOS_TOKEN = "<|bos|>"
 BYTES_PER_TOKEN_NAME = "bytes_per_token.json"

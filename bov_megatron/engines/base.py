@@ -1,4 +1,4 @@
-"""What the engines have in common, and the one function that chooses between them.
+"""What the engines have in common.
 
 Shapes: B micro-batch, T sequence length. Micro-batches are token ids `[B, T+1]`: inputs `[:, :-1]`, targets
 `[:, 1:]`. Every rank that shares a data-parallel rank is given the same micro-batches, on every pipeline stage:
@@ -20,7 +20,7 @@ from torch import Tensor
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
 from bov_megatron.model.naming import LocalParameter, local_parameters
-from bov_megatron.parallel import cpu
+from bov_megatron.parallel import device
 from bov_megatron.recipe import Recipe
 
 
@@ -44,20 +44,6 @@ class ScoreResult:
     bytes: int
     tokens: int
     """Targets that count: special tokens count neither nats nor bytes."""
-
-
-def build_engine(recipe: Recipe, with_optimizer: bool = True) -> Engine:
-    """The engine that the recipe's field `engine` names; without an optimizer Megatron's, whatever it names.
-
-    Call parallel.process_groups.initialize first. Weights are initialised from the recipe's seed.
-    """
-    if with_optimizer and recipe.engine == "deepspeed":
-        from bov_megatron.engines.deepspeed import DeepSpeedEngine  # imports deepspeed, which takes seconds
-
-        return DeepSpeedEngine(recipe)
-    from bov_megatron.engines.megatron import MegatronEngine
-
-    return MegatronEngine(recipe, with_optimizer)
 
 
 class Engine(abc.ABC):
@@ -174,7 +160,7 @@ class Engine(abc.ABC):
 
     def _sum_over_data_parallel(self, results: list[Tensor], width: int) -> list[float]:
         """Sum of the last stage's results over micro-batches, data- and context-parallel ranks, on every rank."""
-        total = torch.zeros(width, dtype=torch.float64, device=cpu.device())
+        total = torch.zeros(width, dtype=torch.float64, device=device.device())
         if results:
             total += torch.stack(results).double().reshape(-1, width).sum(0)
             dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))

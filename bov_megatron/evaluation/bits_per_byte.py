@@ -25,13 +25,10 @@ import torch.nn.functional as F
 import yaml
 
 from bov_megatron.data.tokenizer import Encoder, load_encoder
+from bov_megatron.errors import EvaluationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class EvaluationError(ValueError):
-    """An evaluation that cannot be made. The message names what was found and the remedy."""
 
 
 @dataclass(frozen=True)

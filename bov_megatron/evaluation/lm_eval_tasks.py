@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bov_megatron.evaluation.bits_per_byte import EvaluationError
+from bov_megatron.errors import EvaluationError
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bov_megatron.evaluation.bits_per_byte import EvaluationError, read_packed_samples, score_samples
+from bov_megatron.errors import EvaluationError
+from bov_megatron.evaluation.bits_per_byte import read_packed_samples, score_samples
 
 
 def evaluate(

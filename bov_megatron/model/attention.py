@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from bov_megatron.model.norm import rms_norm
-from bov_megatron.model.value_sources import build_value_source
+from bov_megatron.model.sources import build_value_source
 
 
 @dataclass

@@ -16,17 +16,19 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from torch import Tensor
 
-from bov_megatron.model import context_parallel, lookup_ahead
+from bov_megatron.model import context_parallel
 from bov_megatron.model.attention import rotary_cos_sin
+from bov_megatron.model.bank import lookup_ahead
+from bov_megatron.model.bank.table import ValueTable
 from bov_megatron.model.linear import load_without_extra_state, without_extra_state
 from bov_megatron.model.naming import tag_parameters
 from bov_megatron.model.norm import rms_norm
+from bov_megatron.model.sources import new_table
 from bov_megatron.model.spec import block_spec, transformer_config
-from bov_megatron.model.value_bank import ValueTable
-from bov_megatron.model.value_sources import new_table
-from bov_megatron.parallel import cpu
-from bov_megatron.parameters import SMEAR_CHANNELS
-from bov_megatron.recipe import SOURCES_READING_EMBEDDING, SOURCES_WITH_TABLE, Recipe
+from bov_megatron.parallel import device
+from bov_megatron.recipe import Recipe
+from bov_megatron.recipe.parameters import SMEAR_CHANNELS
+from bov_megatron.recipe.value_sources import SOURCES_READING_EMBEDDING, SOURCES_WITH_TABLE
 
 
 class Smear(torch.nn.Module):
@@ -100,7 +102,7 @@ class BovModel(GPTModel):
         """
         model, group = self.recipe.model, self.pg_collection.cp
         with self._lookups_ahead(context_parallel.take(ids_BS, 1, group)) as ticket:
-            ids_BS = cpu.to_device(ids_BS)
+            ids_BS = device.to_device(ids_BS)
             hidden = self._embed(ids_BS) if self.pre_process else None
             carried = self._carried(context_parallel.take(ids_BS, 1, group), hidden) if ticket is None else ticket
             positions_s = context_parallel.positions(ids_BS.size(1), group, ids_BS.device)

@@ -17,8 +17,9 @@ from torch import Tensor
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.naming import VOCABULARY_KINDS, LocalParameter, fuse, local_parameters
 from bov_megatron.model.norm import rms_norm
-from bov_megatron.parameters import SMEAR_CHANNELS, ParameterSpec
-from bov_megatron.recipe import SOURCES_WITH_TWO_COEFFICIENTS, ModelConfig, Recipe
+from bov_megatron.recipe import ModelConfig, Recipe
+from bov_megatron.recipe.parameters import SMEAR_CHANNELS, ParameterSpec
+from bov_megatron.recipe.value_sources import SOURCES_WITH_TWO_COEFFICIENTS
 
 BLOCK_ROWS = 1024
 

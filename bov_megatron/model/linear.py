@@ -14,7 +14,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.utils import is_te_min_version
 from torch import nn
 
-from bov_megatron.recipe import Recipe, RecipeError
+from bov_megatron.errors import RecipeError
+from bov_megatron.recipe import Recipe
 
 FP8 = {"tensorwise": ("hybrid", "2.2"), "blockwise": ("e4m3", "2.3"), "mxfp8": ("e4m3", "2.1")}
 """Per value of `train.fp8`: the format that Megatron takes with this scaling, and the oldest Transformer Engine.

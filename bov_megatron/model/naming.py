@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bov_megatron.model.attention import ValueSourceAttention
-from bov_megatron.parameters import ParameterSpec, parameter_specs, table_name
+from bov_megatron.recipe.parameters import ParameterSpec, parameter_specs, table_name
 
 if TYPE_CHECKING:
     from bov_megatron.model.decoder import BovModel

@@ -18,8 +18,9 @@ from bov_megatron.model.attention import ValueSourceAttention, ValueSourceLayer
 from bov_megatron.model.core_attention import MegatronCoreAttention, SdpaCoreAttention
 from bov_megatron.model.linear import fp8_settings, linear_layers
 from bov_megatron.model.norm import WeightlessRMSNorm
-from bov_megatron.pipeline_layout import megatron_layout
-from bov_megatron.recipe import SOURCES_READING_FIRST_LAYER, ModelConfig, ParallelConfig, Recipe
+from bov_megatron.recipe import ModelConfig, ParallelConfig, Recipe
+from bov_megatron.recipe.pipeline import megatron_layout
+from bov_megatron.recipe.value_sources import SOURCES_READING_FIRST_LAYER
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bov_megatron.parameters import KINDS
-from bov_megatron.plan import effective_rates
 from bov_megatron.recipe import Recipe
+from bov_megatron.recipe.parameters import KINDS
+from bov_megatron.recipe.quantities import effective_rates
 
 BETAS = {
     "embedding": (0.8, 0.995),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bov_megatron.optim.sharding import RowAssignment
-from bov_megatron.parameters import KINDS
+from bov_megatron.recipe.parameters import KINDS
 
 
 class ManagedParameter:

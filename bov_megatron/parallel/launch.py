@@ -12,6 +12,8 @@ import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
+from bov_megatron.errors import LaunchError
+
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 # Below Linux's ephemeral ports (32768 and up), from which other programs' outgoing connections take theirs.
@@ -20,10 +22,6 @@ PORTS_PER_JOB = 16
 
 # Slurm numbers a batch script, an interactive step and the like from here; real steps count from 0.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
-
-
-class LaunchError(RuntimeError):
-    """An environment from which rank and world size cannot be told. The message names variable and remedy."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from bov_megatron.parallel import cpu
-from bov_megatron.recipe import Recipe
+from bov_megatron.parallel import device
+from bov_megatron.recipe import Recipe, data_parallel_size
 
 
 def initialize(
@@ -26,8 +26,8 @@ def initialize(
     Raises RecipeError where the layout doesn't divide the world. Seeds torch's generators by the recipe;
     the model draws nothing from them (see model/initialization.py), Megatron's tracker insists on a seed.
     """
-    recipe.data_parallel_size(world_size)
-    cpu.enable()
+    data_parallel_size(recipe, world_size)
+    device.enable()
     # Megatron overlaps the gradient's all-reduce with a matmul and relies on the order of launches.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
@@ -35,7 +35,7 @@ def initialize(
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     if not dist.is_initialized():
         dist.init_process_group(
-            cpu.backend(),
+            device.backend(),
             init_method=init_method,
             rank=rank,
             world_size=world_size,

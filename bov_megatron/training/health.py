@@ -8,8 +8,9 @@ from typing import Any
 
 from bov_megatron.data.loader import TrainBatch
 from bov_megatron.data.order import SkippedBatches
+from bov_megatron.errors import TrainingError
 from bov_megatron.recipe import HealthConfig
-from bov_megatron.training.callbacks import Callback, TrainingError
+from bov_megatron.training.callbacks.base import Callback
 from bov_megatron.training.spikes import SpikeDetector
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from bov_megatron.training.metrics_file import METRICS_FILE, read_lines
+from bov_megatron.training.callbacks.metrics_file import METRICS_FILE, read_lines
 
 COLOURS = ("#1f6f8b", "#d1603d", "#5b8c5a", "#7a5c99", "#b8860b", "#555555")
 """One per run, in order; distinguishable without red against green."""

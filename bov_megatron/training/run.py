@@ -14,27 +14,27 @@ import torch.distributed as dist
 import yaml
 from megatron.core import parallel_state
 
-from bov_megatron import exit_status
-from bov_megatron.data.errors import DataError
+from bov_megatron import checkpoint, errors
+from bov_megatron.checkpoint import compatibility
 from bov_megatron.data.loader import TrainLoader, ValidationLoader
-from bov_megatron.engines.base import Engine, build_engine
+from bov_megatron.engines.base import Engine
+from bov_megatron.engines.build import build_engine
+from bov_megatron.errors import DataError, RecipeError, RunFolderError
+from bov_megatron.lifecycle import exit_status
+from bov_megatron.lifecycle.interruption import StopReason, StopRequest, StopSignals
+from bov_megatron.lifecycle.lease import Lease
+from bov_megatron.lifecycle.watchdog import Watchdog
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.launch import World
-from bov_megatron.recipe import Recipe, RecipeError
-from bov_megatron.training import checkpoint, checkpoint_compatibility
-from bov_megatron.training.callbacks import (
-    Checkpoints,
-    Progress,
-    Validation,
-    ValueStatistics,
-    Wandb,
-)
+from bov_megatron.recipe import Recipe
+from bov_megatron.training.callbacks.checkpoints import Checkpoints
+from bov_megatron.training.callbacks.metrics_file import MetricsFile
+from bov_megatron.training.callbacks.progress import Progress
+from bov_megatron.training.callbacks.validation import Validation
+from bov_megatron.training.callbacks.value_statistics import ValueStatistics
+from bov_megatron.training.callbacks.wandb import Wandb
 from bov_megatron.training.health import Health
-from bov_megatron.training.interruption import StopReason, StopRequest, StopSignals
-from bov_megatron.training.lease import Lease, RunFolderError
-from bov_megatron.training.metrics_file import MetricsFile
 from bov_megatron.training.trainer import Trainer
-from bov_megatron.training.watchdog import Watchdog
 
 RECIPE_FILE, TOKENIZER_FOLDER = "recipe.yaml", "tokenizer"
 T = TypeVar("T")
@@ -55,7 +55,7 @@ def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
         trainer.fit()
     reason = StopReason.NONE if trainer.done else trainer.stop_reason
     if world.rank == 0:
-        exit_status.report(exit_status.INTERRUPTED if reason else exit_status.DONE)
+        exit_status.report(errors.INTERRUPTED if reason else errors.DONE)
     # srun terminates all ranks as soon as one leaves with a status other than 0: not before rank 0 has said everything.
     dist.barrier()
     # Not after an error: the other ranks may be inside a collective, and leaving would wait for them.
@@ -110,7 +110,7 @@ def _resume(engine: Engine) -> checkpoint.Loaded | None:
     if path is None:
         return None
     stored = _on_all_ranks(lambda: checkpoint.read_run(path))
-    checkpoint_compatibility.check_same_data_order(stored["recipe"], engine.recipe, path)
+    compatibility.check_same_data_order(stored["recipe"], engine.recipe, path)
     return _on_all_ranks(lambda: checkpoint.load(engine, path))
 
 

@@ -7,8 +7,8 @@ from collections import deque
 
 import torch
 
-from bov_megatron.plan import flops_per_token
 from bov_megatron.recipe import Recipe
+from bov_megatron.recipe.quantities import flops_per_token
 
 PEAK_BF16_FLOPS = {
     # Dense bf16 peaks without sparsity, from NVIDIA's data sheets.

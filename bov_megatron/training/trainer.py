@@ -12,14 +12,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from bov_megatron.checkpoint import Loaded
 from bov_megatron.engines.base import Engine
-from bov_megatron.parallel import cpu
-from bov_megatron.plan import total_steps
+from bov_megatron.errors import CheckpointError, TrainingError
+from bov_megatron.lifecycle.interruption import StopReason
+from bov_megatron.parallel import device
+from bov_megatron.recipe.quantities import total_steps
 from bov_megatron.training import stragglers
-from bov_megatron.training.callbacks import Callback, TrainingError
-from bov_megatron.training.checkpoint import CheckpointError, Loaded
+from bov_megatron.training.callbacks.base import Callback
 from bov_megatron.training.health import Health, Verdict
-from bov_megatron.training.interruption import StopReason
 from bov_megatron.training.throughput import Throughput
 
 VALIDATION_CHUNK = 16
@@ -60,7 +61,7 @@ class Trainer:
     ):
         self.engine, self.loader, self.callbacks = engine, loader, callbacks
         self.recipe = engine.recipe
-        self.bytes_per_token = bytes_per_token.to(cpu.device())
+        self.bytes_per_token = bytes_per_token.to(device.device())
         self.step = start_step
         self.batch = None
         """The global batch of the step at hand (data.loader.TrainBatch)."""
@@ -177,7 +178,7 @@ class Trainer:
 
         Returns the highest that any rank gave of each of `words`.
         """
-        highest = torch.tensor([int(self._stop_request()), *words], device=cpu.device())
+        highest = torch.tensor([int(self._stop_request()), *words], device=device.device())
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         reason, *agreed = highest.tolist()
         self.stop_reason = max(self.stop_reason, StopReason(reason))

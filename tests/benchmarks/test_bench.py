@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bov_megatron.benchmarks.timing import Timings, speed_ratio, take_turns
+from benchmarks.timing import Timings, speed_ratio, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from bov_megatron.data.corpus import find_files, make_units, read_documents
-from bov_megatron.data.errors import DataError
+from bov_megatron.errors import DataError
 
 TEXTS = [f"document {i}: " + "äöü 日本 " * (i % 7) + "\n" * (i % 3) for i in range(300)]
 

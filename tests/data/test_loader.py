@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from bov_megatron.data import cache as cache_module
-from bov_megatron.data.errors import DataError
 from bov_megatron.data.loader import TrainLoader, ValidationLoader
 from bov_megatron.data.manifest import read_manifest
 from bov_megatron.data.shards import DataSet, open_data_sets
 from bov_megatron.data.tokenizer import train_tokenizer
+from bov_megatron.errors import DataError
 from bov_megatron.recipe import DataConfig, StreamConfig
 from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, prepare
 from tests.data.test_prepare import stored_tokens

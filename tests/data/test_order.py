@@ -4,8 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from bov_megatron.data.errors import DataError
 from bov_megatron.data.order import Mixture, SampleOrder, SkippedBatches, digest
+from bov_megatron.errors import DataError
 
 UNEVEN = [7, 31, 0, 1, 64, 20, 13, 50, 5]  # 191 samples, one empty shard
 

@@ -12,9 +12,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from bov_megatron.compat import register_missing_torchvision_ops
-from bov_megatron.data.errors import DataError
 from bov_megatron.data.manifest import read_manifest
 from bov_megatron.data.tokenizer import load_bytes_per_token
+from bov_megatron.errors import DataError
 from tests.data.conftest import SEQUENCE_LENGTH, prepare
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/prepare_data.py"

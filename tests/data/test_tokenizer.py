@@ -9,7 +9,6 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bov_megatron.compat import register_missing_torchvision_ops
-from bov_megatron.data.errors import DataError
 from bov_megatron.data.tokenizer import (
     BOS_TOKEN,
     load_bytes_per_token,
@@ -18,6 +17,7 @@ from bov_megatron.data.tokenizer import (
     tokenizer_hash,
     train_tokenizer,
 )
+from bov_megatron.errors import DataError
 from tests.data.conftest import VOCAB_SIZE
 
 ROOT = Path(__file__).resolve().parents[2]

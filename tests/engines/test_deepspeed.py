@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bov_megatron import plan_memory
-from bov_megatron.parameters import parameter_specs
-from bov_megatron.recipe import Recipe
-from tests.distributed import run_ranks
-from tests.engines.deepspeed_ranks import adamw_recipe, build, optimizer_state, step, trajectories, weights, zero
-from tests.parity import worst_gradient
+from bov_megatron.recipe import Recipe, memory, recipe_from_dict
+from bov_megatron.recipe.parameters import parameter_specs
+from bov_megatron.recipe.pipeline import layers_of_chunks
+from tests.support.deepspeed_ranks import adamw_recipe, build, optimizer_state, step, trajectories, weights, zero
+from tests.support.distributed import run_ranks
+from tests.support.parity import worst_gradient
 
 DP2, TP2 = adamw_recipe(), adamw_recipe(tensor_model_parallel_size=2)
 SP2 = adamw_recipe(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -78,16 +78,16 @@ def test_memory_is_as_planned(found, name):
     planned = {"weights": 0, "gradients": 0, "optimizer": 0}
     data_parallel = len(ranks) // recipe.parallel.tensor_model_parallel_size
     for spec in parameter_specs(recipe.model):
-        for part, size in plan_memory._state_bytes(recipe, spec, data_parallel).items():
+        for part, size in memory._state_bytes(recipe, spec, data_parallel).items():
             planned[part] += size
-    (host,) = plan_memory.host_memory_by_stage(recipe, data_parallel)
+    (host,) = memory.host_memory_by_stage(recipe, layers_of_chunks(recipe), data_parallel)
     for rank in ranks:
         assert rank["bytes"]["weights"] == pytest.approx(planned["weights"], rel=2e-3)
         if not host:
             assert rank["bytes"]["optimizer"] == pytest.approx(planned["optimizer"], rel=2e-3)
             continue
         assert planned["optimizer"] == 0
-        share = host / (20 if recipe.deepspeed.zero_stage == 3 else 16 + plan_memory.weight_bytes(recipe))
+        share = host / (20 if recipe.deepspeed.zero_stage == 3 else 16 + memory.weight_bytes(recipe))
         assert rank["bytes"]["optimizer"] == pytest.approx(12 * share, rel=2e-3)
         assert rank["bytes"]["gradients on the host"] == pytest.approx(4 * share, rel=2e-3)
 
@@ -105,11 +105,11 @@ REJECTING = {
 
 def rejections(rank, world_size, recipes):
     """For each recipe: what was left after steps that were not to be made, and what two runs came to."""
-    return {name: rejection(rank, Recipe.from_dict(recipe)) for name, recipe in recipes.items()}
+    return {name: rejection(rank, recipe_from_dict(recipe)) for name, recipe in recipes.items()}
 
 
 def rejection(rank, recipe):
-    from bov_megatron.training.statistics import coefficient_values
+    from bov_megatron.training.table_statistics import coefficient_values
 
     engine = build(recipe)
     step(engine, 0)
@@ -170,7 +170,7 @@ def test_imported_only_when_asked_for():
 
 
 def reordered(rank, world_size, have, need):
-    from bov_megatron.engines.zero_state import exchange
+    from bov_megatron.engines.deepspeed.state import exchange
     from bov_megatron.parallel import process_groups
 
     process_groups.initialize(replace(Recipe(), train=replace(Recipe().train, global_batch_size=3)), rank, world_size)

@@ -5,10 +5,10 @@ import functools
 import pytest
 import torch
 
-from bov_megatron.recipe import Recipe, ValueConfig
-from tests.distributed import run_ranks
+from bov_megatron.recipe import Recipe, ValueConfig, recipe_from_dict
 from tests.engines.test_parallel_parity import LAYOUTS
-from tests.parity import VOCAB, batch, load_weights, random_weights, small_model, small_recipe
+from tests.support.distributed import run_ranks
+from tests.support.parity import VOCAB, batch, load_weights, random_weights, small_model, small_recipe
 
 SAMPLES = 6
 """Micro-batches over all data-parallel ranks: three on each of two, which two pipeline stages don't divide."""
@@ -20,7 +20,7 @@ def score_rank(rank: int, world_size: int, recipe_dict: dict) -> tuple[float, in
     from bov_megatron.engines.megatron import MegatronEngine
     from bov_megatron.parallel import process_groups
 
-    recipe = Recipe.from_dict(recipe_dict)
+    recipe = recipe_from_dict(recipe_dict)
     process_groups.initialize(recipe, rank, world_size)
     engine = MegatronEngine(recipe, with_optimizer=False)
     load_weights(engine, random_weights(recipe.model))

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from bov_megatron.recipe import OptimizerConfig, Recipe, ValueConfig
-from tests.distributed import run_ranks
+from bov_megatron.recipe import OptimizerConfig, Recipe, ValueConfig, recipe_from_dict
 from tests.engines.test_parallel_parity import LAYOUTS
-from tests.parity import batch, load_weights, my_micro_batches, random_weights, small_model, small_recipe
+from tests.support.distributed import run_ranks
+from tests.support.parity import batch, load_weights, my_micro_batches, random_weights, small_model, small_recipe
 
 BOTH = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
@@ -27,7 +27,7 @@ def weights(engine):
 
 
 def sharded_state(engine):
-    from bov_megatron.training.checkpoint import _sharded_state
+    from bov_megatron.checkpoint import _sharded_state
 
     state = _sharded_state(engine)["model"]
     return [parameter.detach().clone() for chunk in state.values() for parameter in _tensors(chunk)]
@@ -41,7 +41,7 @@ def score(engine):
 
 
 def statistics(engine):
-    from bov_megatron.training.statistics import coefficient_values, table_statistics
+    from bov_megatron.training.table_statistics import coefficient_values, table_statistics
 
     return sorted({**table_statistics(engine), **coefficient_values(engine)}.items())
 
@@ -68,7 +68,7 @@ def compared_rank(rank, world_size, recipe_dict, folder, trap="untouched"):
 
     data_parallel.BUCKET_ELEMENTS = 1  # every gradient is reduced by itself
     optimizer.SMALL_TENSOR_ELEMENTS = 256  # tables and embedding are split by rows
-    recipe = Recipe.from_dict(recipe_dict)
+    recipe = recipe_from_dict(recipe_dict)
     process_groups.initialize(recipe, rank, world_size)
     plain = seen_in_run(recipe, folder / "plain")
     overlapping = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, **BOTH))
@@ -80,8 +80,8 @@ def compared_rank(rank, world_size, recipe_dict, folder, trap="untouched"):
 
 def seen_in_run(recipe: Recipe, folder) -> dict:
     """Losses, gradients of every step, what the readers read, and the same of steps after a resume."""
+    from bov_megatron import checkpoint
     from bov_megatron.engines.megatron import MegatronEngine
-    from bov_megatron.training import checkpoint
 
     engine, seen = MegatronEngine(recipe), {}
     load_weights(engine, random_weights(recipe.model))
@@ -154,7 +154,7 @@ def table_never_said_to_be_ready():
 
 def table_said_to_be_ready_before_it_is():
     """Its bucket is reduced without the last micro-batch's rows."""
-    from bov_megatron.model.value_bank import _AccumulatingLookup
+    from bov_megatron.model.bank.table import _AccumulatingLookup
 
     backward = _AccumulatingLookup.backward
 
@@ -179,7 +179,7 @@ def forward_pass_does_not_wait():
 
 def rows_sent_before_they_are_there():
     """Lookups ahead of their layers read the tables before any module's forward pass."""
-    from bov_megatron.model import lookup_ahead
+    from bov_megatron.model.bank import lookup_ahead
 
     lookup_ahead.await_weight = lambda parameter: None
 

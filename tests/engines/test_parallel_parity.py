@@ -4,8 +4,9 @@ import functools
 
 import pytest
 
-from bov_megatron.recipe import VALUE_SOURCES, ValueConfig
-from tests.parity import small_model, small_recipe, train_on_layout, worst_gradient
+from bov_megatron.recipe import ValueConfig
+from bov_megatron.recipe.value_sources import VALUE_SOURCES
+from tests.support.parity import small_model, small_recipe, train_on_layout, worst_gradient
 
 TP2, TP4, PP2 = (
     {"tensor_model_parallel_size": 2},

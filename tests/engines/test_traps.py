@@ -18,12 +18,12 @@ import functools
 import pytest
 import torch
 
-from bov_megatron.recipe import OptimizerConfig, Recipe, ValueConfig
-from tests.distributed import run_ranks
+from bov_megatron.recipe import OptimizerConfig, Recipe, ValueConfig, recipe_from_dict
 from tests.engines.test_parallel_parity import LAYOUTS
-from tests.golden_files import load_golden
 from tests.model.test_golden import golden_rank
-from tests.parity import (
+from tests.support.distributed import run_ranks
+from tests.support.golden_files import load_golden
+from tests.support.parity import (
     batch,
     gather_full,
     gather_gradients,
@@ -46,7 +46,7 @@ def untouched():
 def ids_kept_on_the_module():
     """Recomputed, micro-batch i sees the ids of the micro-batch that ran last."""
     from bov_megatron.model.decoder import BovModel
-    from bov_megatron.model.value_sources import Bank
+    from bov_megatron.model.sources import Bank
 
     forward = BovModel.forward
 
@@ -70,7 +70,7 @@ def all_reduce_and_plain_slice():
     """Right forward; backward, each rank learns its own columns only."""
     from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 
-    from bov_megatron.model.value_bank import ValueTable
+    from bov_megatron.model.bank.table import ValueTable
 
     def combine(self, partial):
         summed = reduce_from_tensor_model_parallel_region(partial.contiguous(), group=self.tp_group)
@@ -86,7 +86,7 @@ def all_reduce_of_a_view():
         scatter_to_tensor_model_parallel_region,
     )
 
-    from bov_megatron.model.value_bank import ValueTable
+    from bov_megatron.model.bank.table import ValueTable
 
     def combine(self, partial):
         view = partial.transpose(0, 2).contiguous().transpose(0, 2)
@@ -98,7 +98,7 @@ def all_reduce_of_a_view():
 
 def rows_of_the_latest_micro_batch():
     """Recomputed, micro-batch i takes the rows of the one that ran last."""
-    from bov_megatron.model import lookup_ahead
+    from bov_megatron.model.bank import lookup_ahead
 
     class Latest(dict):
         def get(self, ticket):
@@ -109,7 +109,7 @@ def rows_of_the_latest_micro_batch():
 
 def each_distinct_id_counted_once():
     """A row's gradient is then that of the last token with its id, not the sum over its tokens."""
-    from bov_megatron.model.lookup_ahead import _Lookup
+    from bov_megatron.model.bank.lookup_ahead import _Lookup
 
     def add(self, grad):
         self.readers_to_come -= 1
@@ -121,15 +121,15 @@ def each_distinct_id_counted_once():
 
 def tickets_cut_off():
     """The backward pass doesn't reach the decoder's start, and gradients on their way stay there."""
-    from bov_megatron.model import value_sources
+    from bov_megatron.model import sources
 
-    take = value_sources.lookup_ahead.take
-    value_sources.lookup_ahead.take = lambda ticket, table: take(ticket.detach().requires_grad_(), table)
+    take = sources.lookup_ahead.take
+    sources.lookup_ahead.take = lambda ticket, table: take(ticket.detach().requires_grad_(), table)
 
 
 def tickets_cut_off_unseen():
     """The same without the engine's check: the table whose backward comes last, the first of the stage, misses it."""
-    from bov_megatron.model import lookup_ahead
+    from bov_megatron.model.bank import lookup_ahead
 
     tickets_cut_off()
     lookup_ahead.check_settled = lambda: None
@@ -137,7 +137,7 @@ def tickets_cut_off_unseen():
 
 def gradients_not_waited_for():
     """What arrives behind the backward pass is added before it is there."""
-    from bov_megatron.model.lookup_ahead import _Lookup
+    from bov_megatron.model.bank.lookup_ahead import _Lookup
 
     send = _Lookup.send_gradient
 
@@ -151,13 +151,13 @@ def gradients_not_waited_for():
 
 def host_gradients_not_reduced():
     """Tables in host memory are in none of Megatron's buffers: nobody else adds up their gradients."""
-    from bov_megatron.model import host_tables
+    from bov_megatron.model.bank import host_tables
 
     host_tables.HostGradients.reduce = lambda self, group: host_tables.wait_for_additions()
 
 
 def host_gradients_not_cleared():
-    from bov_megatron.model import host_tables
+    from bov_megatron.model.bank import host_tables
 
     host_tables.HostGradients.zero = lambda self: None
 
@@ -173,15 +173,15 @@ def host_weights_not_gathered():
 
 def gamma_without_copy_to():
     """Each tensor-parallel rank trains a gamma of its own heads."""
-    from bov_megatron.model.value_sources import _Scaled
+    from bov_megatron.model.sources import _Scaled
 
     _Scaled._shared = lambda self, scalar: scalar
 
 
 def gate_without_copy_to():
-    from bov_megatron.model import value_sources
+    from bov_megatron.model import sources
 
-    value_sources.copy_to_tensor_model_parallel_region = lambda channels, group: channels
+    sources.copy_to_tensor_model_parallel_region = lambda channels, group: channels
 
 
 def smear_after_the_split():
@@ -384,7 +384,7 @@ def measured_rank(rank: int, world_size: int, recipe_dict: dict, trap: str) -> d
     from bov_megatron.parallel import process_groups
 
     globals()[trap]()
-    recipe = Recipe.from_dict(recipe_dict)
+    recipe = recipe_from_dict(recipe_dict)
     process_groups.initialize(recipe, rank, world_size)
     engine = MegatronEngine(recipe)
     weights = random_weights(recipe.model)
@@ -471,7 +471,7 @@ def initial_rank(rank: int, world_size: int, recipe_dict: dict, by_rank: bool) -
     if by_rank:  # what drawing from a rank's generator comes to
         seed = initialization._block_seed
         initialization._block_seed = lambda run_seed, name, block: seed(run_seed + rank, name, block)
-    recipe = Recipe.from_dict(recipe_dict)
+    recipe = recipe_from_dict(recipe_dict)
     process_groups.initialize(recipe, rank, world_size)
     return gather_full(MegatronEngine(recipe, with_optimizer=False), lambda parameter: parameter)
 

@@ -1,9 +1,9 @@
 import pytest
 
 from bov_megatron.compat import register_missing_torchvision_ops
-from bov_megatron.hf.export import export
-from tests.hf.small_models import VARIANTS, small_model, small_model_config
-from tests.tiny_tokenizer import train_tiny_tokenizer
+from bov_megatron.exchange.export import export
+from tests.support.small_models import VARIANTS, small_model, small_model_config
+from tests.support.tiny_tokenizer import train_tiny_tokenizer
 
 # Test modules import transformers at their head; conftest is read before them.
 register_missing_torchvision_ops()

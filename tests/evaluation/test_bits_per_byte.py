@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from bov_megatron.data.tokenizer import load_bytes_per_token, load_encoder
-from bov_megatron.evaluation.bits_per_byte import EvaluationError, score_samples, write_rolling_task
+from bov_megatron.errors import EvaluationError
+from bov_megatron.evaluation.bits_per_byte import score_samples, write_rolling_task
 from bov_megatron.evaluation.report import evaluate
 from tests.evaluation.conftest import SEQUENCE_LENGTH, VOCAB
-from tests.tiny_tokenizer import STDLIB
+from tests.support.tiny_tokenizer import STDLIB
 
 
 def held_out_documents():

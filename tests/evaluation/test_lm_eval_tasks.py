@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from bov_megatron.data.tokenizer import load_bytes_per_token, load_encoder
-from bov_megatron.evaluation.bits_per_byte import EvaluationError, score_samples, write_rolling_task
+from bov_megatron.errors import EvaluationError
+from bov_megatron.evaluation.bits_per_byte import score_samples, write_rolling_task
 from bov_megatron.evaluation.lm_eval_tasks import find_tasks, run_tasks
 from tests.evaluation.conftest import SEQUENCE_LENGTH
 from tests.evaluation.test_bits_per_byte import held_out_documents

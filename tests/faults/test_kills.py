@@ -11,9 +11,9 @@ import time
 import psutil
 import pytest
 
-from tests.faults.launcher import PHASES, Launch
-from tests.faults.results import lines_of, same_as, wait_until
-from tests.training.runs import SMOKE, overrides, train
+from tests.support.launcher import PHASES, Launch
+from tests.support.results import lines_of, same_as, wait_until
+from tests.support.runs import SMOKE, overrides, train
 
 SEED = 20261122
 ARGUMENTS = [

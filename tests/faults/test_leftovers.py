@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from bov_megatron.data.cache import LOCK_FOLDER, import_streaming
-from tests.faults.launcher import Launch
-from tests.training.runs import overrides
+from tests.support.launcher import Launch
+from tests.support.runs import overrides
 
 RUN = ["train.steps=400", "checkpoint.interval=5", "checkpoint.asynchronous=true", "checkpoint.keep_last=2"]
 KILLS = 4

@@ -7,8 +7,8 @@ import pytest
 
 from bov_megatron.data.loader import TrainLoader
 from bov_megatron.recipe import load_recipe
-from tests.distributed import run_ranks
-from tests.training.runs import SMOKE, metrics, overrides
+from tests.support.distributed import run_ranks
+from tests.support.runs import SMOKE, metrics, overrides
 from tests.training.test_spikes import state
 
 LAYOUTS = {

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from tests.faults.launcher import Launch
-from tests.faults.object_store import BUCKET, ObjectStore
-from tests.faults.results import lines_of, same_as, wait_until
-from tests.training.runs import overrides, train
+from tests.support.launcher import Launch
+from tests.support.object_store import BUCKET, ObjectStore
+from tests.support.results import lines_of, same_as, wait_until
+from tests.support.runs import overrides, train
 
 STEPS = [
     "train.steps=24",

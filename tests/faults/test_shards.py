@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bov_megatron.checkpoint.report import verify
 from bov_megatron.data.loader import TrainLoader
 from bov_megatron.recipe import load_recipe
-from bov_megatron.training.checkpoint_report import verify
-from tests.faults.launcher import Launch
-from tests.faults.results import lines_of, same_as, wait_until
-from tests.training.runs import SMOKE, overrides, train
+from tests.support.launcher import Launch
+from tests.support.results import lines_of, same_as, wait_until
+from tests.support.runs import SMOKE, overrides, train
 
 STEPS = [
     "train.steps=40",

@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from tests.faults.results import lines_of, same_as
-from tests.slurm.cluster import ClusterUnavailable, SlurmCluster, install_slurm
 from tests.slurm.conftest import REPOSITORY
 from tests.slurm.test_slurm import CPU_FLAGS, no_rank_left, rank_process
-from tests.training.runs import metrics, overrides, train
+from tests.support.cluster import ClusterUnavailable, SlurmCluster, install_slurm
+from tests.support.results import lines_of, same_as
+from tests.support.runs import metrics, overrides, train
 
 RUN = ["train.steps=200", "checkpoint.interval=10", "validation.interval=50"]
 PATIENCE = 400

@@ -7,9 +7,10 @@ golden tensors: grouped queries, the sums, the fixed coefficients, shared tables
 import pytest
 import torch
 
-from bov_megatron.recipe import VALUE_SOURCES, ValueConfig
-from tests.distributed import run_ranks
-from tests.parity import (
+from bov_megatron.recipe import ValueConfig
+from bov_megatron.recipe.value_sources import VALUE_SOURCES
+from tests.support.distributed import run_ranks
+from tests.support.parity import (
     batch,
     gather_gradients,
     load_weights,
@@ -57,10 +58,10 @@ def megatron_rank(rank: int, world_size: int, source: str, option: dict):
 
 def plain_pytorch(source: str, option: dict):
     """The same from the exported model's own file."""
-    from bov_megatron.hf.export import hf_config
+    from bov_megatron.exchange.export import hf_config
 
     config = hf_config(grouped_model(source, option))
-    from bov_megatron.hf.modeling_bov import BovForCausalLM
+    from bov_megatron.exchange.hf.modeling_bov import BovForCausalLM
 
     model = BovForCausalLM(config)
     model.load_state_dict(random_weights(grouped_model(source, option)))

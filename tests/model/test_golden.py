@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from bov_megatron.recipe import ParallelConfig, Recipe, TrainConfig
-from tests.distributed import run_ranks
-from tests.golden_files import GOLDEN_NAMES, load_golden
-from tests.parity import gather_gradients, load_weights, relative_error, worst_gradient
+from tests.support.distributed import run_ranks
+from tests.support.golden_files import GOLDEN_NAMES, load_golden
+from tests.support.parity import gather_gradients, load_weights, relative_error, worst_gradient
 
 
 def golden_rank(rank: int, world_size: int, name: str, sequence_parallel: bool):

@@ -8,10 +8,11 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from bov_megatron.errors import RecipeError
 from bov_megatron.model import linear, spec
-from bov_megatron.recipe import RecipeError, load_recipe
-from tests.distributed import run_ranks
-from tests.training import runs
+from bov_megatron.recipe import load_recipe, recipe_from_dict
+from tests.support import runs
+from tests.support.distributed import run_ranks
 
 without_te = pytest.mark.skipif(HAVE_TE, reason="Transformer Engine is installed")
 
@@ -73,7 +74,6 @@ def _weights_of_layers_with_extra_state(rank, world_size, description):
 
     from bov_megatron.engines.megatron import MegatronEngine
     from bov_megatron.parallel import process_groups
-    from bov_megatron.recipe import Recipe
 
     class WithExtraState(linear.ColumnParallelLinear):
         def __init__(self, *args, **options):
@@ -91,7 +91,7 @@ def _weights_of_layers_with_extra_state(rank, world_size, description):
             extra = ShardedObject(key, self.get_extra_state(), (1,), (0,))
             return {**super().sharded_state_dict(prefix, sharded_offsets, metadata), key: extra}
 
-    recipe = Recipe.from_dict(description)
+    recipe = recipe_from_dict(description)
     process_groups.initialize(recipe, rank, world_size)
     plain = MegatronEngine(recipe, with_optimizer=False)
     spec.linear_layers = lambda recipe: (WithExtraState, linear.RowParallelLinear)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.distributed import run_ranks
+from tests.support.distributed import run_ranks
 
 VOCAB, HEAD_DIM, GROUPS, BATCH, LENGTH = 48, 8, 4, 2, 10
 SHAPE = (BATCH, LENGTH)
@@ -50,7 +50,7 @@ class Rank:
         from megatron.core import parallel_state
 
         from bov_megatron.parallel import process_groups
-        from tests.parity import small_model, small_recipe
+        from tests.support.parity import small_model, small_recipe
 
         if not torch.distributed.is_initialized():
             model = small_model(num_query_groups=groups)
@@ -60,7 +60,7 @@ class Rank:
         self.group = parallel_state.get_tensor_model_parallel_group()
 
     def table(self, seed: int = 0, main_grad: bool = True, dtype=torch.float32, on_host: bool = False):
-        from bov_megatron.model.value_bank import ValueTable
+        from bov_megatron.model.bank.table import ValueTable
 
         table = ValueTable(VOCAB, self.groups, HEAD_DIM, "vocab", "distinct", dtype, self.group, on_host)
         with torch.no_grad():
@@ -87,7 +87,7 @@ class Rank:
 
 
 def embedding_rank(rank: int, world_size: int, groups: int) -> None:
-    from bov_megatron.model import host_tables
+    from bov_megatron.model.bank import host_tables
 
     own = Rank(rank, world_size, groups)
     for name, ids in IDS.items():
@@ -111,7 +111,7 @@ def test_values_and_gradients_of_an_embedding(world_size, groups):
 
 
 def several_rank(rank: int, world_size: int) -> None:
-    from bov_megatron.model import lookup_ahead
+    from bov_megatron.model.bank import lookup_ahead
 
     own = Rank(rank, world_size, GROUPS)
     micro_batches_out_of_order(own, lookup_ahead)

@@ -9,8 +9,8 @@ import torch
 from bov_megatron.optim.muon_sharded import consecutive_buckets
 from bov_megatron.optim.sharding import balance
 from bov_megatron.optim.weight_gatherer import WeightGatherer
-from tests.distributed import run_ranks
-from tests.optim.sharded_model import advance, assemble, local_result, recipe, single_process, start_rank, weights
+from tests.support.distributed import run_ranks
+from tests.support.sharded_model import advance, assemble, local_result, recipe, single_process, start_rank, weights
 
 STEPS = 4
 

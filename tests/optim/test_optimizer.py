@@ -8,7 +8,7 @@ from torch import nn
 
 from bov_megatron.optim.muon import split_fused
 from bov_megatron.optim.optimizer import BovOptimizer
-from tests.optim.sharded_model import TOTAL_STEPS, ShardedModel, advance, recipe, weights
+from tests.support.sharded_model import TOTAL_STEPS, ShardedModel, advance, recipe, weights
 
 
 def make(bf16=False, **optimizer):

@@ -6,8 +6,8 @@ import pytest
 
 from bov_megatron.optim import schedules
 from bov_megatron.optim.groups import group_settings
-from bov_megatron.parameters import KINDS
 from bov_megatron.recipe import ModelConfig, OptimizerConfig, Recipe, TrainConfig, ValueConfig
+from bov_megatron.recipe.parameters import KINDS
 
 STEPS = 7998  # the 780M bank's
 CONFIG = OptimizerConfig()

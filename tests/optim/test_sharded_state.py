@@ -5,8 +5,8 @@ import queue
 import pytest
 import torch
 
-from tests.distributed import run_ranks
-from tests.optim.sharded_model import advance, assemble, local_result, recipe, single_process, start_rank
+from tests.support.distributed import run_ranks
+from tests.support.sharded_model import advance, assemble, local_result, recipe, single_process, start_rank
 
 SAVED_AT, MORE_STEPS = 3, 3
 

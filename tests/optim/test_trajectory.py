@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from bov_megatron.compat import register_missing_torchvision_ops
-from bov_megatron.hf.export import hf_config
+from bov_megatron.exchange.export import hf_config
 from bov_megatron.optim.optimizer import BovOptimizer
-from bov_megatron.parameters import parameter_specs
 from bov_megatron.recipe import OptimizerConfig, ParallelConfig, Recipe, TrainConfig
-from tests.distributed import run_ranks
-from tests.golden_files import TRAJECTORY_NAMES, load_golden
-from tests.parity import load_weights, my_micro_batches
+from bov_megatron.recipe.parameters import parameter_specs
+from tests.support.distributed import run_ranks
+from tests.support.golden_files import TRAJECTORY_NAMES, load_golden
+from tests.support.parity import load_weights, my_micro_batches
 
 
 def golden_recipe(golden, micro_batch_size: int = 2, **layout) -> Recipe:
@@ -40,7 +40,7 @@ def golden_recipe(golden, micro_batch_size: int = 2, **layout) -> Recipe:
 def annotated_model(golden):
     """The plain-PyTorch model with the reference's initial weights and the attributes the optimizer reads."""
     register_missing_torchvision_ops()
-    from bov_megatron.hf.modeling_bov import BovForCausalLM
+    from bov_megatron.exchange.hf.modeling_bov import BovForCausalLM
 
     model = BovForCausalLM(hf_config(golden.model))
     model.load_state_dict(golden.trajectory.initial, strict=True)

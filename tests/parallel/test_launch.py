@@ -6,14 +6,8 @@ import sys
 
 import pytest
 
-from bov_megatron.parallel.launch import (
-    LaunchError,
-    World,
-    detect_world,
-    expand_nodelist,
-    expand_tasks_per_node,
-    export_world,
-)
+from bov_megatron.errors import LaunchError
+from bov_megatron.parallel.launch import World, detect_world, expand_nodelist, expand_tasks_per_node, export_world
 
 TORCHRUN = {
     "RANK": "5",

@@ -9,7 +9,7 @@ import pytest
 
 from bov_megatron.data.prepare import PrepareOptions, prepare_data
 from bov_megatron.data.tokenizer import train_tokenizer
-from tests.slurm.cluster import ClusterUnavailable, SlurmCluster, install_slurm
+from tests.support.cluster import ClusterUnavailable, SlurmCluster, install_slurm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

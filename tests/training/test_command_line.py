@@ -8,7 +8,7 @@ import pytest
 
 from bov_megatron import train as command
 from bov_megatron.data.prepare import PrepareOptions, prepare_data
-from tests.training.runs import SMOKE, launch, overrides, train
+from tests.support.runs import SMOKE, launch, overrides, train
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_resuming_on_other_shards_of_the_same_tokenizer(prepared_data, tmp_path)
 
 def damaged_for_one(rank, world_size, arguments):
     """Rank 1's node lacks the data."""
-    from tests.training import runs
+    from tests.support import runs
 
     if rank == 1:
         arguments = [item.replace("/data", "/gone") if item.startswith("data.path=") else item for item in arguments]
@@ -107,7 +107,7 @@ def damaged_for_one(rank, world_size, arguments):
 
 
 def test_an_error_on_another_node_is_heard(prepared_data, tmp_path):
-    from tests.distributed import run_ranks
+    from tests.support.distributed import run_ranks
 
     results = run_ranks(damaged_for_one, 2, overrides(prepared_data, tmp_path))
     assert [code for code, _ in results] == [2, 2]

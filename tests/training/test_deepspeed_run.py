@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bov_megatron.training import checkpoint_report
-from tests.distributed import run_ranks
-from tests.test_convert import convert_rank
-from tests.training.runs import SMOKE, metrics, overrides, train
+from bov_megatron.checkpoint import report
+from tests.exchange.test_convert import convert_rank
+from tests.support.distributed import run_ranks
+from tests.support.runs import SMOKE, metrics, overrides, train
 
 ADAMW = ("optimizer.name=adamw", "optimizer.clip_grad=1.0")
 ZERO2 = ("engine=deepspeed", "deepspeed.zero_stage=2")
@@ -20,9 +20,9 @@ TP2 = ("parallel.tensor_model_parallel_size=2",)
 def outspoken(rank, world_size, arguments, folder):
     """The exit status of a run, whose output goes to files: also what is written behind Python's back."""
     from bov_megatron import train as command_line
-    from bov_megatron.engines import deepspeed
+    from bov_megatron.engines.deepspeed import engine
 
-    deepspeed.PERSISTENT_ELEMENTS = 1000  # or ZeRO 3 would keep every weight of this model whole
+    engine.PERSISTENT_ELEMENTS = 1000  # or ZeRO 3 would keep every weight of this model whole
     for descriptor in (1, 2):
         file = os.open(Path(folder) / f"{descriptor}.{rank}", os.O_CREAT | os.O_WRONLY)
         os.dup2(file, descriptor)
@@ -77,7 +77,7 @@ def check(found, expected):
 
 
 def test_checkpoints_hold_the_same_tensors(runs):
-    megatron, zero3 = (checkpoint_report.inspect(runs / name)["tensors"] for name in ("megatron", "zero3"))
+    megatron, zero3 = (report.inspect(runs / name)["tensors"] for name in ("megatron", "zero3"))
     assert megatron == zero3 and len(zero3) > 20
 
 

@@ -5,8 +5,8 @@ import io
 
 import pytest
 
-from tests.distributed import run_ranks
-from tests.training.runs import SMOKE, metrics, overrides, train
+from tests.support.distributed import run_ranks
+from tests.support.runs import SMOKE, metrics, overrides, train
 
 
 def poisoned_rank(rank, world_size, arguments, poisoned_steps):

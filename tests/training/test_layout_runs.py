@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.training.runs import metrics, overrides, train
+from tests.support.runs import metrics, overrides, train
 
 RUN = ("model.num_layers=4", "train.steps=4", "checkpoint.interval=2")
 CP2 = ["parallel.context_parallel_size=2"]

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from bov_megatron.data.loader import TrainLoader
 from bov_megatron.recipe import load_recipe
-from tests.distributed import run_ranks
-from tests.parity import gather_full
-from tests.training.runs import SMOKE, metrics, overrides, train
+from tests.support.distributed import run_ranks
+from tests.support.parity import gather_full
+from tests.support.runs import SMOKE, metrics, overrides, train
 
 UNEVEN = ["validation.tokens=1792", "validation.micro_batch_size=2"]
 """Seven samples: four on one rank and three on the other, in micro-batches of two."""
@@ -50,9 +50,9 @@ def test_digests_and_touched_rows_equal_a_direct_count(run):
 
 
 def final_weights(rank, world_size, arguments):
+    from bov_megatron import checkpoint
     from bov_megatron.engines.megatron import MegatronEngine
     from bov_megatron.parallel import process_groups
-    from bov_megatron.training import checkpoint
 
     recipe = load_recipe(SMOKE, arguments)
     process_groups.initialize(recipe, rank, world_size)
@@ -79,8 +79,8 @@ def test_validation_equals_the_exported_model_class(run, weights, prepared_data)
     """Seven samples over two data-parallel ranks, scored again with transformers' model, plainly."""
     from bov_megatron.data.tokenizer import load_bytes_per_token
     from bov_megatron.evaluation.bits_per_byte import read_packed_samples
-    from bov_megatron.hf.export import hf_config
-    from bov_megatron.hf.modeling_bov import BovForCausalLM
+    from bov_megatron.exchange.export import hf_config
+    from bov_megatron.exchange.hf.modeling_bov import BovForCausalLM
 
     _, recipe, lines = run
     model = BovForCausalLM(hf_config(recipe.model)).eval()
@@ -104,7 +104,7 @@ def loss_rank(rank, world_size, arguments):
     """Two steps in bf16: losses, dtype of weights, main weights and gradients."""
     from bov_megatron.engines.megatron import MegatronEngine
     from bov_megatron.parallel import process_groups
-    from tests.parity import my_micro_batches
+    from tests.support.parity import my_micro_batches
 
     recipe = load_recipe(SMOKE, arguments)
     process_groups.initialize(recipe, rank, world_size)

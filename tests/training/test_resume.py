@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from bov_megatron.recipe import load_recipe
-from tests.distributed import run_ranks
-from tests.training.runs import SMOKE, metrics, overrides, train
+from tests.support.distributed import run_ranks
+from tests.support.runs import SMOKE, metrics, overrides, train
 
 STEPS, SAVED_EVERY = 8, 3
 TP2 = "parallel.tensor_model_parallel_size=2"
@@ -55,9 +55,9 @@ def signalled_rank(rank, world_size, arguments, at_step):
 
 def weights_rank(rank, world_size, arguments):
     """Weights and optimizer state of the newest checkpoint, by name, on one rank whatever the layout that saved it."""
+    from bov_megatron import checkpoint
     from bov_megatron.engines.megatron import MegatronEngine
     from bov_megatron.parallel import process_groups
-    from bov_megatron.training import checkpoint
 
     recipe = load_recipe(SMOKE, arguments)
     process_groups.initialize(recipe, rank, world_size)

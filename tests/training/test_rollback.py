@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.distributed import run_ranks
-from tests.training.runs import SMOKE, metrics, overrides, train
+from tests.support.distributed import run_ranks
+from tests.support.runs import SMOKE, metrics, overrides, train
 from tests.training.test_resume import final_state
 
 STEPS, SAVED, WRONG, LAST = 12, 6, 9, "train.steps=12"
@@ -37,7 +37,7 @@ def disturbed_rank(rank, world_size, arguments, faults):
     from bov_megatron.data.loader import TrainLoader
 
     if "engine=deepspeed" in arguments:
-        from bov_megatron.engines.deepspeed import DeepSpeedEngine as Engine
+        from bov_megatron.engines.deepspeed.engine import DeepSpeedEngine as Engine
     else:
         from bov_megatron.engines.megatron import MegatronEngine as Engine
 
@@ -187,7 +187,7 @@ def test_runs_that_are_ended(prepared_data, tmp_path, faults, limit, message):
 
 @pytest.mark.parametrize("to_step", [2, 4, 5])
 def test_lines_that_a_full_disk_has_not_taken_are_dropped_too(tmp_path, monkeypatch, to_step):
-    from bov_megatron.training import metrics_file
+    from bov_megatron.training.callbacks import metrics_file
 
     monkeypatch.setattr(metrics_file.dist, "get_rank", lambda: 0)
     trainer = SimpleNamespace(step=0, unfinished=None, rollbacks=1, is_due=lambda interval: True)

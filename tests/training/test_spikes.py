@@ -11,8 +11,8 @@ import torch
 from bov_megatron.data.loader import TrainLoader
 from bov_megatron.recipe import load_recipe
 from bov_megatron.training.spikes import SpikeDetector
-from tests.distributed import run_ranks
-from tests.training.runs import SMOKE, metrics, overrides, train
+from tests.support.distributed import run_ranks
+from tests.support.runs import SMOKE, metrics, overrides, train
 
 SKIP = ["health.on_spike=skip", "health.spike_window=4", "health.spike_deviations=30", "validation.interval=0"]
 TP2 = "parallel.tensor_model_parallel_size=2"

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from bov_megatron.training import stragglers
-from tests.distributed import run_ranks
-from tests.training.runs import SMOKE, overrides
+from tests.support.distributed import run_ranks
+from tests.support.runs import SMOKE, overrides
 
 SECONDS, SLOW_STEP = 1.2, 5
 

@@ -1,0 +1,57 @@
+"""Several ranks on this machine for a benchmark, each of them a process that starts anew."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.training_step import free_port
+from bov_megatron.parallel import process_groups
+from bov_megatron.recipe import Recipe
+
+
+def on_ranks(function: Callable[..., dict], recipe: Recipe, threads: int, *arguments) -> list[dict]:
+    """Call `function(recipe, *arguments)` on each rank of the recipe's tensor-parallel group; what they returned, by
+    rank, as plain JSON values.
+
+    Args:
+        function: importable, of a module that imports Megatron: the ranks are forked where that has been done.
+        threads: of torch, over all ranks.
+
+    Uses NCCL where there are as many GPUs, else CPU tensors and gloo. Raises RuntimeError with the ranks' exit codes
+    where one fails.
+    """
+    size = recipe.parallel.tensor_model_parallel_size
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        fixed = (function, recipe, free_port(), max(threads // size, 1), folder, arguments)
+        ranks = [context.Process(target=_rank, args=(rank, size, *fixed), daemon=True) for rank in range(size)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        codes = [process.exitcode for process in ranks]
+        if any(codes):
+            raise RuntimeError(f"the benchmark's ranks ended with exit codes {codes}; their errors are above")
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+def _rank(
+    rank: int, size: int, function: Callable[..., dict], recipe: Recipe, port: int, threads: int, folder: str, arguments
+) -> None:
+    """Writes `<rank>.json`, what `function` returned."""
+    if torch.cuda.device_count() < size:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # NCCL refuses two ranks on one GPU: stay off it
+    torch.set_num_threads(threads)
+    process_groups.initialize(recipe, rank, size, local_rank=rank, init_method=f"tcp://127.0.0.1:{port}")
+    try:
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(function(recipe, *arguments)))
+    finally:
+        process_groups.shutdown()

@@ -1,0 +1,145 @@
+"""Running benchmarks by name, and their results as JSON and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import Spread
+
+NAMES = {
+    "step": "a whole training step: bank against projection, with Muon and with AdamW",
+    "attention": "a whole training step: our core attention against Megatron's own local one",
+    "loader": "the data loader by itself, and its share of a training step",
+    "lookup": "the value table's lookup over tensor-parallel ranks: its time, a step's, and bytes on natural text",
+    "checkpoint": "how long a save stalls training: waiting for it, and written beside training",
+    "recipes": "tokens/s, MFU and peak memory of the published recipes (GPU only)",
+}
+TURNS, QUICK_TURNS = 9, 1
+EVIDENCE = ("losses", "gradient_norms", "value_norm", "gradient_norm", "bytes")
+"""In the JSON only: most of them show that variants agree or differ as they should."""
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def run(names: Sequence[str] = (), quick: bool = False, turns: int | None = None, threads: int | None = None) -> dict:
+    """Run the benchmarks `names` (default: all that this machine can run); returns plain JSON values.
+
+    Args:
+        quick: tiny models and a single turn, to see that everything runs: its times mean nothing.
+        turns: how often each variant is timed.
+        threads: of torch, on a CPU; default: OMP_NUM_THREADS, else one per core.
+
+    Raises ValueError for an unknown name, or `recipes` without a GPU.
+    """
+    gpu = torch.cuda.is_available()
+    names = list(dict.fromkeys(names)) or [name for name in NAMES if gpu or name != "recipes"]
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"unknown benchmark '{name}'; known: {', '.join(NAMES)}")
+        if name == "recipes" and not gpu:
+            raise ValueError("the benchmark 'recipes' needs a GPU and torch finds none; leave it out")
+    if turns is not None and turns < 1:
+        raise ValueError(f"--turns {turns}: must be at least 1")
+    turns = turns or (QUICK_TURNS if quick else TURNS)
+    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count())
+    results = {"machine": machine(), "quick": quick, "turns": turns}
+    for name in names:
+        print(f"{name}: {NAMES[name]} …", file=sys.stderr, flush=True)
+        results[name] = _plain(_run_one(name, turns, quick, results))
+    return results
+
+
+def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
+    # Here, not above: --help and a wrong name shouldn't wait for Megatron's import.
+    from benchmarks import checkpoint, loader, lookup, training_step
+
+    if name == "step":
+        return training_step.bench_step(turns, quick)
+    if name == "attention":
+        return training_step.bench_attention(turns, quick)
+    if name == "lookup":
+        return lookup.bench_lookup(turns, quick, torch.get_num_threads())
+    if name == "checkpoint":
+        return checkpoint.bench_checkpoint(turns, quick)
+    if name == "recipes":
+        return training_step.bench_recipes(turns, RECIPES)
+    step_seconds = None
+    if "step" in results:
+        rate = results["step"]["muon"]["variants"]["bank"]["tokens_per_second"]["median"]
+        step_seconds = training_step.bench_recipe("bank", quick).batch_tokens / rate
+    return loader.bench_loader(turns, quick, step_seconds)
+
+
+def machine() -> dict:
+    """What the numbers were measured on."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+        "gpus": torch.cuda.device_count(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "megatron_core": version("megatron-core"),
+    }
+
+
+def format_results(results: dict) -> str:
+    """Results as lines for a terminal: medians, ranges in brackets."""
+    m = results["machine"]
+    head = (
+        f"{m['device']}, {m['cores']} cores, {m['threads']} threads, load {m['load_average']:.1f}; torch {m['torch']}"
+    )
+    lines = [head, f"medians of {results['turns']} turns [min – max]"]
+    if results["quick"]:
+        lines.append("QUICK: tiny models, these times mean nothing")
+    for name in NAMES:
+        if name in results:
+            lines += ["", f"{name}: {NAMES[name]}", *_lines(results[name], 1)]
+    return "\n".join(lines)
+
+
+def _lines(values: dict, depth: int) -> list[str]:
+    lines = []
+    for key, value in values.items():
+        label = "  " * depth + key.replace("_", " ") if key != "wall" else "  " * depth + "wall clock"
+        if key == "variants":
+            lines += _lines(value, depth)
+        elif key in EVIDENCE or value is None:
+            continue
+        elif key == "share_of_step":
+            lines.append(f"{label:<34}{value:.3%}")
+        elif isinstance(value, dict) and set(value) == {"median", "minimum", "maximum"}:
+            lines.append(
+                f"{label:<34}{_number(value['median'])} [{_number(value['minimum'])} – {_number(value['maximum'])}]"
+            )
+        elif isinstance(value, dict):
+            lines += [label, *_lines(value, depth + 1)]
+        else:
+            lines.append(f"{label:<34}{_number(value)}")
+    return lines
+
+
+def _number(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return (
+        f"{value:,.0f}"
+        if abs(value) >= 100 or isinstance(value, int)
+        else f"{value:.3g}"
+        if value < 0.1
+        else f"{value:.3f}"
+    )
+
+
+def _plain(value):
+    """Dataclasses as dictionaries, all the way down."""
+    if isinstance(value, Spread):
+        return dataclasses.asdict(value)
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,147 @@
+"""Whole training steps (forward, backward, optimizer) of recipes that differ in one thing."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import Spread, speed_ratio, take_turns
+from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.parallel import process_groups
+from bov_megatron.recipe import Recipe, check_recipe, load_recipe, recipe_from_dict
+from bov_megatron.recipe.quantities import flops_per_token
+from bov_megatron.training.throughput import peak_flops
+
+SOURCES = ("bank", "projection")
+OPTIMIZERS = ("muon", "adamw")
+PUBLISHED = ("135m_baseline", "135m_bov", "780m_baseline", "780m_bov")
+CPU_MODEL = {"num_layers": 12, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": 8192, "sequence_length": 512}
+QUICK_MODEL = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 512, "sequence_length": 256}
+
+
+def bench_recipe(
+    source: str, quick: bool = False, optimizer: str = "muon", core_attention: str = "auto", gpu: bool | None = None
+) -> Recipe:
+    """The recipe that is timed: on a CPU 12 layers of width 256 in fp32, four sequences of 512 tokens a step; on a
+    GPU the 135M model in bf16, sixteen sequences of 2048 in two micro-batches."""
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    model, micro, sequences = ({}, 8, 16) if gpu else (CPU_MODEL, 4, 4)
+    if quick:
+        model, micro, sequences = QUICK_MODEL, 2, 2
+    return recipe_from_dict(
+        {
+            "name": source,
+            "model": {**model, "core_attention": core_attention, "value": {"source": source}},
+            "train": {
+                "micro_batch_size": micro,
+                "global_batch_size": sequences,
+                "steps": 1000,
+                "precision": "bf16" if gpu else "fp32",
+            },
+            # Full rates at once, so that even a few steps show in loss and gradients.
+            "optimizer": {"name": optimizer, "warmup_steps": 0, "reference_batch_tokens": None},
+            "data": {"path": "unused"},
+        }
+    )
+
+
+def bench_step(turns: int, quick: bool) -> dict:
+    """`bank` against `projection`, with each optimizer."""
+    result = {}
+    for optimizer in OPTIMIZERS:
+        recipes = {source: bench_recipe(source, quick, optimizer) for source in SOURCES}
+        variants, seconds = measure(recipes, turns)
+        result[optimizer] = {"variants": variants, "bank / projection": speed_ratio(seconds, "bank", "projection")}
+    return result
+
+
+def bench_attention(turns: int, quick: bool) -> dict:
+    """Our core attention against Megatron's own local one, for each value source."""
+    result = {}
+    for source in SOURCES:
+        recipes = {core: bench_recipe(source, quick, core_attention=core) for core in ("auto", "megatron")}
+        variants, seconds = measure(recipes, turns)
+        result[source] = {"variants": variants, "auto / megatron": speed_ratio(seconds, "auto", "megatron")}
+    return result
+
+
+def bench_recipes(turns: int, folder: Path) -> dict:
+    """The published recipes on one GPU, one after the other: tokens/s, MFU and peak memory.
+
+    One rank, two micro-batches a step instead of the whole batch, so that the optimizer weighs more than in a run.
+    Recipes that run out of memory say so.
+    """
+    result = {}
+    for name in PUBLISHED:
+        recipe = load_recipe(folder / f"{name}.yaml", ["train.steps=1000", "data.path=unused"])
+        recipe.train.global_batch_size = 2 * recipe.train.micro_batch_size
+        recipe.parallel.tensor_model_parallel_size = recipe.parallel.pipeline_model_parallel_size = 1
+        recipe.parallel.sequence_parallel = False
+        check_recipe(recipe)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            variants, _ = measure({name: recipe}, turns)
+        except torch.cuda.OutOfMemoryError as error:
+            result[name] = {"error": str(error).splitlines()[0]}
+            continue
+        rate, peak = variants[name]["tokens_per_second"], peak_flops(recipe)
+        mfu = rate.median * flops_per_token(recipe.model) / peak if peak else None
+        result[name] = {**variants[name], "mfu": mfu, "peak_memory_bytes": torch.cuda.max_memory_allocated()}
+    return result
+
+
+def measure(recipes: Mapping[str, Recipe], turns: int, discard: int = 2) -> tuple[dict[str, dict], dict]:
+    """Train the recipes side by side in this process, a step each in turn, on the same random batches.
+
+    Token ids are uniform: of all texts the one that touches most table rows. All recipes share one layout, of one
+    rank. Returns per recipe `tokens_per_second`, and each step's `losses` (nats per token) and `gradient_norms`, so
+    that variants can be seen to differ or to agree; and the timings for `timing.speed_ratio`.
+    """
+    steps_done: dict[str, list] = {name: [] for name in recipes}
+    with one_process(next(iter(recipes.values()))):
+        engines = {name: MegatronEngine(recipe) for name, recipe in recipes.items()}
+
+        def step(name: str, turn: int) -> None:
+            steps_done[name].append(engines[name].train_step(random_micro_batches(recipes[name], turn)))
+
+        steps = {name: lambda turn, name=name: step(name, turn) for name in recipes}
+        timings = take_turns(steps, turns, discard)
+    variants = {
+        name: {
+            "tokens_per_second": Spread.of([recipe.batch_tokens / s for s in timings[name].wall]),
+            "losses": [step.loss for step in steps_done[name]],
+            "gradient_norms": [step.gradient_norm for step in steps_done[name]],
+        }
+        for name, recipe in recipes.items()
+    }
+    return variants, timings
+
+
+def random_micro_batches(recipe: Recipe, seed: int) -> list[torch.Tensor]:
+    """One step's micro-batches for a data-parallel size of 1, each int64 `[micro_batch_size, T + 1]`."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (recipe.train.global_batch_size, recipe.model.sequence_length + 1)
+    return list(torch.randint(recipe.model.vocab_size, shape, generator=generator).split(recipe.train.micro_batch_size))
+
+
+@contextlib.contextmanager
+def one_process(recipe: Recipe) -> Iterator[None]:
+    """Process groups of a world of one, for the length of the block."""
+    process_groups.initialize(recipe, 0, 1, init_method=f"tcp://127.0.0.1:{free_port()}")
+    try:
+        yield
+    finally:
+        process_groups.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

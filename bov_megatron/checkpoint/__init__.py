@@ -1,0 +1,3 @@
+"""Checkpoints."""
+
+from bov_megatron.checkpoint.saving import *

@@ -1,0 +1,52 @@
+"""Whether a run may go on from a checkpoint: same model, same optimizer, same order of data; all else may change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bov_megatron.errors import RecipeError
+from bov_megatron.recipe import Recipe
+
+
+def check_same_model(stored: dict, recipe: Recipe, path: Path) -> None:
+    """Refuse a checkpoint whose model has other tensors than the recipe's."""
+    layout_only = {"core_attention", "linear_layers"}
+    layout_only |= {"value.table_partition", "value.lookup", "value.table_memory"}
+    _compare(stored["model"], recipe.to_dict()["model"], "model", layout_only, path)
+
+
+def check_same_optimizer(stored: dict, recipe: Recipe, path: Path) -> None:
+    """Refuse a checkpoint whose optimizer state is another one's: other tensors, or none where some are needed."""
+    now = recipe.to_dict()
+    for section, field in (("optimizer", "name"), ("train", "precision")):
+        _compare(stored[section], now[section], section, set(now[section]) - {field}, path)
+
+
+def check_same_data_order(stored: dict, recipe: Recipe, path: Path) -> None:
+    """Refuse to go on where the recipe would see other samples, or the same in another order."""
+    now = recipe.to_dict()
+    remedy = "resuming would reorder the data: restore the value, or start another run with name=…"
+    _compare(stored["train"], now["train"], "train", set(now["train"]) - {"global_batch_size"}, path, remedy)
+    free = {"num_workers", "prefetch_factor", "path", "remote"}
+    streams = {"streams": [_order_of(s) for s in stored["data"]["streams"]]}
+    streams_now = {"streams": [_order_of(s) for s in now["data"]["streams"]]}
+    _compare({**stored["data"], **streams}, {**now["data"], **streams_now}, "data", free, path, remedy)
+
+
+def _order_of(stream: dict) -> float:
+    """A stream may move to another folder; its weight may not change."""
+    return stream["weight"]
+
+
+def _compare(stored: dict, now: dict, where: str, free: set[str], path: Path, remedy: str | None = None) -> None:
+    for key, value in now.items():
+        name = f"{where}.{key}"
+        if name.removeprefix("model.") in free or key in free:
+            continue
+        if isinstance(value, dict):
+            _compare(stored.get(key, {}), value, name, free, path, remedy)
+        elif stored.get(key) != value:
+            raise RecipeError(
+                f"{name}={value!r}, but the checkpoint {path} was saved with {stored.get(key)!r}; "
+                + (remedy or "use the recipe stored with it, or start another run with name=…")
+            )

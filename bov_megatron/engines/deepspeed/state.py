@@ -1,0 +1,127 @@
+"""ZeRO's share of every parameter, and its form in checkpoints.
+
+DeepSpeed gives a data-parallel rank a stretch of each parameter's elements, wherever it falls: anything from nothing
+to all of them (ZeRO 1 and 2, which flatten a group of parameters and cut it), or one in as many (ZeRO 3). Checkpoints
+store rows, as optim.sharded_state describes them. `exchange` turns one into the other, a parameter at a time: each
+rank sends what others need of what it has, and no rank ever holds more than its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bov_megatron.optim.sharding import RowAssignment, group_rank, group_size, split_rows
+from bov_megatron.parallel import device
+
+Ranges = Sequence[tuple[int, int]]
+"""Elements `[start, stop)` of a flattened tensor that each data-parallel rank has, ascending by rank."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Elements `[start, stop)` of a flattened parameter: this rank's, which lie from `offset` on in `flat`, the fp32
+    weights that DeepSpeed's optimizer updates."""
+
+    flat: Tensor
+    offset: int
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The stretch's part of a tensor that is laid out as `flat` is."""
+        return tensor.detach().narrow(0, self.offset, self.stop - self.start)
+
+
+class ZeroParameter:
+    """A parameter, this rank's stretch of it, and the rows of it that this rank writes into checkpoints.
+
+    Make it before DeepSpeed takes the model: ZeRO 3 leaves parameters without a shape of their own.
+    """
+
+    def __init__(self, qualified_name: str, parameter: torch.nn.Parameter, group: dist.ProcessGroup):
+        self.qualified_name, self.parameter, self.group = qualified_name, parameter, group
+        self.shape, self.dtype = parameter.shape, parameter.dtype
+        self.assignment: RowAssignment = split_rows(self.shape[0], group_size(group))
+        self.rows = self.assignment.ranges[group_rank(group)]
+        self.stretch: Stretch | None = None
+        """None where this rank has no element."""
+        self.ranges: Ranges = ()
+        """All data-parallel ranks' stretches."""
+
+    @property
+    def row_ranges(self) -> Ranges:
+        """All data-parallel ranks' rows, counted in elements."""
+        width = self.shape[1:].numel()
+        return [(start * width, stop * width) for start, stop in self.assignment.ranges]
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether this rank writes any part of the parameter."""
+        return self.rows[0] < self.rows[1]
+
+    def empty_rows(self, dtype: torch.dtype) -> Tensor:
+        """Space in host memory for this rank's rows."""
+        return torch.empty(self.rows[1] - self.rows[0], *self.shape[1:], dtype=dtype)
+
+    def to_rows(self, read: Callable[[Stretch], Tensor], dtype: torch.dtype) -> Tensor:
+        """This rank's rows, in host memory, of what `read` gives of each rank's stretch; collective."""
+        mine = torch.empty(0, dtype=dtype) if self.stretch is None else read(self.stretch)
+        rows = exchange(mine.to(device.device(), dtype), self.ranges, self.row_ranges, self.group)
+        return rows.view(-1, *self.shape[1:]).cpu()
+
+    def from_rows(self, rows: Tensor | None, read: Callable[[Stretch], Tensor], dtype: torch.dtype) -> None:
+        """The way back: all ranks' rows into what `read` gives of this rank's stretch; collective."""
+        mine = torch.empty(0, dtype=dtype) if rows is None else rows.reshape(-1)
+        elements = exchange(mine.to(device.device(), dtype), self.row_ranges, self.ranges, self.group)
+        if self.stretch is not None:
+            read(self.stretch).copy_(elements)
+
+
+def gather_ranges(parameters: Sequence[ZeroParameter], group: dist.ProcessGroup) -> None:
+    """Tell every rank which elements of which parameter each has; collective, once."""
+    mine = [(p.stretch.start, p.stretch.stop) if p.stretch else (0, 0) for p in parameters]
+    sent = torch.tensor(mine, device=device.device())
+    received = sent.new_empty(group_size(group), *sent.shape)
+    dist.all_gather_into_tensor(received.flatten(0, 1), sent, group=group)
+    for parameter, ranges in zip(parameters, received.transpose(0, 1).tolist(), strict=True):
+        parameter.ranges = _ascending(ranges, parameter.shape.numel(), parameter.qualified_name)
+
+
+def _ascending(ranges: list[list[int]], total: int, name: str) -> Ranges:
+    """The ranges with empty ones where they belong. Raises where they are not a tensor cut in the order of ranks,
+    which is what `exchange` relies on."""
+    result, reached = [], 0
+    for start, stop in ranges:
+        if start == stop:
+            start = stop = reached
+        if start != reached:
+            raise RuntimeError(f"{name}: DeepSpeed's stretches {ranges} are not in the order of data-parallel ranks")
+        result.append((start, stop))
+        reached = stop
+    if reached != total:
+        raise RuntimeError(f"{name}: DeepSpeed's stretches {ranges} end at {reached} of {total} elements")
+    return result
+
+
+def exchange(mine: Tensor, have: Ranges, need: Ranges, group: dist.ProcessGroup) -> Tensor:
+    """The elements `need[rank]` of a flattened tensor of which every rank holds `have[rank]`; collective.
+
+    Args:
+        mine: this rank's elements, on the group's device.
+        have, need: both ascending by rank, so that pieces in the order of ranks are pieces in order.
+    """
+    rank = group_rank(group)
+    sizes_sent = [_overlap(have[rank], wanted) for wanted in need]
+    sizes_received = [_overlap(held, need[rank]) for held in have]
+    received = mine.new_empty(sum(sizes_received))
+    dist.all_to_all_single(received, mine.contiguous(), sizes_received, sizes_sent, group=group)
+    return received
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:
+    return max(0, min(a[1], b[1]) - max(a[0], b[0]))

@@ -1,0 +1,126 @@
+"""From a run's checkpoint, written by any layout of ranks, to a Hugging Face folder, with logits compared."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bov_megatron import checkpoint
+from bov_megatron.engines.base import Engine
+from bov_megatron.engines.build import build_engine
+from bov_megatron.errors import ExportError
+from bov_megatron.exchange.export import export
+from bov_megatron.model.naming import full_from_gathered, local_parameters
+from bov_megatron.parallel import device, process_groups
+from bov_megatron.recipe import ParallelConfig, recipe_from_dict
+
+PARITY_TOLERANCE = 1e-4
+"""Largest relative error of the logits, both models computing in fp32 from the same stored weights."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted."""
+
+    out_dir: Path
+    checkpoint: Path
+    step: int
+    parity: float | None
+    """Relative error of the exported model's logits against the Megatron model's; None if not checked."""
+
+
+def to_hf(
+    run_dir: Path,
+    out_dir: Path,
+    *,
+    step: int | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer_dir: Path | None = None,
+    check_parity: bool = True,
+    overwrite: bool = False,
+) -> Conversion:
+    """Export a run's checkpoint as a Hugging Face model.
+
+    One process loads the whole model, whatever the layout of ranks that saved it, onto the CPU or its GPU.
+
+    Args:
+        run_dir: run folder (the newest checkpoint, or that of `step`), or one checkpoint's folder.
+        dtype: of the stored weights; None means what the run computed in.
+        tokenizer_dir: None means the one kept with the run.
+        check_parity: compare the exported model's logits with the Megatron model's, and keep the export only if
+            they agree to PARITY_TOLERANCE.
+
+    Raises CheckpointError or ExportError with the remedy.
+    """
+    path = checkpoint.find(run_dir, step)
+    stored = checkpoint.read_run(path)
+    if dtype is None:
+        dtype = torch.bfloat16 if stored["recipe"]["train"]["precision"] == "bf16" else torch.float32
+    with open_checkpoint(path) as engine:
+        out_dir = export(
+            _canonical_tensors(engine),
+            engine.recipe.model,
+            tokenizer_dir or path.parent.parent / "tokenizer",
+            out_dir,
+            dtype=dtype,
+            recipe=stored["recipe"],
+            overwrite=overwrite,
+        )
+        parity = _parity(engine, out_dir, dtype) if check_parity else None
+    return Conversion(out_dir, path, stored["step"], parity)
+
+
+@contextlib.contextmanager
+def open_checkpoint(path: Path) -> Iterator[Engine]:
+    """A checkpoint of any layout as one unsharded fp32 engine without optimizer, in this process alone."""
+    recipe = recipe_from_dict(checkpoint.read_run(path)["recipe"])
+    recipe = dataclasses.replace(
+        recipe, parallel=ParallelConfig(), train=dataclasses.replace(recipe.train, precision="fp32")
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        process_groups.initialize(recipe, 0, 1, init_method=f"file://{folder}/rendezvous")
+        try:
+            engine = build_engine(recipe, with_optimizer=False)
+            checkpoint.load(engine, path, contents=True)
+            yield engine
+        finally:
+            process_groups.shutdown()
+
+
+def _canonical_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of an unsharded engine, unfused and unpadded, one at a time."""
+    for local in local_parameters(engine.model):
+        yield from full_from_gathered(local, local.parameter.detach()).items()
+
+
+@torch.no_grad()
+def _parity(engine: Engine, out_dir: Path, dtype: torch.dtype) -> float:
+    """Relative error of the exported model's logits on random ids, longer than the short windows.
+
+    The Megatron model is rounded to the exported dtype first: what is compared is the computation, in fp32.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = engine.recipe.model
+    for parameter in engine.model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.vocab_size, (1, min(model.sequence_length, 1024)), generator=generator)
+    expected = engine.model.eval()(ids.to(device.device())).cpu()[..., : model.vocab_size]
+    exported = AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True, dtype=torch.float32).eval()
+    error = ((exported(ids).logits - expected).norm() / expected.norm()).item()
+    if not error <= PARITY_TOLERANCE:
+        shutil.rmtree(out_dir)
+        raise ExportError(
+            f"the exported model's logits differ from the Megatron model's by {error:.1e} (relative; at most "
+            f"{PARITY_TOLERANCE:.0e} is rounding), so {out_dir} was removed; please report it with the recipe"
+        )
+    return error

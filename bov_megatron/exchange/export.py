@@ -1,0 +1,260 @@
+"""From a configuration and canonical weights to a folder that Hugging Face's `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import yaml
+
+from bov_megatron.errors import ExportError
+from bov_megatron.recipe import ModelConfig
+from bov_megatron.recipe.parameters import parameter_specs
+
+if TYPE_CHECKING:
+    from bov_megatron.exchange.hf.configuration_bov import BovConfig
+
+SHIPPED_FILES = ("configuration_bov.py", "modeling_bov.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_bov.BovConfig",
+    "AutoModel": "modeling_bov.BovModel",
+    "AutoModelForCausalLM": "modeling_bov.BovForCausalLM",
+}
+DEFAULT_SHARD_BYTES = 4 << 30
+
+
+def hf_config(model: ModelConfig, **token_ids: int | None) -> BovConfig:
+    """The exported model's configuration; `token_ids` are bos_token_id and its like.
+
+    `BovForCausalLM(hf_config(model)).load_state_dict(weights)` takes weights under their canonical names.
+    """
+    from bov_megatron.compat import register_missing_torchvision_ops
+
+    register_missing_torchvision_ops()
+    from bov_megatron.exchange.hf.configuration_bov import BovConfig
+
+    return BovConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.kv_channels,
+        max_position_embeddings=model.sequence_length,
+        windows=model.windows(),
+        value_source=model.value.source,
+        target_layers=model.target_layers(),
+        value_coefficient=model.value.coefficient,
+        value_table=model.value.table,
+        rotary_base=model.rotary_base,
+        logit_softcap=model.logit_softcap,
+        qk_scale=model.qk_scale,
+        **token_ids,
+    )
+
+
+def export(
+    state: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+    model: ModelConfig,
+    tokenizer_dir: str | Path | None,
+    out_dir: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    recipe: Mapping | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Path:
+    """Write a folder that loads with `AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True)`.
+
+    Args:
+        state: every tensor of `parameter_specs(model)`, unpadded, under its canonical name, in any order. From an
+            iterator at most `max_shard_bytes` are held at a time.
+        tokenizer_dir: folder of a Hugging Face tokenizer with a bos_token; `None` exports without one.
+        dtype: what the weights are stored as.
+        recipe: the resolved recipe (`Recipe.to_dict()`), for the model card.
+        overwrite: replace `out_dir` if it holds anything.
+
+    The folder appears complete or not at all. Raises ExportError where weights are missing, unexpected or of another
+    shape, where the tokenizer doesn't fit, and where `out_dir` isn't empty.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ExportError(f"{out_dir} is a file; give a folder to write to")
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
+        raise ExportError(f"{out_dir} is not empty; choose another folder, or pass overwrite (--overwrite)")
+    if isinstance(state, Mapping):
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        _raise_if_different(shapes, model)
+        state = state.items()
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        token_ids = _write_tokenizer(tokenizer_dir, model, partial) if tokenizer_dir is not None else {}
+        _write_config(model, token_ids, dtype, partial)
+        _write_weights(state, model, dtype, max_shard_bytes, partial)
+        (partial / "README.md").write_text(_model_card(model, dtype, recipe))
+        _replace(out_dir, partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out_dir
+
+
+def _replace(out_dir: Path, partial: Path) -> None:
+    previous = partial.with_name(partial.name.replace(".partial-", ".previous-"))
+    if out_dir.exists():
+        out_dir.rename(previous)
+    partial.rename(out_dir)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _raise_if_different(shapes: dict[str, tuple[int, ...]], model: ModelConfig) -> None:
+    """Compare names and shapes with `parameter_specs`."""
+    expected = {spec.name: spec.shape for spec in parameter_specs(model)}
+    problems = []
+    if missing := expected.keys() - shapes.keys():
+        problems.append(f"missing: {', '.join(sorted(missing))}")
+    if unexpected := shapes.keys() - expected.keys():
+        problems.append(f"unexpected: {', '.join(sorted(unexpected))}")
+    for name in expected.keys() & shapes.keys():
+        if shapes[name] != expected[name]:
+            problems.append(f"{name} is {list(shapes[name])}, expected {list(expected[name])}")
+    if problems:
+        raise ExportError("the weights don't fit the recipe's model: " + "; ".join(problems))
+
+
+def _write_tokenizer(tokenizer_dir: str | Path, model: ModelConfig, out: Path) -> dict[str, int]:
+    """Save the tokenizer to `out`; returns its special ids by configuration field."""
+    from bov_megatron.compat import register_missing_torchvision_ops
+
+    register_missing_torchvision_ops()
+    from transformers import AutoTokenizer
+
+    if not (Path(tokenizer_dir) / "tokenizer.json").is_file():
+        raise ExportError(f"tokenizer {tokenizer_dir}: no tokenizer.json there; give a Hugging Face tokenizer folder")
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(tokenizer_dir),
+        local_files_only=True,
+        # Stored with the tokenizer: `generate` refuses the token_type_ids that it would give by default.
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    if tokenizer.bos_token is None:
+        raise ExportError(f"tokenizer {tokenizer_dir} has no bos_token, which opens documents; set one in its files")
+    if len(tokenizer) > model.vocab_size:
+        raise ExportError(
+            f"tokenizer {tokenizer_dir} has {len(tokenizer)} ids, but model.vocab_size is {model.vocab_size}; "
+            "give the tokenizer the model was trained with"
+        )
+    # One token opens a document and so ends the one before; padding is masked, so it may be any token.
+    for name in ("eos_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, tokenizer.bos_token)
+    tokenizer.model_max_length = model.sequence_length
+    tokenizer.save_pretrained(out)
+    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+
+
+def _write_config(model: ModelConfig, token_ids: dict[str, int], dtype: torch.dtype, out: Path) -> None:
+    config = hf_config(model, **token_ids)
+    from transformers import GenerationConfig
+
+    config.auto_map = dict(AUTO_MAP)
+    config.architectures = ["BovForCausalLM"]
+    config.dtype = dtype
+    config.save_pretrained(out)
+    GenerationConfig(**token_ids).save_pretrained(out)
+    for name in SHIPPED_FILES:
+        shutil.copyfile(Path(__file__).parent / name, out / name)
+
+
+def _write_weights(
+    state: Iterable[tuple[str, torch.Tensor]], model: ModelConfig, dtype: torch.dtype, max_bytes: int, out: Path
+) -> None:
+    """Stream tensors into safetensors files of at most `max_bytes` (or one tensor), with an index if several."""
+    from safetensors.torch import save_file
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending_bytes
+        if pending:
+            shards.append(list(pending))
+            save_file(pending, out / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+            pending.clear()
+            pending_bytes = 0
+
+    for name, tensor in state:
+        if name in shapes:
+            raise ExportError(f"weight {name} is given twice")
+        shapes[name] = tuple(tensor.shape)
+        size = tensor.numel() * dtype.itemsize
+        if pending_bytes + size > max_bytes:
+            flush()
+        # A clone of its own: views of one storage cannot be saved side by side.
+        pending[name] = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+        pending_bytes += size
+    flush()
+    _raise_if_different(shapes, model)
+    if len(shards) == 1:
+        (out / "shard-1.safetensors").rename(out / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (out / f"shard-{number}.safetensors").rename(out / file)
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(spec.size for spec in parameter_specs(model)) * dtype.itemsize
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _model_card(model: ModelConfig, dtype: torch.dtype, recipe: Mapping | None) -> str:
+    specs = parameter_specs(model)
+    tables = sum(spec.size for spec in specs if spec.kind == "table")
+    layers = ", ".join(map(str, model.target_layers())) or "none"
+    name = recipe["name"] if recipe and recipe.get("name") else "Bank-of-Values model"
+    card = f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [bank-of-values]
+---
+
+# {name}
+
+A decoder trained with bov_megatron; its attention values follow "Do Value Vectors in Deep Layers Need Context from
+the Residual Stream?" (arXiv 2606.02780).
+
+| | |
+|---|---|
+| value source | `{model.value.source}` in layers {layers}; coefficient {model.value.coefficient} |
+| parameters | {sum(spec.size for spec in specs):,}, of which {tables:,} in value tables |
+| layers / hidden size / heads / key-value heads | {model.num_layers} / {model.hidden_size} / \
+{model.num_attention_heads} / {model.kv_heads} |
+| vocabulary / sequence length | {model.vocab_size:,} / {model.sequence_length:,} |
+| weights stored as | {str(dtype).removeprefix("torch.")} |
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+inputs = tokenizer(tokenizer.bos_token + "The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+Documents start with the beginning-of-sequence token in training: start prompts with it. Layers that take their values
+from a bank keep none in the cache; `cache_implementation="static"` is therefore refused.
+"""
+    if recipe is not None:
+        card += f"\n## Recipe\n\n```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False)}```\n"
+    return card

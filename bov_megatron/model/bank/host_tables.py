@@ -1,0 +1,137 @@
+"""Value tables in host memory: rows to the device ahead of their layer, gradients back behind the backward pass.
+
+A host table's weight, gradient (`main_grad`, fp32) and optimizer state stay on the host; the device sees the distinct
+rows of the micro-batches under way. Copies go through pinned memory on a stream of their own. Gradients are added by
+one thread, in the order in which they were handed in, so that the one that launches kernels never waits for a copy.
+
+Without a GPU, host and device are one: the same steps run, and copies copy nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bov_megatron.parallel import device, process_groups
+
+_additions: list[Future] = []
+"""Gradients that have not been added yet, in order."""
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Host memory that a GPU can copy from and to without making the host wait."""
+    return torch.empty(*shape, dtype=dtype, device="cpu", pin_memory=torch.cuda.is_available())
+
+
+class BesideCompute:
+    """`with` it: copies and collectives that the computing stream doesn't wait for, until `wait`.
+
+    Args:
+        after_compute: whether they use what the computing stream has been told to make.
+    """
+
+    def __init__(self, after_compute: bool):
+        self.after_compute = after_compute
+
+    def __enter__(self) -> BesideCompute:
+        self._event, self._block = None, contextlib.nullcontext()
+        if torch.cuda.is_available():
+            stream = _copy_stream()
+            if self.after_compute:
+                stream.wait_stream(torch.cuda.current_stream())
+            self._event, self._block = torch.cuda.Event(), torch.cuda.stream(stream)
+        self._block.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._event is not None:
+            self._event.record()
+        self._block.__exit__(*error)
+
+    def wait(self, made: Tensor) -> None:
+        """Let the current stream go on when the block's work is done; it may then use `made`, of the block."""
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+            made.record_stream(torch.cuda.current_stream())
+
+    def wait_on_host(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+
+def rows_on_device(table_RK: Tensor, index: Tensor) -> Tensor:
+    """`table[index]` of a host table, copied to the device on the current stream."""
+    rows = empty(index.numel(), table_RK.size(1), dtype=table_RK.dtype)
+    torch.index_select(table_RK, 0, index, out=rows)
+    return rows.to(device.device(), non_blocking=True)
+
+
+def add_later(target_RK: Tensor, index: Tensor, rows: Tensor) -> None:
+    """`target[index] += rows`, rows on the device, done by the time `wait_for_additions` returns."""
+    with BesideCompute(after_compute=True) as copy:
+        staged = rows
+        if rows.is_cuda:
+            staged = empty(*rows.shape, dtype=rows.dtype)
+            staged.copy_(rows, non_blocking=True)
+            rows.record_stream(torch.cuda.current_stream())
+
+    def add() -> None:
+        copy.wait_on_host()
+        target_RK.index_add_(0, index, staged.to(target_RK.dtype))
+
+    _additions.append(_adder().submit(add))
+
+
+def wait_for_additions() -> None:
+    """Wait until every gradient handed to `add_later` is in its table; raises what an addition raised."""
+    while _additions:
+        _additions.pop(0).result()
+
+
+class HostGradients:
+    """Gradients of one rank's host tables: kept beside Megatron's buffers, which are on the device."""
+
+    def __init__(self, modules: Iterable[torch.nn.Module]):
+        parameters = (parameter for module in modules for parameter in module.parameters())
+        self.weights = [p for p in parameters if getattr(p, "on_host", False) and p.requires_grad]
+
+    @contextlib.contextmanager
+    def kept_here(self) -> Iterator[None]:
+        """Megatron's DistributedDataParallel, made inside, takes no notice of host tables."""
+        for weight in self.weights:
+            weight.requires_grad_(False)
+        yield
+        for weight in self.weights:
+            weight.requires_grad_(True)
+            weight.main_grad = empty(*weight.shape, dtype=torch.float32).zero_()
+
+    def zero(self) -> None:
+        wait_for_additions()
+        for weight in self.weights:
+            weight.main_grad.zero_()
+
+    def reduce(self, group: dist.ProcessGroup) -> None:
+        """Mean over the ranks of `group`, those that hold copies, over gloo."""
+        wait_for_additions()
+        if group.size() == 1 or not self.weights:
+            return
+        group = process_groups.twin(group, "gloo")
+        for weight in self.weights:
+            weight.main_grad.div_(group.size())
+            dist.all_reduce(weight.main_grad, group=group)
+
+
+@functools.cache
+def _copy_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+@functools.cache
+def _adder() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="table-gradients")

@@ -1,0 +1,45 @@
+"""The whole configuration of a run, and everything that follows from it by arithmetic. Imports no torch.
+
+fields -> parameters -> quantities -> memory -> pipeline -> checks -> loading: each imports from those before it only.
+"""
+
+from bov_megatron.errors import RecipeError
+from bov_megatron.recipe.checks import check_recipe
+from bov_megatron.recipe.fields import (
+    CheckpointConfig,
+    DataConfig,
+    DeepSpeedConfig,
+    HealthConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+    StreamConfig,
+    TrainConfig,
+    ValidationConfig,
+    ValueConfig,
+)
+from bov_megatron.recipe.layout_checks import data_parallel_size
+from bov_megatron.recipe.loading import load_recipe, recipe_from_dict
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "HealthConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Recipe",
+    "RecipeError",
+    "StreamConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "ValueConfig",
+    "check_recipe",
+    "data_parallel_size",
+    "load_recipe",
+    "recipe_from_dict",
+]

@@ -1,0 +1,309 @@
+"""Memory of one rank and bytes of one checkpoint, from the recipe alone. docs/plan.md states the formulas.
+
+Shapes: b micro-batch, s sequence, d hidden size, t tensor-parallel size; elements are counted per rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bov_megatron.recipe.fields import Recipe
+from bov_megatron.recipe.parameters import ParameterSpec, parameter_specs
+from bov_megatron.recipe.value_sources import (
+    SOURCES_READING_EMBEDDING,
+    SOURCES_READING_FIRST_LAYER,
+    SOURCES_WITH_TABLE,
+    SOURCES_WITH_TWO_COEFFICIENTS,
+)
+
+MAIN_BYTES = 4
+"""fp32: main weights, main gradients, momentum and Adam's moments."""
+ZERO_BYTES = 3 * MAIN_BYTES
+"""ZeRO's main weights, which it keeps beside fp32 weights too, and Adam's moments."""
+ZERO3_LIVE_ELEMENTS = 2**28
+"""Elements of weights that ZeRO 3 may hold gathered at a time, unless a single module needs more."""
+SPLIT_KINDS = frozenset({"matrix", "embedding", "output", "table"})
+"""Kinds that tensor parallelism splits; the others are copied on every rank."""
+VOCABULARY_KINDS = frozenset({"embedding", "output", "table"})
+"""Kinds with one row per token id, which are stored with padding rows."""
+
+
+def memory_by_stage(recipe: Recipe, layers: list[list[range]], data_parallel_size: int) -> list[dict[str, int]]:
+    """Bytes on one rank of each pipeline stage at the peak of a step.
+
+    Keys: `weights`, `gradients`, `optimizer` (tables excluded), `tables` (all three of theirs; none where they are in
+    host memory), `activations` (kept for backward, of all micro-batches in flight) and `logits`.
+
+    Args:
+        layers: by stage and model chunk, as `pipeline.layers_of_chunks` gives them.
+    """
+    return [_stage_memory(recipe, stage, chunks, data_parallel_size) for stage, chunks in enumerate(layers)]
+
+
+def host_memory_by_stage(recipe: Recipe, layers: list[list[range]], data_parallel_size: int) -> list[int]:
+    """Bytes of host memory on one rank of each stage: of tables there (weights, gradients and optimizer state), or of
+    ZeRO-Offload's optimizer."""
+    if recipe.engine == "deepspeed":
+        return [_offloaded(recipe, data_parallel_size)]
+    if recipe.model.value.table_memory == "device":
+        return [0] * recipe.parallel.pipeline_model_parallel_size
+    return [
+        sum(
+            sum(_state_bytes(recipe, spec, data_parallel_size).values())
+            for spec in parameter_specs(recipe.model)
+            if spec.kind == "table" and _is_on_stage(spec, stage, chunks, recipe)
+        )
+        for stage, chunks in enumerate(layers)
+    ]
+
+
+def stage_bytes(recipe: Recipe, data_parallel_size: int) -> Callable[[int, int, int], int]:
+    """`bytes(stage, first, stop)`: what `memory_by_stage` adds up to on a stage that holds layers `[first, stop)`, for
+    asking often. Not for interleaved pipelines."""
+    states, first_stage, last_stage = [0] * recipe.model.num_layers, 0, _logits(recipe)
+    for spec in parameter_specs(recipe.model):
+        size = 0 if _is_on_host(recipe, spec) else sum(_state_bytes(recipe, spec, data_parallel_size).values())
+        if spec.layer is not None:
+            states[spec.layer] += size
+        elif spec.kind == "output":
+            last_stage += size
+        else:
+            first_stage += size
+    kept = [_kept_by_layer(recipe, layer) for layer in range(recipe.model.num_layers)]
+
+    def count(stage: int, first: int, stop: int) -> int:
+        ends = (first_stage if first == 0 else 0) + (last_stage if stop == len(states) else 0)
+        return ends + sum(states[first:stop]) + _activations(recipe, stage, [kept[first:stop]])
+
+    return count
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Bytes of one checkpoint, the same for every layout up to padding rows: weights and optimizer state."""
+    total = 0
+    for spec in parameter_specs(recipe.model):
+        size = _stored_size(recipe, spec)
+        total += size * weight_bytes(recipe) + optimizer_bytes(recipe, spec, size)
+    return total
+
+
+def _offloaded(recipe: Recipe, data_parallel_size: int) -> int:
+    """Bytes of ZeRO-Offload's optimizer state, gradients and copy of the weights in one rank's host memory."""
+    if recipe.deepspeed.offload_optimizer == "none":
+        return 0
+    copy = MAIN_BYTES if recipe.deepspeed.zero_stage == 3 else weight_bytes(recipe)  # gradients again, or weights
+    sizes = sum(_rank_size(recipe, spec) for spec in parameter_specs(recipe.model))
+    return -(-sizes // data_parallel_size) * (ZERO_BYTES + MAIN_BYTES + copy)
+
+
+def weight_bytes(recipe: Recipe) -> int:
+    """Bytes of one element of weights and activations."""
+    return 2 if recipe.train.precision == "bf16" else 4
+
+
+def optimizer_bytes(recipe: Recipe, spec: ParameterSpec, size: int) -> int:
+    """Optimizer bytes of `size` elements of a parameter: main weights (bf16 only), then momentum and one variance per
+    row (column, if there are more) under Muon, or two moments under AdamW."""
+    main = MAIN_BYTES if recipe.train.precision == "bf16" else 0
+    if spec.kind == "matrix" and recipe.optimizer.name == "muon":
+        return size * (main + MAIN_BYTES) + max(spec.shape) * MAIN_BYTES
+    return size * (main + 2 * MAIN_BYTES)
+
+
+def _stored_size(recipe: Recipe, spec: ParameterSpec) -> int:
+    """Elements as stored, padding rows included."""
+    rows_added = recipe.padded_vocab_size() - recipe.model.vocab_size if spec.kind in VOCABULARY_KINDS else 0
+    return spec.size + rows_added * spec.shape[-1]
+
+
+def _stage_memory(recipe: Recipe, stage: int, chunks: list[range], data_parallel_size: int) -> dict[str, int]:
+    memory = dict.fromkeys(("weights", "gradients", "optimizer", "tables", "activations", "logits"), 0)
+    for spec in parameter_specs(recipe.model):
+        if not _is_on_stage(spec, stage, chunks, recipe) or _is_on_host(recipe, spec):
+            continue
+        for part, count in _state_bytes(recipe, spec, data_parallel_size).items():
+            memory["tables" if spec.kind == "table" else part] += count
+    memory["weights"] += _gathered_weights(recipe)
+    kept = [[_kept_by_layer(recipe, layer) for layer in layers] for layers in chunks]
+    memory["activations"] = _activations(recipe, stage, kept)
+    if stage == recipe.parallel.pipeline_model_parallel_size - 1:
+        memory["logits"] = _logits(recipe)
+    return memory
+
+
+def _state_bytes(recipe: Recipe, spec: ParameterSpec, data_parallel_size: int) -> dict[str, int]:
+    """Bytes of one parameter's `weights`, `gradients` and `optimizer` state on a rank that has a part of it."""
+    size, shards = _rank_size(recipe, spec), 1
+    if recipe.engine == "deepspeed":
+        return _zero_bytes(recipe, size, data_parallel_size)
+    if recipe.parallel.use_distributed_optimizer:
+        shards = data_parallel_size * recipe.parallel.context_parallel_size
+    arriving = recipe.parallel.overlap_param_gather and shards > 1 and not _is_on_host(recipe, spec)
+    return {
+        "weights": size * weight_bytes(recipe) * (2 if arriving else 1),
+        "gradients": size * MAIN_BYTES,
+        "optimizer": -(-optimizer_bytes(recipe, spec, size) // shards),
+    }
+
+
+def _zero_bytes(recipe: Recipe, size: int, data_parallel_size: int) -> dict[str, int]:
+    """The same under ZeRO: each stage shares one more of the three."""
+    zero, share = recipe.deepspeed, -(-size // data_parallel_size)
+    offload = zero.offload_optimizer == "cpu"
+    gradients = size if zero.zero_stage == 1 else share
+    return {
+        "weights": (share if zero.zero_stage == 3 else size) * weight_bytes(recipe),
+        "gradients": 0 if zero.zero_stage == 3 and offload else gradients * MAIN_BYTES,
+        "optimizer": 0 if offload else share * ZERO_BYTES,
+    }
+
+
+def _gathered_weights(recipe: Recipe) -> int:
+    """Bytes of the weights that ZeRO 3 holds whole while it computes with them."""
+    if recipe.engine != "deepspeed" or recipe.deepspeed.zero_stage != 3:
+        return 0
+    whole = sum(_rank_size(recipe, spec) for spec in parameter_specs(recipe.model))
+    return min(ZERO3_LIVE_ELEMENTS, whole) * weight_bytes(recipe)
+
+
+def _rank_size(recipe: Recipe, spec: ParameterSpec) -> int:
+    """Elements of a parameter on a tensor-parallel rank, padding rows included."""
+    ranks = recipe.parallel.tensor_model_parallel_size if spec.kind in SPLIT_KINDS else 1
+    return _stored_size(recipe, spec) // ranks
+
+
+def _is_on_stage(spec: ParameterSpec, stage: int, chunks: list[range], recipe: Recipe) -> bool:
+    if spec.layer is not None:
+        return any(spec.layer in layers for layers in chunks)
+    if spec.kind == "output":
+        return stage == recipe.parallel.pipeline_model_parallel_size - 1
+    return stage == 0  # embedding, smear, and a shared table, which a pipeline refuses
+
+
+def _is_on_host(recipe: Recipe, spec: ParameterSpec) -> bool:
+    return spec.kind == "table" and recipe.model.value.table_memory == "host"
+
+
+def _activations(recipe: Recipe, stage: int, chunks: list[list[tuple[int, int]]]) -> int:
+    """Bytes kept for backward by all that a 1F1B schedule has in flight on this stage, interleaved or not.
+
+    `chunks`: `_kept_by_layer` of each layer of each model chunk.
+    """
+    kept = [_chunk_activations(recipe, stage == 0 and number == 0, layers) for number, layers in enumerate(chunks)]
+    in_flight = _chunks_in_flight(recipe, stage)
+    last = in_flight[-1]
+    while_recomputing = max(0, kept[last][1] - kept[last][0])
+    return sum(kept[chunk][0] for chunk in in_flight) + while_recomputing
+
+
+def _chunks_in_flight(recipe: Recipe, stage: int) -> list[int]:
+    """Model chunks of this stage, one for each of its forward passes that Megatron's schedule starts before the first
+    of them has come back."""
+    parallel, train = recipe.parallel, recipe.train
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    ahead = stages - stage - 1 if virtual == 1 else 2 * (stages - stage - 1) + (virtual - 1) * stages
+    total = train.global_batch_size // train.micro_batch_size * virtual
+    return [number // stages % virtual for number in range(min(ahead + 1, total))]
+
+
+def _chunk_activations(recipe: Recipe, embeds: bool, layers: list[tuple[int, int]]) -> tuple[int, int]:
+    """Bytes of one micro-batch in one model chunk: kept after forward, and held while a layer is recomputed."""
+    parallel = recipe.parallel
+    recomputed = 0
+    if parallel.recompute == "full":
+        recomputed = len(layers) if parallel.recompute_num_layers is None else parallel.recompute_num_layers
+    inputs = sum(before for _, before in layers[:recomputed]) + _carried(recipe)
+    if embeds:
+        inputs += 3 * _tokens(recipe) * recipe.model.hidden_size * weight_bytes(recipe)  # embedded, normalised, smeared
+    inside = [activations for activations, _ in layers]
+    # What layers keep is gone when the ones before them are recomputed.
+    return inputs + sum(inside[recomputed:]), inputs + max(inside[:recomputed], default=0)
+
+
+def _kept_by_layer(recipe: Recipe, layer: int) -> tuple[int, int]:
+    """Bytes of one micro-batch that a layer keeps for the backward pass: whole, and where it is recomputed."""
+    m, before = recipe.model, _residual(recipe)
+    if _sends_ahead(recipe) and layer in m.target_layers() and m.value.table == "per_layer":
+        rows = min(_tokens(recipe), recipe.padded_vocab_size())  # at most: distinct ids are fewer
+        before += rows * _kv_width(recipe) // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
+    return layer_activations(recipe, layer), before
+
+
+def layer_activations(recipe: Recipe, layer: int) -> int:
+    """Bytes that one layer keeps for the backward pass of one micro-batch, without recomputation of the layer.
+
+    Method of arXiv 2205.05198, for this decoder and attention that stores no score matrix.
+    """
+    m, tensor = recipe.model, recipe.parallel.tensor_model_parallel_size
+    query, kv = m.query_dim, _kv_width(recipe)
+    split = 2 * (query + kv)  # q and k: before the norm, and as attention's inputs
+    split += kv + query  # v; attention's output, which its projection keeps
+    split += 2 * m.ffn_size  # relu(W_1 x) and its square
+    split += _source_activations(recipe, layer)
+    context = recipe.parallel.context_parallel_size
+    if context > 1:
+        split += query  # attention's output once more: its two stretches are put together
+        if recipe.parallel.recompute != "selective":
+            split += 2 * kv * (context - 1)  # keys and values gathered from the other ranks
+    logsumexp = 0 if recipe.parallel.recompute == "selective" else 4 * m.num_attention_heads // tensor
+    per_token = split // tensor * weight_bytes(recipe) + logsumexp
+    inputs = 4  # two residuals, two normalised inputs
+    if m.source_of(layer) in SOURCES_READING_EMBEDDING:
+        inputs += 1  # the normalised embedding that is projected
+    return inputs * _residual(recipe) + _tokens(recipe) * per_token
+
+
+def _source_activations(recipe: Recipe, layer: int) -> int:
+    """Elements per token that a value source keeps besides the values it returns, over all tensor-parallel ranks."""
+    m = recipe.model
+    source = m.source_of(layer)
+    if source == "gated_value_embedding":
+        return _kv_width(recipe)  # the looked-up row that the gate multiplies
+    if source == "projection" or m.value.coefficient == "fixed":
+        return 0  # multiplying by a constant and adding keep nothing
+    addends = 2 if source in SOURCES_WITH_TWO_COEFFICIENTS else 1
+    reused = source in SOURCES_READING_FIRST_LAYER  # layer 0 has kept it already
+    return (addends - reused) * _kv_width(recipe)  # what the coefficients multiply
+
+
+def _kv_width(recipe: Recipe) -> int:
+    """Elements per token of all tensor-parallel ranks' values; ranks that share a query group each have it."""
+    m = recipe.model
+    return max(m.kv_heads, recipe.parallel.tensor_model_parallel_size) * m.kv_channels
+
+
+def _logits(recipe: Recipe) -> int:
+    """The logits as computed, and three fp32 tensors of their size: tanh, softmax, gradient."""
+    columns = recipe.padded_vocab_size() // recipe.parallel.tensor_model_parallel_size
+    return _tokens(recipe) * columns * (weight_bytes(recipe) + 3 * 4)
+
+
+def _carried(recipe: Recipe) -> int:
+    """Bytes of what travels beside the hidden states, once per micro-batch: x0, token ids, or a shared table's values;
+    or what stays beside a ticket for each token's place among the distinct ids."""
+    m = recipe.model
+    if m.value.source in SOURCES_READING_EMBEDDING:
+        return _residual(recipe)
+    if m.value.source not in SOURCES_WITH_TABLE:
+        return 0
+    if m.value.table == "per_layer" or _sends_ahead(recipe):
+        return _tokens(recipe) * 8
+    return _tokens(recipe) * _kv_width(recipe) // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
+
+
+def _sends_ahead(recipe: Recipe) -> bool:
+    """Whether tables' distinct rows are sent ahead of their layers (model/lookup_ahead.py)."""
+    value = recipe.model.value
+    exchanged = recipe.parallel.tensor_model_parallel_size > 1 and value.table_partition == "vocab"
+    ahead = value.table_memory == "host" or (value.lookup == "distinct" and exchanged)
+    return value.source in SOURCES_WITH_TABLE and ahead
+
+
+def _residual(recipe: Recipe) -> int:
+    """Bytes of one `[s, b, d]` tensor outside the tensor-parallel regions."""
+    split = recipe.parallel.tensor_model_parallel_size if recipe.parallel.sequence_parallel else 1
+    return _tokens(recipe) * recipe.model.hidden_size * weight_bytes(recipe) // split
+
+
+def _tokens(recipe: Recipe) -> int:
+    return recipe.train.micro_batch_size * recipe.model.sequence_length // recipe.parallel.context_parallel_size

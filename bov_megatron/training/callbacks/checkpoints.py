@@ -1,0 +1,94 @@
+"""When a run is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from bov_megatron import checkpoint
+from bov_megatron.errors import TrainingError
+from bov_megatron.recipe import CheckpointConfig
+from bov_megatron.training.callbacks.base import Callback
+
+
+class Checkpoints(Callback):
+    """Saves every `interval` steps, at the end, and when the run is told to stop. Comes last: whatever the step wrote
+    is then on disk.
+
+    With `checkpoint.asynchronous`, a save is written while the next steps run, and finished at the first step boundary
+    at which all ranks have written, before the next save, or at the end. A save that fails is said and tried again at
+    the next interval; a run whose last save failed raises TrainingError.
+
+    After a roll back the checkpoint gone back to is written again: which samples to leave out is part of it.
+
+    Args:
+        from_step_0: save the initial weights too, so that there always is a checkpoint to go back to.
+    """
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, from_step_0: bool = False):
+        self.run_dir, self.config, self.from_step_0 = run_dir, config, from_step_0
+        self.pending: checkpoint.PendingSave | None = None
+        self.failure: str | None = None
+
+    def start(self, trainer):
+        if self.from_step_0 and trainer.step == 0:
+            self._save(trainer, last=False)
+
+    def after_step(self, trainer, record):
+        last = trainer.stopping or trainer.step == trainer.total_steps
+        due = last or trainer.is_due(self.config.interval)
+        if self.pending is not None and (due or self.pending.is_written()):
+            self._finish(last)
+        if due:
+            self._save(trainer, last)
+
+    def before_roll_back(self, trainer):
+        if self.pending is not None:
+            self._finish(last=False)
+
+    def rolled_back(self, trainer, line):
+        self._save(trainer, trainer.stopping)
+
+    def _save(self, trainer, last: bool) -> None:
+        self._begin(trainer, last)
+        if self.pending is not None and (last or not self.config.asynchronous):
+            self._finish(last)
+
+    def finish(self, trainer):
+        if self.failure is None:
+            return
+        newest = checkpoint.latest_checkpoint(self.run_dir)
+        kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
+        raise TrainingError(f"{self.failure}; {kept}. Start again to repeat the steps after it")
+
+    def _begin(self, trainer, last: bool) -> None:
+        config = self.config
+        try:
+            self.pending = checkpoint.begin_save(
+                trainer.engine,
+                self.run_dir,
+                trainer.step,
+                config.keep_last,
+                trainer.checkpoint_extra,
+                config.keep_every,
+                config.asynchronous and not last,
+            )
+        except checkpoint.SaveError as error:
+            self._note(trainer.step, error, last)
+
+    def _finish(self, last: bool) -> None:
+        pending, self.pending = self.pending, None
+        try:
+            pending.finish()
+            self.failure = None
+        except checkpoint.SaveError as error:
+            self._note(pending.step, error, last)
+
+    def _note(self, step: int, error: checkpoint.SaveError, last: bool) -> None:
+        self.failure = f"the checkpoint of step {step} was NOT saved: {error}"
+        if dist.get_rank() == 0 and not last:
+            checkpoint.warn(f"{self.failure}; training goes on, the next save tries again")
+
+    def finish_step(self, trainer, record):
+        self.after_step(trainer, record)

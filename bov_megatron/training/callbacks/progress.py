@@ -1,0 +1,87 @@
+"""What a terminal shows of a run."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from bov_megatron.training.callbacks.base import Callback
+
+
+class Progress(Callback):
+    """A progress bar on a terminal, plain lines otherwise; rank 0 only."""
+
+    def __init__(self, plain_interval: int):
+        self.plain_interval, self.stream, self.bar = plain_interval, sys.stderr, None
+
+    def start(self, trainer):
+        if dist.get_rank() == 0 and self.stream.isatty():
+            self.bar = tqdm(
+                total=trainer.total_steps,
+                initial=trainer.step,
+                desc=trainer.recipe.name,
+                unit="step",
+                file=self.stream,
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+            )
+
+    def after_step(self, trainer, record):
+        if dist.get_rank() != 0:
+            return
+        left = (trainer.total_steps - record["step"]) * trainer.throughput.mean_seconds
+        rates = f"{record['tokens_per_second']:,.0f} tok/s"
+        if "mfu" in record:
+            rates += f" · MFU {record['mfu']:.1%}"
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+        text = f"loss {loss} · {rates} · {_clock(left)} left"
+        self.finish_step(trainer, record)
+        if "spike_deviations" in record:
+            what = "weights left as they were" if "skipped" in record else "taken all the same (health.on_spike=warn)"
+            above = f"{record['spike_deviations']:.0f} deviations above those before"
+            self._print(f"step {record['step']}: loss {record['loss']:.4f} is {above}, {what}")
+        elif not record["updated"]:
+            self._print(f"step {record['step']}: loss or gradients are not finite, weights left as they were")
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        elif trainer.is_due(self.plain_interval) or record["step"] == 1:
+            self._print(f"step {record['step']}/{trainer.total_steps} · {text}")
+
+    def finish_step(self, trainer, record):
+        if dist.get_rank() == 0 and "validation_bits_per_byte" in record:
+            self._print(f"step {record['step']}: validation {record['validation_bits_per_byte']:.4f} bits per byte")
+
+    def rolled_back(self, trainer, line):
+        if dist.get_rank() != 0:
+            return
+        told = line["rollback"]
+        loss = "" if told["loss"] is None else f" (loss {told['loss']:.4f})"
+        self._print(
+            f"step {told['from_step']}: {told['reason']}{loss}; back to step {told['to_step']}, without batches "
+            f"{told['first_batch']} to {told['last_batch']} of the data's order (health.on_spike=rollback)"
+        )
+        if self.bar is not None:
+            self.bar.n = trainer.step
+            self.bar.refresh()
+
+    def finish(self, trainer):
+        if self.bar is not None:
+            self.bar.close()
+
+    def _print(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,59 @@
+"""Metrics in Weights & Biases."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from bov_megatron.training.callbacks.base import Callback
+
+
+class Wandb(Callback):
+    """Weights & Biases, offline unless told otherwise; rank 0 only. It takes nothing back: of steps that are done a
+    second time, after a roll back, it keeps the first."""
+
+    def __init__(self, run_dir: Path, mode: str, project: str):
+        self.run_dir, self.mode, self.project, self.run = run_dir, mode, project, None
+
+    def start(self, trainer):
+        if dist.get_rank() != 0 or self.mode == "disabled":
+            return
+        import wandb
+
+        try:
+            self.run = wandb.init(
+                project=self.project,
+                name=trainer.recipe.name,
+                id=_run_id(self.run_dir),
+                resume="allow",
+                dir=self.run_dir,
+                mode=self.mode,
+                config=trainer.recipe.to_dict(),
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+            )
+        except wandb.Error as error:  # a server out of reach is no reason not to train: metrics.jsonl has it all
+            print(f"warning: going on without wandb: {error}", file=sys.stderr, flush=True)
+
+    def after_step(self, trainer, record):
+        if self.run is not None:
+            # A resumed offline run starts to count at 0 again: the step must be said with every line.
+            numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+            self.run.log(numbers, step=record["step"])
+
+    def finish_step(self, trainer, record):
+        self.after_step(trainer, record)
+
+    def finish(self, trainer):
+        if self.run is not None:
+            self.run.finish()
+
+
+def _run_id(run_dir: Path) -> str:
+    """The same wandb run for every start of a run folder."""
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        path.write_text(os.urandom(4).hex())
+    return path.read_text()

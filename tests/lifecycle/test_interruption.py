@@ -1,0 +1,118 @@
+"""Told to end by a signal or its own time limit, wherever it is: saved, and nothing of the run differs in the end."""
+
+import contextlib
+import io
+import os
+import signal
+
+import pytest
+
+from bov_megatron import checkpoint
+from bov_megatron.lifecycle.interruption import StopReason, StopRequest, StopSignals
+from tests.support.distributed import run_ranks
+from tests.support.runs import SMOKE, metrics, overrides, train
+
+
+def stopped_rank(rank, world_size, arguments, where, at_call):
+    """The run, whose second rank alone is sent SIGUSR1 in the `at_call`-th call of `where`; validation goes by single
+    micro-batches. Returns status, stderr and the number of calls."""
+    from bov_megatron import train as command
+    from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.training import trainer
+
+    trainer.VALIDATION_CHUNK = 1
+    calls = []
+
+    def signalling(self, *positional, **named):
+        calls.append(1)
+        if len(calls) == at_call and rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(self, *positional, **named)
+
+    original = getattr(MegatronEngine, where)
+    setattr(MegatronEngine, where, signalling)
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        code = command.main([SMOKE, *arguments])
+    return code, stderr.getvalue(), len(calls)
+
+
+def late_rank(rank, world_size, arguments, at_step, status_file):
+    """The run, with the second rank's clock an hour ahead from a step on."""
+    from bov_megatron import train as command
+    from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.lifecycle import interruption
+
+    steps = []
+
+    class Clock:
+        def monotonic(self):
+            return 3600.0 if len(steps) >= at_step and rank == 1 else 0.0
+
+    def counting(self, micro_batches):
+        steps.append(1)
+        return forward_backward(self, micro_batches)
+
+    interruption.time = Clock()
+    os.environ["BOV_STATUS_FILE"] = status_file
+    forward_backward, MegatronEngine.forward_backward = MegatronEngine.forward_backward, counting
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        code = command.main([SMOKE, *arguments])
+    return code, stderr.getvalue()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(2, overrides(prepared_data, folder, "checkpoint.interval=0"))
+    return metrics(folder)
+
+
+@pytest.mark.parametrize("at_call, at_step", [(2, 4), (7, 8)], ids=["midway", "at the end"])
+def test_validation_is_abandoned_and_made_good(prepared_data, tmp_path, undisturbed, at_call, at_step):
+    """Four micro-batches on each rank, at steps 4 and 8."""
+    arguments = overrides(prepared_data, tmp_path, "checkpoint.interval=0")
+    results = run_ranks(stopped_rank, 2, arguments, "score", at_call)
+    assert [(code, calls) for code, _, calls in results] == [(143, at_call)] * 2, "no more is scored"
+    assert "stopped by SIGUSR1, all steps done are saved" in results[0][1]
+    assert checkpoint.latest_checkpoint(tmp_path).name == f"step_{at_step:08d}"
+    lines = metrics(tmp_path)
+    assert len(lines) == at_step and "validation_bits_per_byte" not in lines[-1]
+    assert f"resuming after step {at_step}" in train(2, arguments)
+    assert metrics(tmp_path) == undisturbed
+
+
+def test_before_the_first_step_there_is_nothing_to_save(prepared_data, tmp_path, undisturbed):
+    arguments = overrides(prepared_data, tmp_path, "checkpoint.interval=0")
+    assert [code for code, *_ in run_ranks(stopped_rank, 2, arguments, "__init__", 1)] == [143, 143]
+    assert checkpoint.latest_checkpoint(tmp_path) is None
+    assert "from the beginning" in train(2, arguments)
+    assert metrics(tmp_path) == undisturbed
+
+
+def test_time_limit(prepared_data, tmp_path, undisturbed):
+    arguments = overrides(prepared_data, tmp_path, "checkpoint.interval=0")
+    results = run_ranks(late_rank, 2, [*arguments, "train.max_minutes=59"], 5, str(tmp_path / "status"))
+    assert [code for code, _ in results] == [143, 143]
+    assert (tmp_path / "status").read_text() == "143\n", "for a launcher that asks"
+    assert "stopped by train.max_minutes, all steps done are saved" in results[0][1]
+    assert len(metrics(tmp_path)) == 5
+    assert "resuming after step 5" in train(2, arguments)
+    assert metrics(tmp_path) == undisturbed
+
+
+def test_the_same_signal_twice_kills_and_another_does_not():
+    former = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with StopSignals() as signals:
+            request = StopRequest(signals, None)
+            assert request() is StopReason.NONE
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert request() is StopReason.SIGUSR1
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request() is StopReason.SIGTERM
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
