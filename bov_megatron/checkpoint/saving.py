@@ -40,7 +40,7 @@ from bov_megatron.checkpoint.manifest import Damage, Manifest
 from bov_megatron.checkpoint.writing import ForegroundWriter, Written
 from bov_megatron.engines.base import Engine
 from bov_megatron.errors import CheckpointError
-from bov_megatron.parallel import device
+from bov_megatron.parallel.device import device
 from bov_megatron.recipe import Recipe
 
 FORMAT_VERSION = 2
@@ -142,7 +142,7 @@ class PendingSave:
     def is_written(self) -> bool:
         """Whether all ranks have written their shares, so that `finish` waits for none; one number from each rank,
         collective."""
-        done = torch.tensor(float(self._writer.done()), device=device.device())
+        done = torch.tensor(float(self._writer.done()), device=device())
         dist.all_reduce(done, op=dist.ReduceOp.MIN)
         return bool(done)
 

@@ -16,7 +16,7 @@ from bov_megatron.checkpoint import Loaded
 from bov_megatron.engines.base import Engine
 from bov_megatron.errors import CheckpointError, TrainingError
 from bov_megatron.lifecycle.interruption import StopReason
-from bov_megatron.parallel import device
+from bov_megatron.parallel.device import device
 from bov_megatron.recipe.quantities import total_steps
 from bov_megatron.training import stragglers
 from bov_megatron.training.callbacks.base import Callback
@@ -61,7 +61,7 @@ class Trainer:
     ):
         self.engine, self.loader, self.callbacks = engine, loader, callbacks
         self.recipe = engine.recipe
-        self.bytes_per_token = bytes_per_token.to(device.device())
+        self.bytes_per_token = bytes_per_token.to(device())
         self.step = start_step
         self.batch = None
         """The global batch of the step at hand (data.loader.TrainBatch)."""
@@ -178,7 +178,7 @@ class Trainer:
 
         Returns the highest that any rank gave of each of `words`.
         """
-        highest = torch.tensor([int(self._stop_request()), *words], device=device.device())
+        highest = torch.tensor([int(self._stop_request()), *words], device=device())
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         reason, *agreed = highest.tolist()
         self.stop_reason = max(self.stop_reason, StopReason(reason))
