@@ -16,7 +16,7 @@ from bov_megatron.lifecycle import exit_status
 if TYPE_CHECKING:
     from bov_megatron.lifecycle.interruption import StopSignals
     from bov_megatron.parallel.launch import World
-    from bov_megatron.recipe import Recipe, data_parallel_size
+    from bov_megatron.recipe import Recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def _main(arguments: list[str] | None) -> int:
     from bov_megatron.errors import LaunchError, RecipeError
     from bov_megatron.lifecycle.interruption import StopSignals
     from bov_megatron.parallel.launch import detect_world, export_world
-    from bov_megatron.recipe import load_recipe
+    from bov_megatron.recipe import data_parallel_size, load_recipe
 
     # The first rank of each node speaks: a recipe may be missing on one node alone.
     speaks = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"

@@ -171,7 +171,7 @@ def _write_config(model: ModelConfig, token_ids: dict[str, int], dtype: torch.dt
     config.save_pretrained(out)
     GenerationConfig(**token_ids).save_pretrained(out)
     for name in SHIPPED_FILES:
-        shutil.copyfile(Path(__file__).parent / name, out / name)
+        shutil.copyfile(Path(__file__).parent / "hf" / name, out / name)
 
 
 def _write_weights(
