@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from bov_megatron.engines import data_parallel
-from bov_megatron.engines.base import Engine
+from bov_megatron.engines.base import Engine, UpdateResult
 from bov_megatron.model import context_parallel
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.model.bank.host_tables import HostGradients
@@ -61,8 +61,8 @@ class MegatronEngine(Engine):
             return None
         return self._gradient_timer.seconds()
 
-    def forward_backward(self, micro_batches: Sequence[Tensor]) -> float:
-        """Leave the global batch's mean gradient in `main_grad`; return its mean loss in nats per token."""
+    def forward_backward(self, micro_batches: Sequence[Tensor]) -> Tensor:
+        """See Engine; gradients are left in `main_grad`."""
         self._gradient_timer.start()
         for wrapped in self.wrapped:
             wrapped.train()
@@ -76,7 +76,7 @@ class MegatronEngine(Engine):
 
         losses = self._run(self.wrapped, micro_batches, mean_loss, forward_only=False)
         lookup_ahead.check_settled()
-        return self._sum_over_data_parallel(losses, 1)[0] / (
+        return self._sum_over_data_parallel(losses, 1).squeeze(0) / (
             len(micro_batches) * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         )
 
@@ -85,8 +85,15 @@ class MegatronEngine(Engine):
         touched = (table.main_grad[:rows] != 0).any(dim=1).sum()
         return float(table.detach()[:rows].double().square().sum()), int(touched)
 
-    def _discard_gradients(self) -> None:
-        """Nothing to do: the next `forward_backward` clears the buffers."""
+    def gradient_norm(self) -> Tensor:
+        return self.optimizer.gradient_norm()
+
+    def update(self, gradient_norm: float | None = None) -> UpdateResult:
+        result = self.optimizer.step(gradient_norm)
+        return UpdateResult(result.applied, result.grad_norm)
+
+    def discard_gradients(self) -> None:
+        """See Engine. The next `forward_backward` clears the buffers."""
 
     def _finalize_gradients(self, *arguments, **options) -> None:
         """Megatron's reductions after the last backward pass, and those of tables in host memory."""

@@ -36,6 +36,7 @@ def slow_writes(seconds: float) -> None:
 def both_ways_rank(rank, world_size, recipe_dict, folder):
     """The same steps saved both ways, training between the copy and the writing of the asynchronous ones."""
     from bov_megatron import checkpoint
+    from bov_megatron.lifecycle import run_folder
 
     recipe = recipe_from_dict(recipe_dict)
     engine = start_engine(rank, world_size, recipe)
@@ -86,6 +87,7 @@ def test_a_run_saves_the_same(prepared_data, tmp_path):
 def killed_rank(rank, world_size, folder):
     """Dies while its second checkpoint is being written."""
     from bov_megatron import checkpoint
+    from bov_megatron.lifecycle import run_folder
 
     engine = start_engine(rank, world_size)
     checkpoint.save(engine, folder, 1, keep_last=1, extra={})
@@ -111,6 +113,7 @@ def test_kill_while_writing(tmp_path):
 
 def continuing_rank(rank, world_size, folder):
     from bov_megatron import checkpoint
+    from bov_megatron.lifecycle import run_folder
 
     engine = start_engine(rank, world_size)
     found = checkpoint.load(engine, checkpoint.newest_valid(folder)).step
@@ -134,6 +137,7 @@ def losing_writers_rank(rank, world_size, arguments):
                 os.kill(self.pid, signal.SIGKILL)
 
     from bov_megatron import checkpoint
+    from bov_megatron.lifecycle import run_folder
 
     slow_writes(0.2)
     checkpoint.BackgroundWriter = Killed
@@ -155,12 +159,13 @@ def test_a_writer_that_dies_fails_its_save_alone(prepared_data, tmp_path):
 
 def pruning_rank(rank, world_size, folder):
     from bov_megatron import checkpoint
+    from bov_megatron.lifecycle import run_folder
 
     engine = start_engine(rank, world_size)
     for step in range(1, 5):
         checkpoint.begin_save(engine, folder, step, keep_last=1, extra={}, keep_every=2).finish()
-        assert checkpoint.list_checkpoints(folder)[-1][0] == step
-    return [step for step, _ in checkpoint.list_checkpoints(folder)]
+        assert run_folder.list_checkpoints(folder)[-1][0] == step
+    return [step for step, _ in run_folder.list_checkpoints(folder)]
 
 
 def test_old_ones_are_removed(tmp_path):
