@@ -12,9 +12,9 @@ import torch
 from benchmarks.timing import Spread
 from benchmarks.training_step import bench_recipe, one_process, random_micro_batches
 from bov_megatron import checkpoint
-from bov_megatron.lifecycle import run_folder
 from bov_megatron.checkpoint.manifest import read_manifest
 from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.lifecycle import run_folder
 
 CPU_VOCABULARY = 32768
 

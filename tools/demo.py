@@ -126,10 +126,9 @@ def _held_out_windows(data: Path, tasks_dir: Path) -> RollingTask:
 
 def _score_with_engine(run_dir: Path, samples) -> float:
     """Bits per byte of `samples` by the trainer's own engine and code, from the run's last checkpoint."""
-    from bov_megatron import checkpoint
-    from bov_megatron.lifecycle import run_folder
     from bov_megatron.data.tokenizer import load_bytes_per_token
     from bov_megatron.exchange.convert import open_checkpoint
+    from bov_megatron.lifecycle import run_folder
 
     sizes = torch.as_tensor(load_bytes_per_token(run_dir / "tokenizer"))
     ids = torch.as_tensor(samples)

@@ -8,7 +8,7 @@ a stage that hosts a bank looks values up by token id. So is every context-paral
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,18 +19,9 @@ from torch import Tensor
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
 from bov_megatron.model.naming import LocalParameter, local_parameters
+from bov_megatron.optim.optimizer import UpdateResult
 from bov_megatron.parallel import device
 from bov_megatron.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """What one update did; the same on every rank."""
-
-    applied: bool
-    """False where gradients were not finite: weights and optimizer state are as before."""
-    gradient_norm: float
-    """Global L2 norm before clipping; `nan` where it was not finite."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +108,7 @@ class Engine(abc.ABC):
         """Forward, backward and update with nobody to ask: the trainer's step without its agreement."""
         loss = self.forward_backward(micro_batches)
         result = self.update()
-        return StepResult(float(loss), result.gradient_norm, result.applied)
+        return StepResult(float(loss), result.grad_norm, result.applied)
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[Tensor], bytes_per_token: Tensor, counted: Sequence[Tensor]) -> ScoreResult:

@@ -12,12 +12,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from bov_megatron.engines import data_parallel
-from bov_megatron.engines.base import Engine, UpdateResult
+from bov_megatron.engines.base import Engine
 from bov_megatron.model import context_parallel
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.model.bank.host_tables import HostGradients
 from bov_megatron.model.decoder import BovModel
-from bov_megatron.optim.optimizer import BovOptimizer
+from bov_megatron.optim.optimizer import BovOptimizer, UpdateResult
 from bov_megatron.parallel import device
 from bov_megatron.parallel.timer import DeviceTimer
 from bov_megatron.recipe import Recipe
@@ -89,8 +89,7 @@ class MegatronEngine(Engine):
         return self.optimizer.gradient_norm()
 
     def update(self, gradient_norm: float | None = None) -> UpdateResult:
-        result = self.optimizer.step(gradient_norm)
-        return UpdateResult(result.applied, result.grad_norm)
+        return self.optimizer.step(gradient_norm)
 
     def discard_gradients(self) -> None:
         """See Engine. The next `forward_backward` clears the buffers."""

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from bov_megatron import checkpoint
-from bov_megatron.lifecycle import run_folder
 from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import ExportError
 from bov_megatron.exchange.export import export
+from bov_megatron.lifecycle import run_folder
 from bov_megatron.model.naming import full_from_gathered, local_parameters
 from bov_megatron.parallel import device, process_groups
 from bov_megatron.recipe import ParallelConfig, recipe_from_dict

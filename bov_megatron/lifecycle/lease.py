@@ -15,7 +15,6 @@ import dataclasses
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -241,4 +240,3 @@ def _start_ticks(process: int) -> int | None:
         return None
     state, started = fields[0], int(fields[19])
     return None if state in "ZX" else started
-

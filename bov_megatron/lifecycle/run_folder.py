@@ -1,14 +1,14 @@
 """What lies in the folder of a run, and under which names. Imports nothing heavy.
 
-    RUN/recipe.yaml, RUN/tokenizer/          what the run was started with
-    RUN/metrics.jsonl                        a line of metrics for each step
-    RUN/checkpoints/step_00000200/           one complete checkpoint
-    RUN/checkpoints/step_00000400.1f3a.saving/   being written or removed; never read, deleted by the next save
-    RUN/checkpoints/step_00000600.damaged/   not what its manifest says; set aside, never deleted
-    RUN/lease.json                           which process trains the run now
-    RUN/restarts.json                        starts in a row that brought no new checkpoint
-    RUN/stacks/rank_00003.txt                where a rank was when the run hung
-    RUN/wandb_id                             the run's name at Weights & Biases
+RUN/recipe.yaml, RUN/tokenizer/          what the run was started with
+RUN/metrics.jsonl                        a line of metrics for each step
+RUN/checkpoints/step_00000200/           one complete checkpoint
+RUN/checkpoints/step_00000400.1f3a.saving/   being written or removed; never read, deleted by the next save
+RUN/checkpoints/step_00000600.damaged/   not what its manifest says; set aside, never deleted
+RUN/lease.json                           which process trains the run now
+RUN/restarts.json                        starts in a row that brought no new checkpoint
+RUN/stacks/rank_00003.txt                where a rank was when the run hung
+RUN/wandb_id                             the run's name at Weights & Biases
 """
 
 from __future__ import annotations

@@ -13,29 +13,27 @@ import yaml
 from megatron.core import parallel_state
 
 from bov_megatron import checkpoint, errors
-from bov_megatron import errors
 from bov_megatron.checkpoint import compatibility
 from bov_megatron.data.loader import TrainLoader, ValidationLoader
 from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import DataError, ThisRankError
-from bov_megatron.lifecycle import exit_status
+from bov_megatron.lifecycle import exit_status, run_folder
 from bov_megatron.lifecycle.interruption import StopReason, StopRequest, StopSignals
 from bov_megatron.lifecycle.lease import Lease
 from bov_megatron.lifecycle.watchdog import Watchdog
 from bov_megatron.parallel import process_groups
+from bov_megatron.parallel.agreement import on_all_ranks
 from bov_megatron.parallel.launch import World
 from bov_megatron.recipe import Recipe
 from bov_megatron.training.callbacks.checkpoints import Checkpoints
 from bov_megatron.training.callbacks.metrics_file import MetricsFile
 from bov_megatron.training.callbacks.progress import Progress
+from bov_megatron.training.callbacks.slowest_rank import SlowestRank
 from bov_megatron.training.callbacks.validation import Validation
 from bov_megatron.training.callbacks.value_statistics import ValueStatistics
 from bov_megatron.training.callbacks.wandb import Wandb
 from bov_megatron.training.health import Health
-from bov_megatron.training.callbacks.slowest_rank import SlowestRank
-from bov_megatron.parallel.agreement import on_all_ranks
-from bov_megatron.lifecycle import run_folder
 from bov_megatron.training.trainer import Trainer
 
 

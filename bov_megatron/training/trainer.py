@@ -125,7 +125,7 @@ class Trainer:
         updated, norm = False, math.nan
         if self.health.judge(loss, *known_norm) is Verdict.TAKE:
             result = self.engine.update(*known_norm)
-            updated, norm = result.applied, result.gradient_norm
+            updated, norm = result.applied, result.grad_norm
         else:
             self.engine.discard_gradients()
         self.step += 1

@@ -36,7 +36,6 @@ def slow_writes(seconds: float) -> None:
 def both_ways_rank(rank, world_size, recipe_dict, folder):
     """The same steps saved both ways, training between the copy and the writing of the asynchronous ones."""
     from bov_megatron import checkpoint
-    from bov_megatron.lifecycle import run_folder
 
     recipe = recipe_from_dict(recipe_dict)
     engine = start_engine(rank, world_size, recipe)
@@ -87,7 +86,6 @@ def test_a_run_saves_the_same(prepared_data, tmp_path):
 def killed_rank(rank, world_size, folder):
     """Dies while its second checkpoint is being written."""
     from bov_megatron import checkpoint
-    from bov_megatron.lifecycle import run_folder
 
     engine = start_engine(rank, world_size)
     checkpoint.save(engine, folder, 1, keep_last=1, extra={})
@@ -113,7 +111,6 @@ def test_kill_while_writing(tmp_path):
 
 def continuing_rank(rank, world_size, folder):
     from bov_megatron import checkpoint
-    from bov_megatron.lifecycle import run_folder
 
     engine = start_engine(rank, world_size)
     found = checkpoint.load(engine, checkpoint.newest_valid(folder)).step
@@ -137,7 +134,6 @@ def losing_writers_rank(rank, world_size, arguments):
                 os.kill(self.pid, signal.SIGKILL)
 
     from bov_megatron import checkpoint
-    from bov_megatron.lifecycle import run_folder
 
     slow_writes(0.2)
     checkpoint.BackgroundWriter = Killed

@@ -43,9 +43,6 @@ def crashing_rank(rank, world_size, run_dir, function, after):
     import signal
 
     from bov_megatron import checkpoint
-    from bov_megatron.lifecycle import run_folder
-    from bov_megatron import errors
-    from bov_megatron.checkpoint import writing
 
     engine = start_engine(rank, world_size)
     checkpoint.save(engine, run_dir, 1, keep_last=1, extra={})
@@ -68,8 +65,6 @@ def continuing_rank(rank, world_size, run_dir):
     """What is found after the crash, and what there is after one more save."""
     from bov_megatron import checkpoint
     from bov_megatron.lifecycle import run_folder
-    from bov_megatron import errors
-    from bov_megatron.checkpoint import writing
 
     engine = start_engine(rank, world_size)
     found = checkpoint.load(engine, run_folder.latest_checkpoint(run_dir)).step
@@ -90,8 +85,6 @@ def test_a_crash_while_saving_hides_no_checkpoint(tmp_path, crash):
 def keeping_rank(rank, world_size, run_dir, keep_every):
     from bov_megatron import checkpoint
     from bov_megatron.lifecycle import run_folder
-    from bov_megatron import errors
-    from bov_megatron.checkpoint import writing
 
     engine = start_engine(rank, world_size)
     listed = []
@@ -128,9 +121,8 @@ DAMAGES = {
 def refusing_rank(rank, world_size, run_dir):
     """Error of each kind of damage, of another model, another optimizer, another format."""
     from bov_megatron import checkpoint
-    from bov_megatron.lifecycle import run_folder
-    from bov_megatron import errors
     from bov_megatron.checkpoint import writing
+    from bov_megatron.errors import CheckpointError
 
     engine = start_engine(rank, world_size)
     engine.train_step(my_micro_batches(engine.recipe, batch(0)))
@@ -147,9 +139,9 @@ def refusing_rank(rank, world_size, run_dir):
         path = run_dir / name
         shutil.copytree(whole, path)
         damage(path)
-        note(name, errors.CheckpointError, path)
+        note(name, CheckpointError, path)
     writing.FORMAT_VERSION = 3
-    note("another format", errors.CheckpointError, whole)
+    note("another format", CheckpointError, whole)
     writing.FORMAT_VERSION = 2
     recipe = engine.recipe
     for name, changed in {

@@ -50,7 +50,6 @@ def interchange(rank, world_size, continued, folder):
 
 def save_and_go_on(recipe: Recipe, folder: Path) -> list[float]:
     from bov_megatron import checkpoint
-    from bov_megatron.lifecycle import run_folder
 
     engine = build(recipe)
     for number in range(SAVED_AT):

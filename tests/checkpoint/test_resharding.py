@@ -38,7 +38,6 @@ def recipe_of(layout: str, source: str, optimizer: str, precision: str = "fp32",
 def saving_rank(rank, world_size, recipe_dict, folder):
     """Losses of MORE_STEPS steps after the checkpoint, by the run that wrote it."""
     from bov_megatron import checkpoint
-    from bov_megatron.lifecycle import run_folder
     from bov_megatron.engines.megatron import MegatronEngine
     from bov_megatron.parallel import process_groups
 
@@ -53,8 +52,8 @@ def saving_rank(rank, world_size, recipe_dict, folder):
 
 def loading_rank(rank, world_size, recipe_dict, folder):
     from bov_megatron import checkpoint
-    from bov_megatron.lifecycle import run_folder
     from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.lifecycle import run_folder
     from bov_megatron.parallel import process_groups
 
     recipe = recipe_from_dict(recipe_dict)

@@ -81,8 +81,8 @@ def compared_rank(rank, world_size, recipe_dict, folder, trap="untouched"):
 def seen_in_run(recipe: Recipe, folder) -> dict:
     """Losses, gradients of every step, what the readers read, and the same of steps after a resume."""
     from bov_megatron import checkpoint
-    from bov_megatron.lifecycle import run_folder
     from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.lifecycle import run_folder
 
     engine, seen = MegatronEngine(recipe), {}
     load_weights(engine, random_weights(recipe.model))

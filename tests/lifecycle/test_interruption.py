@@ -7,7 +7,6 @@ import signal
 
 import pytest
 
-from bov_megatron import checkpoint
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.lifecycle.interruption import StopReason, StopRequest, StopSignals
 from tests.support.distributed import run_ranks

@@ -19,7 +19,7 @@ FAST = {"beat_seconds": 0.1, "stale_seconds": 1.0, "environ": {}}
 HOLDING = """
 import sys, time
 from pathlib import Path
-from bov_megatron.training.lease import Lease
+from bov_megatron.lifecycle.lease import Lease
 with Lease(Path(sys.argv[1]), beat_seconds=0.1, environ={}):
     print("held", flush=True)
     time.sleep(60)

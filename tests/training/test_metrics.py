@@ -51,8 +51,8 @@ def test_digests_and_touched_rows_equal_a_direct_count(run):
 
 def final_weights(rank, world_size, arguments):
     from bov_megatron import checkpoint
-    from bov_megatron.lifecycle import run_folder
     from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.lifecycle import run_folder
     from bov_megatron.parallel import process_groups
 
     recipe = load_recipe(SMOKE, arguments)

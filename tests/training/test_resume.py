@@ -56,8 +56,8 @@ def signalled_rank(rank, world_size, arguments, at_step):
 def weights_rank(rank, world_size, arguments):
     """Weights and optimizer state of the newest checkpoint, by name, on one rank whatever the layout that saved it."""
     from bov_megatron import checkpoint
-    from bov_megatron.lifecycle import run_folder
     from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.lifecycle import run_folder
     from bov_megatron.parallel import process_groups
 
     recipe = load_recipe(SMOKE, arguments)

@@ -19,11 +19,12 @@ from deepspeed.utils import logger
 from megatron.core import parallel_state
 from torch import Tensor
 
-from bov_megatron.engines.base import Engine, UpdateResult
+from bov_megatron.engines.base import Engine
 from bov_megatron.engines.deepspeed.optimizer import ZeroOptimizer, make_adamw
 from bov_megatron.engines.deepspeed.state import Stretch, ZeroParameter
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.optim import sharded_state
+from bov_megatron.optim.optimizer import UpdateResult
 from bov_megatron.parallel import device
 from bov_megatron.recipe import Recipe
 from bov_megatron.recipe.memory import ZERO3_LIVE_ELEMENTS
@@ -96,8 +97,7 @@ class DeepSpeedEngine(Engine):
         """See Engine. DeepSpeed computes it in its own step."""
 
     def update(self, gradient_norm: float | None = None) -> UpdateResult:
-        result = self.optimizer.step()
-        return UpdateResult(result.applied, result.grad_norm)
+        return self.optimizer.step()
 
     def discard_gradients(self) -> None:
         self.optimizer.discard()

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bov_megatron import checkpoint
+from bov_megatron.errors import TrainingError
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.lifecycle.terminal import warn
-from bov_megatron.errors import TrainingError
 from bov_megatron.recipe import CheckpointConfig
 from bov_megatron.training.callbacks.base import Callback
 

@@ -14,7 +14,6 @@ from bov_megatron.lifecycle.terminal import warn
 from bov_megatron.training.callbacks.base import Callback
 
 
-
 class MetricsFile(Callback):
     """One JSON object a step in RUN/metrics.jsonl, and one for each roll back, with `step` and `rollback` alone.
 
