@@ -13,6 +13,7 @@ import torch
 from benchmarks.timing import Spread, speed_ratio, take_turns
 from bov_megatron.engines.megatron import MegatronEngine
 from bov_megatron.parallel import process_groups
+from bov_megatron.parallel.device import has_gpu
 from bov_megatron.recipe import Recipe, check_recipe, load_recipe, recipe_from_dict
 from bov_megatron.recipe.quantities import flops_per_token
 from bov_megatron.training.throughput import peak_flops
@@ -29,7 +30,7 @@ def bench_recipe(
 ) -> Recipe:
     """The recipe that is timed: on a CPU 12 layers of width 256 in fp32, four sequences of 512 tokens a step; on a
     GPU the 135M model in bf16, sixteen sequences of 2048 in two micro-batches."""
-    gpu = torch.cuda.is_available() if gpu is None else gpu
+    gpu = has_gpu() if gpu is None else gpu
     model, micro, sequences = ({}, 8, 16) if gpu else (CPU_MODEL, 4, 4)
     if quick:
         model, micro, sequences = QUICK_MODEL, 2, 2

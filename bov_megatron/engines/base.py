@@ -20,7 +20,7 @@ from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
 from bov_megatron.model.naming import LocalParameter, local_parameters
 from bov_megatron.optim.optimizer import UpdateResult
-from bov_megatron.parallel import device
+from bov_megatron.parallel.device import device
 from bov_megatron.recipe import Recipe
 
 
@@ -167,7 +167,7 @@ class Engine(abc.ABC):
 
     def _sum_over_data_parallel(self, results: list[Tensor], width: int) -> Tensor:
         """Sum of the last stage's results over micro-batches, data- and context-parallel ranks, on every rank."""
-        total = torch.zeros(width, dtype=torch.float64, device=device.device())
+        total = torch.zeros(width, dtype=torch.float64, device=device())
         if results:
             total += torch.stack(results).double().reshape(-1, width).sum(0)
             dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))

@@ -18,7 +18,7 @@ from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.model.bank.host_tables import HostGradients
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.optim.optimizer import BovOptimizer, UpdateResult
-from bov_megatron.parallel import device
+from bov_megatron.parallel.device import to_device
 from bov_megatron.parallel.timer import DeviceTimer
 from bov_megatron.recipe import Recipe
 from bov_megatron.recipe.quantities import total_steps
@@ -114,7 +114,7 @@ class MegatronEngine(Engine):
 
         def forward_step(iterator, chunk):
             ids = next(iterator)  # on the CPU: the model finds its distinct ids without waiting for a GPU
-            labels = device.to_device(context_parallel.take(ids[:, 1:], 1, group).contiguous())
+            labels = to_device(context_parallel.take(ids[:, 1:], 1, group).contiguous())
             return chunk(ids[:, :-1].contiguous(), labels), functools.partial(loss_function, labels)
 
         return get_forward_backward_func()(

@@ -20,7 +20,8 @@ from bov_megatron.errors import ExportError
 from bov_megatron.exchange.export import export
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.model.naming import full_from_gathered, local_parameters
-from bov_megatron.parallel import device, process_groups
+from bov_megatron.parallel import process_groups
+from bov_megatron.parallel.device import device
 from bov_megatron.recipe import ParallelConfig, recipe_from_dict
 
 PARITY_TOLERANCE = 1e-4
@@ -115,7 +116,7 @@ def _parity(engine: Engine, out_dir: Path, dtype: torch.dtype) -> float:
         parameter.copy_(parameter.to(dtype))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.vocab_size, (1, min(model.sequence_length, 1024)), generator=generator)
-    expected = engine.model.eval()(ids.to(device.device())).cpu()[..., : model.vocab_size]
+    expected = engine.model.eval()(ids.to(device())).cpu()[..., : model.vocab_size]
     exported = AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True, dtype=torch.float32).eval()
     error = ((exported(ids).logits - expected).norm() / expected.norm()).item()
     if not error <= PARITY_TOLERANCE:

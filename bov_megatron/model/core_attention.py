@@ -17,6 +17,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from bov_megatron.model.context_parallel import gather_sequence, stretches
+from bov_megatron.parallel.device import has_gpu
 
 
 class SdpaCoreAttention(torch.nn.Module):
@@ -41,7 +42,7 @@ class SdpaCoreAttention(torch.nn.Module):
         super().__init__()
         self.window = window
         self.cp_group = pg_collection.cp
-        self.flex = kernel == "flex" or (kernel == "auto" and torch.cuda.is_available())
+        self.flex = kernel == "flex" or (kernel == "auto" and has_gpu())
 
     def forward(
         self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask=None, **megatron_options
@@ -114,7 +115,7 @@ def _band(block: int, window: int, dtype: torch.dtype, device: torch.device) -> 
 def _flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if torch.cuda.is_available() else flex_attention
+    return torch.compile(flex_attention, dynamic=False) if has_gpu() else flex_attention
 
 
 @functools.lru_cache(maxsize=8)

@@ -25,7 +25,7 @@ from bov_megatron.model.naming import tag_parameters
 from bov_megatron.model.norm import rms_norm
 from bov_megatron.model.sources import new_table
 from bov_megatron.model.spec import block_spec, transformer_config
-from bov_megatron.parallel import device
+from bov_megatron.parallel.device import device, to_device
 from bov_megatron.recipe import Recipe
 from bov_megatron.recipe.parameters import SMEAR_CHANNELS
 from bov_megatron.recipe.value_sources import SOURCES_READING_EMBEDDING, SOURCES_WITH_TABLE
@@ -39,9 +39,8 @@ class Smear(torch.nn.Module):
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
-        device = torch.cuda.current_device()
-        self.gate = torch.nn.Parameter(torch.empty(1, SMEAR_CHANNELS, dtype=dtype, device=device))
-        self.scale = torch.nn.Parameter(torch.empty(1, dtype=dtype, device=device))
+        self.gate = torch.nn.Parameter(torch.empty(1, SMEAR_CHANNELS, dtype=dtype, device=device()))
+        self.scale = torch.nn.Parameter(torch.empty(1, dtype=dtype, device=device()))
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         gate = torch.sigmoid(F.linear(x_SBH[1:, :, :SMEAR_CHANNELS], self.gate))
@@ -102,7 +101,7 @@ class BovModel(GPTModel):
         """
         model, group = self.recipe.model, self.pg_collection.cp
         with self._lookups_ahead(context_parallel.take(ids_BS, 1, group)) as ticket:
-            ids_BS = device.to_device(ids_BS)
+            ids_BS = to_device(ids_BS)
             hidden = self._embed(ids_BS) if self.pre_process else None
             carried = self._carried(context_parallel.take(ids_BS, 1, group), hidden) if ticket is None else ticket
             positions_s = context_parallel.positions(ids_BS.size(1), group, ids_BS.device)

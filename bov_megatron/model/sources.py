@@ -32,6 +32,7 @@ from torch import Tensor
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.model.bank.table import ValueTable
 from bov_megatron.model.norm import rms_norm
+from bov_megatron.parallel.device import device
 from bov_megatron.recipe import ModelConfig
 from bov_megatron.recipe.parameters import GATE_CHANNELS
 from bov_megatron.recipe.value_sources import SOURCES_WITH_TABLE, SOURCES_WITH_TWO_COEFFICIENTS
@@ -192,9 +193,7 @@ class GatedValueEmbedding(ValueSource):
         super().__init__(tp_group)
         self.sequence_parallel = sequence_parallel
         groups = model.kv_heads // tp_group.size()
-        self.gate = torch.nn.Parameter(
-            torch.empty(groups, GATE_CHANNELS, dtype=dtype, device=torch.cuda.current_device())
-        )
+        self.gate = torch.nn.Parameter(torch.empty(groups, GATE_CHANNELS, dtype=dtype, device=device()))
         self.table = layer_table(model, dtype, tp_group, vocab_size)
 
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
@@ -252,4 +251,4 @@ def layer_table(model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: in
 
 def _scalar(dtype: torch.dtype) -> torch.nn.Parameter:
     """A learned scalar as shape [1]: a 0-dim parameter would miss Megatron's no-weight-decay rule."""
-    return torch.nn.Parameter(torch.empty(1, dtype=dtype, device=torch.cuda.current_device()))
+    return torch.nn.Parameter(torch.empty(1, dtype=dtype, device=device()))

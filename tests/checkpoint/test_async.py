@@ -121,7 +121,7 @@ def continuing_rank(rank, world_size, folder):
 def losing_writers_rank(rank, world_size, arguments):
     """The run, one of whose second rank's writers is killed."""
     from bov_megatron import train as command
-    from bov_megatron.checkpoint import background
+    from bov_megatron.checkpoint import background, saving
 
     writers = []
 
@@ -133,10 +133,8 @@ def losing_writers_rank(rank, world_size, arguments):
                 os.kill(self.pid, signal.SIGTERM)  # which is not for it
                 os.kill(self.pid, signal.SIGKILL)
 
-    from bov_megatron import checkpoint
-
     slow_writes(0.2)
-    checkpoint.BackgroundWriter = Killed
+    saving.BackgroundWriter = Killed
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         code = command.main([SMOKE, *arguments])
     return code, stderr.getvalue()

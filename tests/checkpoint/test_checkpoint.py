@@ -43,10 +43,11 @@ def crashing_rank(rank, world_size, run_dir, function, after):
     import signal
 
     from bov_megatron import checkpoint
+    from bov_megatron.checkpoint import saving
 
     engine = start_engine(rank, world_size)
     checkpoint.save(engine, run_dir, 1, keep_last=1, extra={})
-    owner = checkpoint
+    owner = saving
     for part in function.split(".")[:-1]:
         owner = getattr(owner, part)
     name = function.split(".")[-1]

@@ -25,7 +25,7 @@ from bov_megatron.engines.deepspeed.state import Stretch, ZeroParameter
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.optim import sharded_state
 from bov_megatron.optim.optimizer import UpdateResult
-from bov_megatron.parallel import device
+from bov_megatron.parallel.device import device, has_gpu, to_device
 from bov_megatron.recipe import Recipe
 from bov_megatron.recipe.memory import ZERO3_LIVE_ELEMENTS
 from bov_megatron.recipe.quantities import total_steps
@@ -84,7 +84,7 @@ class DeepSpeedEngine(Engine):
     def _run(self, chunks: list, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
         results = []
         for number, ids_BT in enumerate(micro_batches, 1):
-            labels_BT = device.to_device(ids_BT[:, 1:].contiguous())
+            labels_BT = to_device(ids_BT[:, 1:].contiguous())
             if not forward_only:
                 self.zero.set_gradient_accumulation_boundary(number == len(micro_batches))
             loss, result = loss_function(labels_BT, self.zero(ids_BT[:, :-1].contiguous(), labels_BT))
@@ -117,12 +117,12 @@ class DeepSpeedEngine(Engine):
     def table_sums(self, table: torch.nn.Parameter, rows: int) -> tuple[float, int]:
         """See Engine. A row may be cut between two ranks."""
         p = self._by_identity[id(table)]
-        touched = torch.zeros(p.shape[0], dtype=torch.int32, device=device.device())
+        touched = torch.zeros(p.shape[0], dtype=torch.int32, device=device())
         if id(table) in self._touched:
             first, mask = self._touched[id(table)]
             touched[first : first + mask.numel()] = mask.to(touched)
         dist.all_reduce(touched, op=dist.ReduceOp.MAX, group=p.group)
-        squares = torch.zeros((), dtype=torch.float64, device=device.device())
+        squares = torch.zeros((), dtype=torch.float64, device=device())
         if p.stretch is not None:
             inside = max(0, min(p.stretch.stop, rows * p.shape[1]) - p.stretch.start)
             squares += self.weights_of(p)(p.stretch)[:inside].double().square().sum()
@@ -169,7 +169,7 @@ class DeepSpeedEngine(Engine):
         held = [p.parameter.data for p in self.zero_parameters]
         try:
             for p in self.zero_parameters:
-                p.parameter.data = torch.zeros((), dtype=p.dtype, device=device.device()).expand(p.shape)
+                p.parameter.data = torch.zeros((), dtype=p.dtype, device=device()).expand(p.shape)
             yield
         finally:
             for p, data in zip(self.zero_parameters, held, strict=True):
@@ -188,7 +188,7 @@ def zero_config(recipe: Recipe) -> dict:
         "stage3_max_reuse_distance": ZERO3_LIVE_ELEMENTS,
     }
     if recipe.deepspeed.offload_optimizer == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": has_gpu()}
     return {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -206,7 +206,7 @@ def zero_config(recipe: Recipe) -> dict:
 def _device_number_as_local_rank():
     """DeepSpeed takes LOCAL_RANK for the device's number, which it is not where Slurm shows a task its own GPU only."""
     before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(device.device().index or 0)
+    os.environ["LOCAL_RANK"] = str(device().index or 0)
     try:
         yield
     finally:

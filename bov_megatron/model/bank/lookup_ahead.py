@@ -33,7 +33,7 @@ from torch import Tensor
 from bov_megatron.model.bank import host_tables
 from bov_megatron.optim.gradients import gradient_ready
 from bov_megatron.optim.weight_gatherer import await_weight
-from bov_megatron.parallel import device
+from bov_megatron.parallel.device import device, to_device
 
 if TYPE_CHECKING:
     from bov_megatron.model.bank.table import ValueTable
@@ -60,7 +60,7 @@ def started(ids_BS: Tensor, tables: Sequence[ValueTable], readers: int = 1) -> I
     check_settled()
     lookups = LookupsAhead(_Distinct.of(ids_BS, tables[0]), tables, readers)
     trained = [table.weight for table in tables if table.weight.requires_grad]
-    root = torch.zeros(1, device=device.device(), requires_grad=True)  # frozen tables' layers are recomputed too
+    root = torch.zeros(1, device=device(), requires_grad=True)  # frozen tables' layers are recomputed too
     # A table with a `main_grad` gets its gradient by hand, and stays out of the graph: a hook on its gradient would
     # run before that gradient is there.
     ticket = _Start.apply(lookups, root, *(weight for weight in trained if not hasattr(weight, "main_grad")))
@@ -135,9 +135,9 @@ class _Distinct:
         own_blocks = (present_TR[rank].nonzero().flatten() * blocks + block_T1).flatten()
         return _Distinct(
             counts_T=present_TR.sum(1).tolist(),
-            own_blocks=own_blocks.to(table.weight.device) if table.on_host else device.to_device(own_blocks),
+            own_blocks=own_blocks.to(table.weight.device) if table.on_host else to_device(own_blocks),
             width=table.weight.size(1) // blocks,
-            inverse_SB=device.to_device(place_V[ids_BS.t()]),
+            inverse_SB=to_device(place_V[ids_BS.t()]),
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from bov_megatron.model.bank import host_tables, lookup_ahead
 from bov_megatron.optim.gradients import gradient_ready
 from bov_megatron.parallel import process_groups
+from bov_megatron.parallel.device import device
 
 
 class ValueTable(torch.nn.Module):
@@ -62,7 +63,7 @@ class ValueTable(torch.nn.Module):
         if on_host:
             weight = host_tables.empty(rows, columns, dtype=dtype)
         else:
-            weight = torch.empty(rows, columns, dtype=dtype, device=torch.cuda.current_device())
+            weight = torch.empty(rows, columns, dtype=dtype, device=device())
         self.weight = torch.nn.Parameter(weight)
         self.weight.on_host = on_host
         self.partition_dim = 0 if partition == "vocab" else 1
