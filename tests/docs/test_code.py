@@ -35,7 +35,11 @@ def commands(text: str) -> list[list[str]]:
     """Words of each command line in a page's blocks."""
     lines = [line for body in blocks(text, "", "sh") for line in body.splitlines()]
     lines = [part.strip() for line in lines for part in line.removeprefix("$ ").split("&&")]
-    return [shlex.split(line, comments=True) for line in lines if re.match(r"(python|bov|make|sbatch|torchrun) ", line)]
+    return [
+        shlex.split(line, comments=True)
+        for line in lines
+        if re.match(r"(python tools|bov|make|sbatch|torchrun)\b", line)
+    ]
 
 
 def check_command(words: list[str]) -> None:
