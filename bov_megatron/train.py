@@ -35,7 +35,7 @@ def _main(arguments: list[str] | None) -> int:
         prog="python -m bov_megatron.train",
         description="Train the model of a recipe. A run folder that holds a checkpoint is continued from it.",
         epilog="Start it with torchrun --nproc-per-node N -m bov_megatron.train …, or with srun. "
-        "Every field of a recipe is described in docs/recipes.md.",
+        "Every field of a recipe is described in docs/use/recipes.md.",
     )
     parser.add_argument("recipe", help="recipe file, e.g. recipes/780m_bov.yaml")
     parser.add_argument(

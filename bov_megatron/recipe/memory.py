@@ -1,4 +1,4 @@
-"""Memory of one rank and bytes of one checkpoint, from the recipe alone. docs/plan.md states the formulas.
+"""Memory of one rank and bytes of one checkpoint, from the recipe alone. docs/use/plan.md states the formulas.
 
 Shapes: b micro-batch, s sequence, d hidden size, t tensor-parallel size; elements are counted per rank.
 """
