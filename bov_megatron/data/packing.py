@@ -75,9 +75,6 @@ class SampleWriter:
     """Packs token arrays into MDS shards of one folder."""
 
     def __init__(self, folder: Path, sequence_length: int, dtype: str, shard_bytes: int) -> None:
-        from bov_megatron.compat import register_missing_torchvision_ops
-
-        register_missing_torchvision_ops()
         from streaming import MDSWriter
 
         self.folder = folder

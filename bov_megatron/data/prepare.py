@@ -200,13 +200,9 @@ def _run_units(
     units: list[Unit], packing: PackingOptions, out: Path, work: Path, workers: int | None, progress: bool
 ) -> None:
     """Pack the units that have no marker yet, over processes."""
-    from tqdm import tqdm
-
-    from bov_megatron.compat import register_missing_torchvision_ops
-
-    # Imported here once, so that forked workers find it loaded.
-    register_missing_torchvision_ops()
+    # Imported once here, so that forked workers don't each take seconds to.
     import streaming  # noqa: F401
+    from tqdm import tqdm
 
     todo = [number for number in range(len(units)) if not (work / f"{unit_name(number)}.json").is_file()]
     workers = min(workers or len(os.sched_getaffinity(0)), max(len(todo), 1))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bov_megatron.data.cache import Cache, find_damage, import_streaming
+from bov_megatron.data.cache import Cache, find_damage
 from bov_megatron.data.files import sha256_hex
 from bov_megatron.data.manifest import COLUMN, MANIFEST_NAME, Manifest, read_manifest
 from bov_megatron.data.tokenizer import load_bytes_per_token
@@ -75,7 +75,7 @@ class SplitReader:
         self.num_samples = int(self.shard_sizes.sum())
         self._readers: dict[int, object] = {}
         self._lock = threading.Lock()
-        import_streaming()
+        import streaming  # noqa: F401  not at the top: it takes seconds
 
     def _read_index(self) -> list[dict]:
         split = self.data_set.manifest.splits[self.name]

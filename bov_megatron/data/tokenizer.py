@@ -266,9 +266,6 @@ def _train_bpe(texts: Iterator[str], vocab_size: int, progress: bool):
 
 
 def _save(fast, out: Path) -> None:
-    from bov_megatron.compat import register_missing_torchvision_ops
-
-    register_missing_torchvision_ops()
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(

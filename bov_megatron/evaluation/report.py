@@ -57,9 +57,6 @@ def score_packed(
     dtype: str = "auto",
 ) -> dict:
     """Bits per byte of the export on the first `limit` samples of an MDS folder, with the totals it comes from."""
-    from bov_megatron.compat import register_missing_torchvision_ops
-
-    register_missing_torchvision_ops()
     import torch
     from transformers import AutoModelForCausalLM
 
