@@ -140,7 +140,7 @@ class Cache:
 
     def _error(self, name: str, reason: str) -> DataError:
         return DataError(
-            f"can't fetch {self.remote}/{name}: {reason}; check the data's remote, that the data set there is complete, "
+            f"can't fetch {self.remote}/{name}: {reason}; check data remote, that the data set there is complete, "
             "credentials and network. Files fetched so far are kept: start again to go on"
         )
 
