@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bov_megatron.compat import quiet_megatron_imports, register_missing_torchvision_ops  # noqa: E402
+from bov_megatron.compat import quiet_megatron_imports  # noqa: E402
 from bov_megatron.evaluation.bits_per_byte import RollingTask, write_rolling_task  # noqa: E402
 
 RECIPE = "recipes/smoke.yaml"
@@ -228,7 +228,6 @@ def main() -> int:
     options = parser.parse_args()
 
     quiet_megatron_imports()
-    register_missing_torchvision_ops()
     try:
         run_demo(options.out.resolve(), options.steps)
     except subprocess.CalledProcessError as error:

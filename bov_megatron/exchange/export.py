@@ -33,9 +33,6 @@ def hf_config(model: ModelConfig, **token_ids: int | None) -> BovConfig:
 
     `BovForCausalLM(hf_config(model)).load_state_dict(weights)` takes weights under their canonical names.
     """
-    from bov_megatron.compat import register_missing_torchvision_ops
-
-    register_missing_torchvision_ops()
     from bov_megatron.exchange.hf.configuration_bov import BovConfig
 
     return BovConfig(
@@ -132,9 +129,6 @@ def _raise_if_different(shapes: dict[str, tuple[int, ...]], model: ModelConfig) 
 
 def _write_tokenizer(tokenizer_dir: str | Path, model: ModelConfig, out: Path) -> dict[str, int]:
     """Save the tokenizer to `out`; returns its special ids by configuration field."""
-    from bov_megatron.compat import register_missing_torchvision_ops
-
-    register_missing_torchvision_ops()
     from transformers import AutoTokenizer
 
     if not (Path(tokenizer_dir) / "tokenizer.json").is_file():

@@ -28,11 +28,11 @@ def names(run_dir):
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
-# Where a save is cut short: (function of the checkpoint module, whether after it instead of before, survivor's step)
+# Where a save is cut short: (function of checkpoint.saving, whether after it instead of before, survivor's step)
 CRASHES = {
-    "nothing written yet": ("_sharded_state", False, 1),
+    "nothing written yet": ("sharded_state", False, 1),
     "written, not flushed": ("_publish", False, 1),
-    "half flushed": ("_flush", True, 1),
+    "half flushed": ("flush", True, 1),
     "renamed, old ones not removed": ("_publish", True, 2),
     "removing old ones": ("shutil.rmtree", False, 2),
 }

@@ -129,10 +129,10 @@ def test_killed_while_downloading(start, store, tmp_path, undisturbed, say):
 @pytest.mark.parametrize(
     "changes, environ, reason",
     [
-        ([], {"AWS_SECRET_ACCESS_KEY": "wrong"}, "HTTP status 403 (credentials are wrong"),
+        ([], {"AWS_SECRET_ACCESS_KEY": "wrong"}, "HTTP status 403 (wrong credentials"),
         ([], {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "NoCredentialsError"),
-        (["data.remote=s3://no-such-bucket/set"], {}, "HTTP status 404 (not there)"),
-        ([f"data.remote=s3://{BUCKET}/no/such/folder"], {}, "HTTP status 404 (not there)"),
+        (["data.remote=s3://no-such-bucket/set"], {}, "HTTP status 404 (not found)"),
+        ([f"data.remote=s3://{BUCKET}/no/such/folder"], {}, "HTTP status 404 (not found)"),
     ],
     ids=["wrong key", "no key", "no bucket", "no folder"],
 )
