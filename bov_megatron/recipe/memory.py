@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bov_megatron.recipe.fields import Recipe
-from bov_megatron.recipe.parameters import ParameterSpec, parameter_specs
+from bov_megatron.recipe.parameters import VOCABULARY_KINDS, ParameterSpec, parameter_specs
 from bov_megatron.recipe.value_sources import (
     SOURCES_READING_EMBEDDING,
     SOURCES_READING_FIRST_LAYER,
@@ -24,8 +24,6 @@ ZERO3_LIVE_ELEMENTS = 2**28
 """Elements of weights that ZeRO 3 may hold gathered at a time, unless a single module needs more."""
 SPLIT_KINDS = frozenset({"matrix", "embedding", "output", "table"})
 """Kinds that tensor parallelism splits; the others are copied on every rank."""
-VOCABULARY_KINDS = frozenset({"embedding", "output", "table"})
-"""Kinds with one row per token id, which are stored with padding rows."""
 
 
 def memory_by_stage(recipe: Recipe, layers: list[list[range]], data_parallel_size: int) -> list[dict[str, int]]:
