@@ -63,7 +63,7 @@ fingerprint() {
 
 install() {
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" ||
-        die "pip failed (above). The next call tries again; docs/setup.md has a section on machines without network"
+        die "pip failed (above). The next call tries again; docs/use/setup.md has a section on machines without network"
 }
 
 # A CPU build of torch beside torchvision's CUDA build: the latter fails to import, and with it every model class of

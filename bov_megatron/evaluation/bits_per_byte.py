@@ -81,9 +81,6 @@ def score_samples(
 
 def read_packed_samples(folder: str | Path, limit: int | None = None) -> Iterator[np.ndarray]:
     """The packed samples of an MDS folder (such as a prepared data set's `val`), in the order of the shards."""
-    from bov_megatron.compat import register_missing_torchvision_ops
-
-    register_missing_torchvision_ops()
     from streaming import LocalDataset
 
     if not (Path(folder) / "index.json").is_file():

@@ -65,9 +65,6 @@ def run_tasks(
 
 def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None) -> tuple[TaskManager, list[str]]:
     """The task manager that knows `tasks`, and the tasks as it is to be asked for them."""
-    from bov_megatron.compat import register_missing_torchvision_ops
-
-    register_missing_torchvision_ops()
     from lm_eval.tasks import TaskManager
 
     if not tasks:

@@ -58,9 +58,6 @@ def score_packed(
     dtype: str = "auto",
 ) -> dict:
     """Bits per byte of the export on the first `limit` samples of an MDS folder, with the totals it comes from."""
-    from bov_megatron.compat import register_missing_torchvision_ops
-
-    register_missing_torchvision_ops()
     from transformers import AutoModelForCausalLM
 
     from bov_megatron.data.tokenizer import load_bytes_per_token

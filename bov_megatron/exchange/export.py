@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -33,9 +34,6 @@ def hf_config(model: ModelConfig, **token_ids: int | None) -> BovConfig:
 
     `BovForCausalLM(hf_config(model)).load_state_dict(weights)` takes weights under their canonical names.
     """
-    from bov_megatron.compat import register_missing_torchvision_ops
-
-    register_missing_torchvision_ops()
     from bov_megatron.exchange.hf.configuration_bov import BovConfig
 
     return BovConfig(
@@ -49,7 +47,8 @@ def hf_config(model: ModelConfig, **token_ids: int | None) -> BovConfig:
         max_position_embeddings=model.sequence_length,
         windows=model.windows(),
         value_source=model.value.source,
-        target_layers=model.target_layers(),
+        value_source_facts=dataclasses.asdict(model.value.facts),
+        target_layers=model.layers_from_source(),
         value_coefficient=model.value.coefficient,
         value_table=model.value.table,
         rotary_base=model.rotary_base,
@@ -132,9 +131,6 @@ def _raise_if_different(shapes: dict[str, tuple[int, ...]], model: ModelConfig) 
 
 def _write_tokenizer(tokenizer_dir: str | Path, model: ModelConfig, out: Path) -> dict[str, int]:
     """Save the tokenizer to `out`; returns its special ids by configuration field."""
-    from bov_megatron.compat import register_missing_torchvision_ops
-
-    register_missing_torchvision_ops()
     from transformers import AutoTokenizer
 
     if not (Path(tokenizer_dir) / "tokenizer.json").is_file():
@@ -221,7 +217,7 @@ def _write_weights(
 def _model_card(model: ModelConfig, dtype: torch.dtype, recipe: Mapping | None) -> str:
     specs = parameter_specs(model)
     tables = sum(spec.size for spec in specs if spec.kind == "table")
-    layers = ", ".join(map(str, model.target_layers())) or "none"
+    layers = ", ".join(map(str, model.layers_from_source())) or "none"
     name = recipe["name"] if recipe and recipe.get("name") else "Bank-of-Values model"
     card = f"""---
 library_name: transformers

@@ -27,8 +27,7 @@ from bov_megatron.model.sources import new_table
 from bov_megatron.model.spec import block_spec, transformer_config
 from bov_megatron.parallel.device import device, to_device
 from bov_megatron.recipe import Recipe
-from bov_megatron.recipe.parameters import SMEAR_CHANNELS
-from bov_megatron.recipe.value_sources import SOURCES_READING_EMBEDDING, SOURCES_WITH_TABLE
+from bov_megatron.recipe.fields import SMEAR_CHANNELS
 
 
 class Smear(torch.nn.Module):
@@ -75,12 +74,10 @@ class BovModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.recipe = recipe
-        source = recipe.model.value.source
         if pre_process:
             self.smear = Smear(config.params_dtype)
-        shared = recipe.model.value.table == "shared" and source in SOURCES_WITH_TABLE
         self.value_table = None
-        if shared:
+        if recipe.model.value.table == "shared" and recipe.model.value.facts.has_table:
             self.value_table = new_table(recipe.model, config.params_dtype, self.pg_collection.tp, self.vocab_size)
         self.tables_ahead = [module for module in self.modules() if isinstance(module, ValueTable) and module.ahead]
         """Tables whose rows are read at the decoder's start, before their layers."""
@@ -144,15 +141,15 @@ class BovModel(GPTModel):
         there are none or they communicate in their layer."""
         if not self.tables_ahead:
             return contextlib.nullcontext()
-        readers = 1 if self.value_table is None else len(self.recipe.model.target_layers())
+        readers = 1 if self.value_table is None else len(self.recipe.model.layers_from_source())
         return lookup_ahead.started(ids_Bs, self.tables_ahead, readers)
 
     def _carried(self, ids_Bs: Tensor, x0: Tensor | None) -> Tensor | None:
-        """What travels beside the hidden states from the first layer on; see value_sources.py."""
-        source = self.recipe.model.value.source
-        if source in SOURCES_WITH_TABLE:
+        """What travels beside the hidden states from the first layer on; see sources.py."""
+        facts = self.recipe.model.value.facts
+        if facts.has_table:
             return ids_Bs if self.value_table is None else self.value_table(ids_Bs)
-        return x0 if source in SOURCES_READING_EMBEDDING else None
+        return x0 if facts.reads == "embedding" else None
 
     def _hide_padding(self, logits_SBV: Tensor) -> Tensor:
         """Padding rows of the output matrix are no tokens: no probability, no gradient."""

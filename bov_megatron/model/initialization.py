@@ -18,8 +18,8 @@ from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.naming import VOCABULARY_KINDS, LocalParameter, fuse, local_parameters
 from bov_megatron.model.norm import rms_norm
 from bov_megatron.recipe import ModelConfig, Recipe
-from bov_megatron.recipe.parameters import SMEAR_CHANNELS, ParameterSpec
-from bov_megatron.recipe.value_sources import SOURCES_WITH_TWO_COEFFICIENTS
+from bov_megatron.recipe.fields import SMEAR_CHANNELS
+from bov_megatron.recipe.parameters import ParameterSpec
 
 BLOCK_ROWS = 1024
 
@@ -47,7 +47,7 @@ def _initial_local(local: LocalParameter, recipe: Recipe, tp_rank: int, tp_size:
 def initial_rows(spec: ParameterSpec, recipe: Recipe, start: int, stop: int) -> Tensor:
     """Rows `[start, stop)` of the initial tensor `spec` (fp32); empty where start >= stop."""
     model, seed = recipe.model, recipe.train.seed
-    if spec.kind == "table" and model.value.source != "gated_value_embedding":
+    if spec.kind == "table" and not model.value.facts.gated:
         return _aligned_rows(spec, recipe, start, stop)
     draw, low, high = _distribution(spec, model)
     if draw == "constant":
@@ -69,7 +69,7 @@ def _aligned_rows(spec: ParameterSpec, recipe: Recipe, start: int, stop: int) ->
     """`W_V · rms(embedding)` of each row, with the `W_V` this layer would have been initialised to. A shared
     table takes that of the first target layer."""
     model = recipe.model
-    layer = spec.layer if spec.layer is not None else model.target_layers()[0]
+    layer = spec.layer if spec.layer is not None else model.layers_from_source()[0]
     value = ParameterSpec(
         f"model.layers.{layer}.self_attn.v_proj.weight", (model.kv_dim, model.hidden_size), "matrix", layer
     )
@@ -85,7 +85,7 @@ def _distribution(spec: ParameterSpec, model: ModelConfig) -> tuple[str, float, 
     if spec.kind == "output":
         return "normal", 0.0, 0.001
     bound = math.sqrt(3 / model.hidden_size)
-    first_coefficient = 0.0 if model.value.source in SOURCES_WITH_TWO_COEFFICIENTS else 1.0
+    first_coefficient = 0.0 if model.value.facts.coefficients == 2 else 1.0
     name = spec.name.removesuffix(".weight").rsplit(".", 1)[-1]
     return {
         "gate": ("uniform", -(SMEAR_CHANNELS**-0.5), SMEAR_CHANNELS**-0.5),  # torch.nn.Linear's own

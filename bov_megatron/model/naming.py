@@ -104,7 +104,7 @@ def _named(model: BovModel) -> Iterator[tuple[torch.nn.Parameter, tuple[str, ...
 def _named_attention(attention: ValueSourceAttention, prefix: str):
     letters = "qkv"[: len(attention.split)]
     yield attention.linear_qkv.weight, tuple(f"{prefix}.{x}_proj.weight" for x in letters), 0, attention.split
-    if attention.value_source.separate_projection:
+    if attention.value_source.facts.separate_projection:
         yield attention.linear_v.weight, (f"{prefix}.v_proj.weight",), 0, None
     source = attention.value_source
     if getattr(source, "table", None) is not None:

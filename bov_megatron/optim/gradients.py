@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from bov_megatron.optim.managed_parameter import ManagedParameter
 from bov_megatron.optim.sharding import OptimizerProcessGroups, group_rank, group_size
@@ -26,11 +26,11 @@ def gradient_ready(parameter: nn.Parameter) -> None:
 
 
 @torch.no_grad()
-def global_gradient_norm(parameters: Sequence[ManagedParameter], groups: OptimizerProcessGroups) -> float:
-    """L2 norm over every element of the model once, `nan` if any gradient is not finite.
+def global_gradient_norm(parameters: Sequence[ManagedParameter], groups: OptimizerProcessGroups) -> Tensor:
+    """L2 norm over every element of the model once, `nan` if any gradient is not finite; collective.
 
-    Weights that tensor-parallel ranks replicate count on the first rank only. All ranks return the same number, bit
-    for bit, so that they decide alike: the last reduction, a maximum over data-parallel ranks, sees to it.
+    Weights that tensor-parallel ranks replicate count on the first rank only. Returns a 0-dim fp64 tensor on the
+    gradients' device, without waiting for it; the same bits on every rank, so that ranks decide alike.
     """
     first = group_rank(groups.tensor) == 0
     counts = [(p.partition_dim >= 0 or first) and not p.counted_elsewhere for p in parameters]
@@ -45,10 +45,9 @@ def global_gradient_norm(parameters: Sequence[ManagedParameter], groups: Optimiz
         dist.all_reduce(squares, group=groups.model)
     finite = squares.isfinite()
     verdict = torch.stack([torch.where(finite, squares, 0.0), (~finite).double()])
-    if group_size(groups.data) > 1:
+    if group_size(groups.data) > 1:  # the maximum also evens out what rounding makes of the sums
         dist.all_reduce(verdict, op=dist.ReduceOp.MAX, group=groups.data)
-    squares_value, not_finite = verdict.tolist()
-    return math.nan if not_finite else math.sqrt(squares_value)
+    return torch.where(verdict[1] > 0, math.nan, verdict[0].sqrt())
 
 
 @torch.no_grad()

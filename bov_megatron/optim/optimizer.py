@@ -37,15 +37,13 @@ from bov_megatron.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class StepResult:
+class UpdateResult:
     """What one call of `step` did."""
 
     applied: bool
     """False where a gradient was not finite: weights, state and step count are then as before."""
     grad_norm: float
     """Global L2 norm before clipping; `nan` where it was not finite."""
-    lr_multiplier: float
-    """Schedule's factor on every peak learning rate."""
 
 
 class BovOptimizer:
@@ -123,18 +121,25 @@ class BovOptimizer:
                 assignment = split_rows(rows, ranks)
             p.assign(assignment, rank)
 
+    def gradient_norm(self) -> Tensor:
+        """Global L2 norm of the gradients at hand, `nan` if any is not finite; collective. See global_gradient_norm."""
+        return global_gradient_norm(self.parameters, self.groups)
+
     @torch.no_grad()
-    def step(self) -> StepResult:
+    def step(self, gradient_norm: float | None = None) -> UpdateResult:
         """Apply one update from the gradients at hand; collective. Gradients are left as they are, or clipped.
 
         With `parallel.overlap_param_gather` modules wait for their own weights; call `finish_gather` before reading
         weights in any other way.
+
+        Args:
+            gradient_norm: of these gradients, as `gradient_norm()` gave it; None computes it, and waits for the device.
         """
+        norm = self.gradient_norm().item() if gradient_norm is None else gradient_norm
+        if not math.isfinite(norm):
+            return UpdateResult(applied=False, grad_norm=norm)
         self.finish_gather()  # what is still to be written would overwrite this update
         multiplier = schedules.lr_multiplier(self.step_count, self.total_steps, self.config)
-        norm = global_gradient_norm(self.parameters, self.groups)
-        if not math.isfinite(norm):
-            return StepResult(applied=False, grad_norm=norm, lr_multiplier=multiplier)
         if self.config.clip_grad > 0:
             clip_gradients(self.parameters, norm, self.config.clip_grad)
         self._step_muon(multiplier)
@@ -146,7 +151,7 @@ class BovOptimizer:
             self.gatherer.gather(on_device)
         self.host_gatherer.gather([p.main for p in self.parameters if p.on_host])
         self.step_count += 1
-        return StepResult(applied=True, grad_norm=norm, lr_multiplier=multiplier)
+        return UpdateResult(applied=True, grad_norm=norm)
 
     def _step_muon(self, multiplier: float) -> None:
         settings, step, total = self.settings["matrix"], self.step_count, self.total_steps
@@ -170,14 +175,6 @@ class BovOptimizer:
     def finish_gather(self) -> None:
         """Wait until all weights of the last update have arrived. Concerns this rank alone."""
         self.gatherer.finish()
-
-    def zero_grad(self) -> None:
-        """Clear gradients: `grad` of every parameter, and the buffers of chunks wrapped by Megatron's DDP."""
-        for chunk in self.model_chunks:
-            for parameter in chunk.parameters():
-                parameter.grad = None
-            if hasattr(chunk, "zero_grad_buffer"):
-                chunk.zero_grad_buffer()
 
     def reload_model_params(self) -> None:
         """Take the fp32 main weights from the model again, e.g. after loading weights without optimizer state."""

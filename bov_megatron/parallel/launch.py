@@ -202,7 +202,7 @@ def _check(world: World) -> None:
 def _integer(environ: Mapping[str, str], name: str) -> int:
     text = environ.get(name)
     if text is None:
-        raise LaunchError(f"{name} is not set, though SLURM_PROCID is: start with srun (see docs/slurm.md)")
+        raise LaunchError(f"{name} is not set, though SLURM_PROCID is: start with srun (see docs/use/slurm.md)")
     try:
         return int(text)
     except ValueError:

@@ -246,7 +246,7 @@ def test_large_vocabularies_are_stored_as_uint32(library, tmp_path):
         ({"invalid_utf8": "ignore"}, "--invalid-utf8 ignore: choose"),
         ({"tokenizer": "/nowhere"}, "--tokenizer /nowhere: no tokenizer.json"),
         ({"inputs": ["/nowhere/*.txt"]}, r"/nowhere/\*.txt does not exist"),
-        ({"sequence_length": 10**7, "shard_bytes": 1 << 31}, "makes no training sample: .* smaller --sequence-length"),
+        ({"sequence_length": 10**7, "shard_bytes": 1 << 31}, "gives no training sample: .* smaller --sequence-length"),
         ({"validation_fraction": 1e-9}, "held-out split has no sample: 0 documents.*raise --validation-fraction"),
     ],
 )
@@ -259,5 +259,5 @@ def test_bad_options_are_refused(library, tokenizer_folder, tmp_path, options, m
 
 def test_empty_corpus_is_refused(tokenizer_folder, tmp_path):
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(DataError, match=r"makes no training sample: 0 documents.*\(1 empty documents\)"):
+    with pytest.raises(DataError, match=r"gives no training sample: 0 documents.*\(1 empty documents\)"):
         prepare([tmp_path / "a.txt"], tokenizer_folder, tmp_path / "d")

@@ -57,7 +57,7 @@ def ids_kept_on_the_module():
         return forward(self, ids_BS, labels_BS)
 
     BovModel.forward = storing
-    Bank.forward = lambda self, projected, hidden, carried, project: self.scale(self.table(self.ids))
+    Bank.forward = lambda self, projected, hidden, carried, project: self.scaled(self.table(self.ids))
 
 
 def ids_on_the_first_stage_only():
@@ -173,9 +173,9 @@ def host_weights_not_gathered():
 
 def gamma_without_copy_to():
     """Each tensor-parallel rank trains a gamma of its own heads."""
-    from bov_megatron.model.sources import _Scaled
+    from bov_megatron.model.sources import ValueSource
 
-    _Scaled._shared = lambda self, scalar: scalar
+    ValueSource.on_own_heads = lambda self, scalar: scalar
 
 
 def gate_without_copy_to():
@@ -334,8 +334,8 @@ TRAPS = [
     # mistake, layout, value source, its options, what it breaks, by how much at least
     (ids_kept_on_the_module, "pp2-full", "bank", TABLES_EVERYWHERE, "gradients", 0.3),
     (ids_on_the_first_stage_only, "pp2", "bank", {}, "gradients", 0.3),
-    (all_reduce_and_plain_slice, "tp2", "bank", {"lookup": "all_reduce"}, "gradients", 0.3),
-    (all_reduce_of_a_view, "tp2", "bank", {"lookup": "all_reduce"}, "gradients", 0.3),
+    (all_reduce_and_plain_slice, "tp2", "bank", {"lookup": "reduce_scatter"}, "gradients", 0.3),
+    (all_reduce_of_a_view, "tp2", "bank", {"lookup": "reduce_scatter"}, "gradients", 0.3),
     (rows_of_the_latest_micro_batch, "pp2-tp2-sp-full", "bank", TABLES_EVERYWHERE, LEFT_BEHIND, None),
     (each_distinct_id_counted_once, "tp2", "bank", {}, "gradients", 0.3),
     (tickets_cut_off, "tp2", "bank", TABLES_EVERYWHERE, LEFT_BEHIND, None),
@@ -389,7 +389,7 @@ def measured_rank(rank: int, world_size: int, recipe_dict: dict, trap: str) -> d
     engine = MegatronEngine(recipe)
     weights = random_weights(recipe.model)
     load_weights(engine, weights)
-    losses = [engine.forward_backward(my_micro_batches(recipe, batch(0)))]
+    losses = [float(engine.forward_backward(my_micro_batches(recipe, batch(0))))]
     gradients = gather_gradients(engine)
     assert engine.optimizer.step().applied
     losses += [engine.train_step(my_micro_batches(recipe, batch(step))).loss for step in range(1, STEPS)]

@@ -53,7 +53,7 @@ def annotated_model(golden):
 def train(golden, optimizer, model):
     losses = []
     for batch in golden.trajectory.batches:
-        optimizer.zero_grad()
+        model.zero_grad()
         logits = model(batch[:, :-1]).logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()

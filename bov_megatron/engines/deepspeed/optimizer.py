@@ -17,7 +17,7 @@ from torch import Tensor
 from bov_megatron.engines.deepspeed.state import Stretch, ZeroParameter, gather_ranges
 from bov_megatron.optim import schedules, sharded_state
 from bov_megatron.optim.groups import group_settings
-from bov_megatron.optim.optimizer import StepResult
+from bov_megatron.optim.optimizer import UpdateResult
 from bov_megatron.optim.sharding import OptimizerProcessGroups
 from bov_megatron.recipe import Recipe
 
@@ -91,7 +91,7 @@ class ZeroOptimizer:
         return [group["params"][0] for group in self.adamw.param_groups]
 
     @torch.no_grad()
-    def step(self) -> StepResult:
+    def step(self) -> UpdateResult:
         """Apply one update from the gradients at hand; collective. They are gone afterwards."""
         multiplier = schedules.lr_multiplier(self.step_count, self.total_steps, self.config)
         for group in self.adamw.param_groups:
@@ -101,9 +101,9 @@ class ZeroOptimizer:
         self.engine.step()
         if self.engine.optimizer.overflow:
             self.gather_persistent()
-            return StepResult(applied=False, grad_norm=math.nan, lr_multiplier=multiplier)
+            return UpdateResult(applied=False, grad_norm=math.nan)
         self.step_count += 1
-        return StepResult(applied=True, grad_norm=float(self.engine.get_global_grad_norm()), lr_multiplier=multiplier)
+        return UpdateResult(applied=True, grad_norm=float(self.engine.get_global_grad_norm()))
 
     @torch.no_grad()
     def discard(self) -> None:

@@ -7,13 +7,9 @@ T tensor-parallel ranks. A lookup returns this rank's groups: `[S, B, G/T, D]` (
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
     reduce_scatter_last_dim_to_tensor_parallel_region,
-    scatter_to_tensor_model_parallel_region,
 )
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
@@ -34,8 +30,8 @@ class ValueTable(torch.nn.Module):
         head_dim: D.
         partition: `vocab`: this rank owns rows `[rank·V/T, (rank+1)·V/T)` and a lookup communicates;
             `head`: it owns all rows of its own groups' columns and a lookup needs no traffic.
-        lookup: how a vocabulary-parallel lookup communicates: `distinct` (see lookup_ahead.py), `reduce_scatter`,
-            `all_reduce`, `all_to_all`.
+        lookup: how a vocabulary-parallel lookup communicates: `distinct` (see lookup_ahead.py), or `reduce_scatter`,
+            which needs a group for every rank.
         dtype: of the table.
         tp_group: the tensor-parallel process group.
         on_host: keep the table in host memory (see host_tables.py); with `partition="vocab"`, `lookup="distinct"`.
@@ -88,27 +84,9 @@ class ValueTable(torch.nn.Module):
         return values_SBK.unflatten(-1, (-1, self.head_dim))
 
     def _combine(self, partial_SBK: Tensor) -> Tensor:
-        """Sum the ranks' partial rows (zeros for foreign ids) and keep this rank's columns.
-
-        Every variant is a sum followed by a scatter whose backward gathers: a plain slice after an all-reduce
-        would leave each rank with its own columns' gradient only.
-        """
-        if self.ranks_per_group > 1:
-            return self._combine_shared(partial_SBK)
-        if self.lookup == "reduce_scatter":
-            return reduce_scatter_last_dim_to_tensor_parallel_region(partial_SBK, group=self.tp_group)
-        if self.lookup == "all_to_all":
-            return _SumByAllToAll.apply(partial_SBK, self.tp_group)
-        summed_SBK = reduce_from_tensor_model_parallel_region(partial_SBK.contiguous(), group=self.tp_group)
-        return scatter_to_tensor_model_parallel_region(summed_SBK, group=self.tp_group)
-
-    def _combine_shared(self, partial_SBK: Tensor) -> Tensor:
-        """Sum the ranks' partial rows and keep the one group that this rank shares with others, whatever `lookup`: a
-        rank's equal share of the columns would be less than a group. Backward sums over the ranks again."""
-        summed_SBK = reduce_from_tensor_model_parallel_region(partial_SBK.contiguous(), group=self.tp_group)
-        summed_SBK = copy_to_tensor_model_parallel_region(summed_SBK, group=self.tp_group)
-        group = self.tp_group.rank() // self.ranks_per_group
-        return summed_SBK.narrow(-1, group * self.head_dim, self.head_dim).contiguous()
+        """Sum the ranks' partial rows (zeros for foreign ids) and keep this rank's columns."""
+        # Its backward gathers: a plain slice after an all-reduce would leave each rank its own columns' gradient only.
+        return reduce_scatter_last_dim_to_tensor_parallel_region(partial_SBK, group=self.tp_group)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         # The padded vocabulary, and so the global shape, differs between tensor-parallel sizes.
@@ -160,21 +138,3 @@ class _AccumulatingLookup(torch.autograd.Function):
         main_grad.scatter_add_(0, index, grad.reshape(-1, main_grad.size(1)).to(main_grad.dtype))
         gradient_ready(table)
         return None, None, None
-
-
-class _SumByAllToAll(torch.autograd.Function):
-    """Reduce-scatter of the last dimension as one all-to-all and a local sum (half the time on gloo)."""
-
-    @staticmethod
-    def forward(ctx, partial_SBK, group):
-        ctx.group = group
-        parts_TSBk = torch.stack(partial_SBK.chunk(group.size(), dim=-1))
-        received_TSBk = torch.empty_like(parts_TSBk)
-        dist.all_to_all_single(received_TSBk, parts_TSBk, group=group)
-        return received_TSBk.sum(0)
-
-    @staticmethod
-    def backward(ctx, grad_SBk):
-        parts = grad_SBk.new_empty(ctx.group.size(), *grad_SBk.shape)
-        dist.all_gather_into_tensor(parts.flatten(0, 1), grad_SBk.contiguous(), group=ctx.group)
-        return torch.cat(tuple(parts), dim=-1), None
