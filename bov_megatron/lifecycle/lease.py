@@ -132,9 +132,9 @@ class Lease:
             say(f"taking over from {holder.describe()}: it has ended without giving the run folder back")
             return
         if not _is_on_this_machine(holder, self.me):
-            holder = self._watch(holder)
-            if holder is None:
+            if (alive := self._watch(holder)) is None:
                 return
+            holder = alive
         raise RunFolderError(
             f"run folder {self.path.parent} is in use: {holder.describe()}. Wait until that has ended or end it, or "
             "start another run with name=… or output_dir=…"
