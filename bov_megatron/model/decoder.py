@@ -21,7 +21,7 @@ from bov_megatron.model.attention import rotary_cos_sin
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.model.bank.table import ValueTable
 from bov_megatron.model.linear import load_without_extra_state, without_extra_state
-from bov_megatron.model.naming import tag_parameters
+from bov_megatron.model.naming import local_parameters
 from bov_megatron.model.norm import rms_norm
 from bov_megatron.model.sources import new_table
 from bov_megatron.model.spec import block_spec, transformer_config
@@ -85,7 +85,7 @@ class BovModel(GPTModel):
             self.value_table = new_table(recipe.model, config.params_dtype, self.pg_collection.tp, self.vocab_size)
         self.tables_ahead = [module for module in self.modules() if isinstance(module, ValueTable) and module.ahead]
         """Tables whose rows are read at the decoder's start, before their layers."""
-        tag_parameters(self)
+        self.local_parameters = local_parameters(self)
         load_without_extra_state(self)
 
     def forward(self, ids_BS: Tensor, labels_Bs: Tensor | None = None) -> Tensor:

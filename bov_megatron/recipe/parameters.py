@@ -24,6 +24,8 @@ GATE_CHANNELS = 12
 
 KINDS = ("matrix", "embedding", "output", "table", "coefficient", "projection_coefficient", "smear")
 """Optimizer kinds: `matrix` is what Muon takes; `coefficient` is gamma or b, `projection_coefficient` is a."""
+VOCABULARY_KINDS = frozenset({"embedding", "output", "table"})
+"""Kinds with one row per token id, which are stored with padding rows."""
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bov_megatron.model.bank import host_tables
-from bov_megatron.optim.gradients import gradient_ready
-from bov_megatron.optim.weight_gatherer import await_weight
 from bov_megatron.parallel import device
+from bov_megatron.parallel.parameter import await_weight, gradient_ready
 
 if TYPE_CHECKING:
     from bov_megatron.model.bank.table import ValueTable

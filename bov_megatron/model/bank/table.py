@@ -19,8 +19,8 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from bov_megatron.model.bank import host_tables, lookup_ahead
-from bov_megatron.optim.gradients import gradient_ready
 from bov_megatron.parallel import process_groups
+from bov_megatron.parallel.parameter import gradient_ready
 
 
 class ValueTable(torch.nn.Module):
@@ -64,7 +64,6 @@ class ValueTable(torch.nn.Module):
         else:
             weight = torch.empty(rows, columns, dtype=dtype, device=torch.cuda.current_device())
         self.weight = torch.nn.Parameter(weight)
-        self.weight.on_host = on_host
         self.partition_dim = 0 if partition == "vocab" else 1
         self.ahead = on_host or (lookup == "distinct" and partition == "vocab" and size > 1)
         """Whether rows are sent ahead of the layer, to be taken with a ticket."""
