@@ -14,6 +14,7 @@ from benchmarks.training_step import bench_recipe, one_process, random_micro_bat
 from bov_megatron import checkpoint
 from bov_megatron.checkpoint.manifest import read_manifest
 from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.lifecycle import run_folder
 
 CPU_VOCABULARY = 32768
 
@@ -48,7 +49,7 @@ def bench_checkpoint(turns: int, quick: bool, folder: Path | None = None) -> dic
                 if turn:
                     for name, value in found.items():
                         seconds[name].append(value)
-            size = read_manifest(checkpoint.latest_checkpoint(scratch)).size
+            size = read_manifest(run_folder.latest_checkpoint(scratch)).size
     finally:
         shutil.rmtree(scratch)
     return {

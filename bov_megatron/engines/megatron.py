@@ -16,7 +16,7 @@ from bov_megatron.engines.base import Engine
 from bov_megatron.model import context_parallel
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.model.bank.host_tables import HostGradients
-from bov_megatron.optim.optimizer import BovOptimizer
+from bov_megatron.optim.optimizer import BovOptimizer, UpdateResult
 from bov_megatron.parallel import device
 from bov_megatron.parallel.timer import DeviceTimer
 from bov_megatron.recipe import Recipe
@@ -58,8 +58,8 @@ class MegatronEngine(Engine):
             return None
         return self._gradient_timer.seconds()
 
-    def forward_backward(self, micro_batches: Sequence[Tensor]) -> float:
-        """Leave the global batch's mean gradient in `main_grad`; return its mean loss in nats per token."""
+    def forward_backward(self, micro_batches: Sequence[Tensor]) -> Tensor:
+        """See Engine; gradients are left in `main_grad`."""
         self._gradient_timer.start()
         for wrapped in self.wrapped:
             wrapped.train()
@@ -73,7 +73,7 @@ class MegatronEngine(Engine):
 
         losses = self._run(self.wrapped, micro_batches, mean_loss, forward_only=False)
         lookup_ahead.check_settled()
-        return self._sum_over_data_parallel(losses, 1)[0] / (
+        return self._sum_over_data_parallel(losses, 1).squeeze(0) / (
             len(micro_batches) * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         )
 
@@ -82,8 +82,14 @@ class MegatronEngine(Engine):
         touched = (table.main_grad[:rows] != 0).any(dim=1).sum()
         return float(table.detach()[:rows].double().square().sum()), int(touched)
 
-    def _discard_gradients(self) -> None:
-        """Nothing to do: the next `forward_backward` clears the buffers."""
+    def gradient_norm(self) -> Tensor:
+        return self.optimizer.gradient_norm()
+
+    def update(self, gradient_norm: float | None = None) -> UpdateResult:
+        return self.optimizer.step(gradient_norm)
+
+    def discard_gradients(self) -> None:
+        """See Engine. The next `forward_backward` clears the buffers."""
 
     def _finalize_gradients(self, *arguments, **options) -> None:
         """Megatron's reductions after the last backward pass, and those of tables in host memory."""

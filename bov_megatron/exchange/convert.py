@@ -18,6 +18,7 @@ from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import ExportError
 from bov_megatron.exchange.export import export
+from bov_megatron.lifecycle import run_folder
 from bov_megatron.model.naming import full_from_gathered
 from bov_megatron.parallel import device, process_groups
 from bov_megatron.recipe import ParallelConfig, recipe_from_dict
@@ -60,7 +61,7 @@ def to_hf(
 
     Raises CheckpointError or ExportError with the remedy.
     """
-    path = checkpoint.find(run_dir, step)
+    path = run_folder.find_checkpoint(run_dir, step)
     stored = checkpoint.read_run(path)
     if dtype is None:
         dtype = torch.bfloat16 if stored["recipe"]["train"]["precision"] == "bf16" else torch.float32
@@ -68,7 +69,7 @@ def to_hf(
         out_dir = export(
             _canonical_tensors(engine),
             engine.recipe.model,
-            tokenizer_dir or path.parent.parent / "tokenizer",
+            tokenizer_dir or run_folder.run_dir_of(path) / run_folder.TOKENIZER,
             out_dir,
             dtype=dtype,
             recipe=stored["recipe"],

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -24,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bov_megatron.errors import RunFolderError
+from bov_megatron.lifecycle import run_folder
+from bov_megatron.lifecycle.terminal import say
 
-LEASE_FILE = "lease.json"
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 
@@ -75,7 +75,7 @@ class Lease:
         stale_seconds: float = STALE_SECONDS,
         environ: Mapping[str, str] = os.environ,
     ):
-        self.path = run_dir / LEASE_FILE
+        self.path = run_dir / run_folder.LEASE
         self.beat_seconds, self.stale_seconds = beat_seconds, stale_seconds
         self.me = _myself(environ)
         self.lost = False
@@ -129,7 +129,7 @@ class Lease:
     def _wait_until_free(self, holder: Holder) -> None:
         """Return as soon as the holder is known to be gone. Raises RunFolderError as soon as it is known to live."""
         if _is_gone(holder, self.me):
-            _say(f"taking over from {holder.describe()}: it has ended without giving the run folder back")
+            say(f"taking over from {holder.describe()}: it has ended without giving the run folder back")
             return
         if not _is_on_this_machine(holder, self.me):
             holder = self._watch(holder)
@@ -142,14 +142,14 @@ class Lease:
 
     def _watch(self, holder: Holder) -> Holder | None:
         """The holder as of its first sign of life; None where it gave none for long enough, or gave the folder back."""
-        _say(f"{self.path} is held by {holder.describe()}; waiting for a sign of life, {self.stale_seconds:.0f} s long")
+        say(f"{self.path} is held by {holder.describe()}; waiting for a sign of life, {self.stale_seconds:.0f} s long")
         deadline = time.monotonic() + self.stale_seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self.beat_seconds))
             now = read_holder(self.path)
             if now != holder:
                 return now
-        _say(f"taking over from {holder.describe()}: no sign of life for {self.stale_seconds:.0f} s")
+        say(f"taking over from {holder.describe()}: no sign of life for {self.stale_seconds:.0f} s")
         return None
 
     def _remove(self, holder: Holder) -> None:
@@ -179,10 +179,10 @@ class Lease:
                 part.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(self.me, beat=beat))))
                 part.replace(self.path)
             except (OSError, RunFolderError) as error:  # a full disk, half a file: the next beat may succeed
-                _say(f"warning: {self.path} cannot be renewed: {error}")
+                say(f"warning: {self.path} cannot be renewed: {error}")
 
     def _part(self) -> Path:
-        return self.path.with_name(f"{LEASE_FILE}.{uuid.uuid4().hex}")
+        return self.path.with_name(f"{run_folder.LEASE}.{uuid.uuid4().hex}")
 
 
 def read_holder(path: Path) -> Holder | None:
@@ -240,7 +240,3 @@ def _start_ticks(process: int) -> int | None:
         return None
     state, started = fields[0], int(fields[19])
     return None if state in "ZX" else started
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -64,9 +64,10 @@ def crashing_rank(rank, world_size, run_dir, function, after):
 def continuing_rank(rank, world_size, run_dir):
     """What is found after the crash, and what there is after one more save."""
     from bov_megatron import checkpoint
+    from bov_megatron.lifecycle import run_folder
 
     engine = start_engine(rank, world_size)
-    found = checkpoint.load(engine, checkpoint.latest_checkpoint(run_dir)).step
+    found = checkpoint.load(engine, run_folder.latest_checkpoint(run_dir)).step
     checkpoint.save(engine, run_dir, 3, keep_last=1, extra={})
     return found
 
@@ -83,12 +84,13 @@ def test_a_crash_while_saving_hides_no_checkpoint(tmp_path, crash):
 
 def keeping_rank(rank, world_size, run_dir, keep_every):
     from bov_megatron import checkpoint
+    from bov_megatron.lifecycle import run_folder
 
     engine = start_engine(rank, world_size)
     listed = []
     for step in (5, 10, 15, 15, 20, 25):
         checkpoint.save(engine, run_dir, step, keep_last=2, extra={}, keep_every=keep_every)
-        listed.append([step for step, _ in checkpoint.list_checkpoints(run_dir)])
+        listed.append([step for step, _ in run_folder.list_checkpoints(run_dir)])
     return listed
 
 
@@ -119,6 +121,8 @@ DAMAGES = {
 def refusing_rank(rank, world_size, run_dir):
     """Error of each kind of damage, of another model, another optimizer, another format."""
     from bov_megatron import checkpoint
+    from bov_megatron.checkpoint import writing
+    from bov_megatron.errors import CheckpointError
 
     engine = start_engine(rank, world_size)
     engine.train_step(my_micro_batches(engine.recipe, batch(0)))
@@ -135,10 +139,10 @@ def refusing_rank(rank, world_size, run_dir):
         path = run_dir / name
         shutil.copytree(whole, path)
         damage(path)
-        note(name, checkpoint.CheckpointError, path)
-    checkpoint.FORMAT_VERSION = 3
-    note("another format", checkpoint.CheckpointError, whole)
-    checkpoint.FORMAT_VERSION = 2
+        note(name, CheckpointError, path)
+    writing.FORMAT_VERSION = 3
+    note("another format", CheckpointError, whole)
+    writing.FORMAT_VERSION = 2
     recipe = engine.recipe
     for name, changed in {
         "another model": tiny_recipe(rotary_base=5.0),

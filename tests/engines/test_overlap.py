@@ -82,6 +82,7 @@ def seen_in_run(recipe: Recipe, folder) -> dict:
     """Losses, gradients of every step, what the readers read, and the same of steps after a resume."""
     from bov_megatron import checkpoint
     from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.lifecycle import run_folder
 
     engine, seen = MegatronEngine(recipe), {}
     load_weights(engine, random_weights(recipe.model))
@@ -91,10 +92,10 @@ def seen_in_run(recipe: Recipe, folder) -> dict:
     take_step(engine, len(READERS), seen)
     checkpoint.save(engine, folder, 1, keep_last=1, extra={})
     resumed = MegatronEngine(recipe)
-    checkpoint.load(resumed, checkpoint.latest_checkpoint(folder))
+    checkpoint.load(resumed, run_folder.latest_checkpoint(folder))
     for step in range(2):
         take_step(resumed, 10 + step, seen)
-    checkpoint.load(resumed, checkpoint.latest_checkpoint(folder))  # as a roll back does, over weights under way
+    checkpoint.load(resumed, run_folder.latest_checkpoint(folder))  # as a roll back does, over weights under way
     take_step(resumed, 20, seen)
     seen["weights"] = weights(resumed)
     return seen

@@ -396,7 +396,7 @@ def measured_rank(rank: int, world_size: int, recipe_dict: dict, trap: str) -> d
     engine = MegatronEngine(recipe)
     weights = random_weights(recipe.model)
     load_weights(engine, weights)
-    losses = [engine.forward_backward(my_micro_batches(recipe, batch(0)))]
+    losses = [float(engine.forward_backward(my_micro_batches(recipe, batch(0))))]
     gradients = gather_gradients(engine)
     assert engine.optimizer.step().applied
     losses += [engine.train_step(my_micro_batches(recipe, batch(step))).loss for step in range(1, STEPS)]

@@ -76,9 +76,9 @@ def _random_initial_weights():
         base.initialize_weights = original
 
 
-def step(engine, number: int, accept=lambda loss: True):
+def step(engine, number: int):
     """`train_step` on the global batch of that number."""
-    return engine.train_step(my_micro_batches(engine.recipe, batch_of(number)), accept)
+    return engine.train_step(my_micro_batches(engine.recipe, batch_of(number)))
 
 
 def gradients(engine) -> dict[str, torch.Tensor]:
@@ -138,7 +138,7 @@ def trajectory(recipe: Recipe, steps: int = 5) -> dict[str, Any]:
     from bov_megatron.training.table_statistics import coefficient_values, table_statistics
 
     engine = build(recipe)
-    losses = [engine.forward_backward(my_micro_batches(recipe, batch_of(0)))]
+    losses = [float(engine.forward_backward(my_micro_batches(recipe, batch_of(0))))]
     first_gradients = gradients(engine)
     norms = [engine.optimizer.step().grad_norm]
     for number in range(1, steps):

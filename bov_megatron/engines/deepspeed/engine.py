@@ -25,6 +25,7 @@ from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.optim import sharded_state
 from bov_megatron.optim.adamw import make_adamw
 from bov_megatron.optim.groups import group_settings
+from bov_megatron.optim.optimizer import UpdateResult
 from bov_megatron.parallel import device
 from bov_megatron.recipe import Recipe
 from bov_megatron.recipe.memory import ZERO3_LIVE_ELEMENTS
@@ -69,8 +70,8 @@ class DeepSpeedEngine(Engine):
         self._touched: dict[int, tuple[int, Tensor]] = {}
         """By table: the first row of this rank's stretch, and which rows from there on have a gradient."""
 
-    def forward_backward(self, micro_batches: Sequence[Tensor]) -> float:
-        """Leave the global batch's mean gradient in DeepSpeed's hands; return its mean loss in nats per token."""
+    def forward_backward(self, micro_batches: Sequence[Tensor]) -> Tensor:
+        """See Engine; DeepSpeed keeps the gradients."""
         self.zero.train()
 
         def mean_loss(labels_BT: Tensor, loss_BT: Tensor):
@@ -80,7 +81,7 @@ class DeepSpeedEngine(Engine):
         losses = self._run(self.chunks, micro_batches, mean_loss, forward_only=False)
         lookup_ahead.check_settled()
         self._note_touched_rows()
-        return self._sum_over_data_parallel(losses, 1)[0] / (
+        return self._sum_over_data_parallel(losses, 1).squeeze(0) / (
             len(micro_batches) * parallel_state.get_data_parallel_world_size()
         )
 
@@ -99,7 +100,13 @@ class DeepSpeedEngine(Engine):
     def finish_gather(self) -> None:
         """Nothing to do: DeepSpeed's step gathers before it returns."""
 
-    def _discard_gradients(self) -> None:
+    def gradient_norm(self) -> None:
+        """See Engine. DeepSpeed computes it in its own step."""
+
+    def update(self, gradient_norm: float | None = None) -> UpdateResult:
+        return self.optimizer.step()
+
+    def discard_gradients(self) -> None:
         self.optimizer.discard()
 
     @torch.no_grad()
