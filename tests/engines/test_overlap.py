@@ -27,9 +27,9 @@ def weights(engine):
 
 
 def sharded_state(engine):
-    from bov_megatron.checkpoint.saving import _sharded_state
+    from bov_megatron.checkpoint import writing
 
-    state = _sharded_state(engine)["model"]
+    state = writing.sharded_state(engine)["model"]
     return [parameter.detach().clone() for chunk in state.values() for parameter in _tensors(chunk)]
 
 
