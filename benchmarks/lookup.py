@@ -17,6 +17,7 @@ from benchmarks.timing import Spread, Timings, speed_ratio, take_turns
 from benchmarks.traffic import bench_traffic, counting
 from benchmarks.training_step import bench_recipe
 from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.model.bank.lookup_ahead import look_up
 from bov_megatron.model.bank.table import ValueTable
 from bov_megatron.recipe import Recipe
 
@@ -101,7 +102,7 @@ def _measure_lookups(recipe: Recipe, samples: torch.Tensor, turns: int) -> dict:
 
     def lookups(table: ValueTable) -> None:
         for _ in range(REPEATS):
-            values = table(ids_BS.to(table.weight.device) if not table.ahead else ids_BS)
+            values = look_up(ids_BS.to(table.weight.device) if not table.ahead else ids_BS, table)
             values.backward(values.detach())
 
     timings = take_turns({v: lambda turn, table=table: lookups(table) for v, table in tables.items()}, turns)
@@ -147,7 +148,7 @@ def _evidence(table: ValueTable, ids_BS: torch.Tensor) -> dict[str, float]:
     """Bytes that this rank sends in one lookup, and norms of its values and of its table gradient over all ranks: these
     are the same for every variant."""
     with counting() as sent:
-        values = table(ids_BS.to(table.weight.device))
+        values = look_up(ids_BS.to(table.weight.device), table)
         values.backward(values.detach())
     squares = torch.stack([values.detach().double().square().sum(), table.weight.main_grad.double().square().sum()])
     dist.all_reduce(squares)

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import mappings
 
 from benchmarks.ranks import on_ranks
 from benchmarks.text import text_ids
+from bov_megatron.model.bank.lookup_ahead import look_up
 from bov_megatron.model.bank.table import ValueTable
 from bov_megatron.recipe import ModelConfig, ParallelConfig, Recipe, TrainConfig, ValueConfig
 
@@ -111,7 +112,7 @@ def count_on_rank(recipe: Recipe, samples: torch.Tensor, sizes: Sequence[int]) -
         for tokens in sizes:
             ids_BS = samples.flatten()[:tokens].view(-1, SAMPLE_LENGTH)
             with counting() as sent:
-                values = table(ids_BS)
+                values = look_up(ids_BS, table)
                 forward = sum(sent)
                 values.backward(torch.ones_like(values))
             counted.setdefault(str(tokens), {})[lookup] = [forward, sum(sent) - forward]

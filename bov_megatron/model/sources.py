@@ -30,7 +30,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from bov_megatron.model.bank import lookup_ahead
-from bov_megatron.model.bank.table import ValueTable
+from bov_megatron.model.bank.table import ValueTable, rows_sent_ahead
 from bov_megatron.model.norm import rms_norm
 from bov_megatron.recipe import ModelConfig
 from bov_megatron.recipe.parameters import GATE_CHANNELS
@@ -67,7 +67,7 @@ class ValueSource(torch.nn.Module):
 
     def looked_up(self, carried: Tensor) -> Tensor:
         """Values `[S, B, G, D]` of this layer's table, or of the shared one."""
-        if lookup_ahead.is_ticket(carried):
+        if self.ahead:
             return lookup_ahead.take(carried, self.table)
         return carried if self.table is None else self.table(carried)
 
@@ -119,7 +119,7 @@ class Bank(_Scaled):
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int):
         super().__init__(model, dtype, tp_group)
-        self.table = layer_table(model, dtype, tp_group, vocab_size)
+        self.table, self.ahead = layer_table(model, dtype, tp_group, vocab_size)
 
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
         return self.scale(self.looked_up(carried))
@@ -179,7 +179,7 @@ class ProjectionPlusBank(_Sum):
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int):
         super().__init__(model, dtype, tp_group)
-        self.table = layer_table(model, dtype, tp_group, vocab_size)
+        self.table, self.ahead = layer_table(model, dtype, tp_group, vocab_size)
 
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
         return self.add(projected_SBGD, self.looked_up(carried))
@@ -195,7 +195,7 @@ class GatedValueEmbedding(ValueSource):
         self.gate = torch.nn.Parameter(
             torch.empty(groups, GATE_CHANNELS, dtype=dtype, device=torch.cuda.current_device())
         )
-        self.table = layer_table(model, dtype, tp_group, vocab_size)
+        self.table, self.ahead = layer_table(model, dtype, tp_group, vocab_size)
 
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
         channels = hidden_SBH[..., :GATE_CHANNELS].contiguous()
@@ -245,9 +245,12 @@ def new_table(model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int)
     )
 
 
-def layer_table(model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int) -> ValueTable | None:
-    """This layer's own table, or None where all layers read the shared one (looked up by the decoder)."""
-    return None if model.value.table == "shared" else new_table(model, dtype, tp_group, vocab_size)
+def layer_table(model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int) -> tuple[ValueTable | None, bool]:
+    """This layer's own table, or None where all layers read the shared one; and whether either's rows are sent ahead,
+    so that what travels is a ticket."""
+    value = model.value
+    ahead = rows_sent_ahead(value.table_partition, value.lookup, value.table_memory == "host", tp_group.size())
+    return None if value.table == "shared" else new_table(model, dtype, tp_group, vocab_size), ahead
 
 
 def _scalar(dtype: torch.dtype) -> torch.nn.Parameter:

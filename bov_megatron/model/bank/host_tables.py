@@ -21,6 +21,8 @@ from torch import Tensor
 from bov_megatron.parallel import device, process_groups
 from bov_megatron.parallel.parameter import LocalParameter
 
+# Global, as the thread and the stream below are: autograd's backward functions hand gradients in, the engine waits for
+# them, and the two share no object.
 _additions: list[Future] = []
 """Gradients that have not been added yet, in order."""
 

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
-from bov_megatron.model.bank import host_tables, lookup_ahead
+from bov_megatron.model.bank import host_tables
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.parameter import gradient_ready
 
@@ -65,16 +65,15 @@ class ValueTable(torch.nn.Module):
             weight = torch.empty(rows, columns, dtype=dtype, device=torch.cuda.current_device())
         self.weight = torch.nn.Parameter(weight)
         self.partition_dim = 0 if partition == "vocab" else 1
-        self.ahead = on_host or (lookup == "distinct" and partition == "vocab" and size > 1)
-        """Whether rows are sent ahead of the layer, to be taken with a ticket."""
+        self.ahead = rows_sent_ahead(partition, lookup, on_host, size)
+        """Whether rows are sent ahead of the layer, to be taken with a ticket (see lookup_ahead.py)."""
         if self.ahead and size > 1:
             self.lookup_group = process_groups.twin(tp_group)
 
     def forward(self, ids_BS: Tensor) -> Tensor:
-        """Values of every token for this rank's heads, `[S, B, G/T, D]`."""
+        """Values of every token for this rank's heads, `[S, B, G/T, D]`; not where rows are sent ahead."""
         if self.ahead:
-            with lookup_ahead.started(ids_BS, [self]) as ticket:
-                return lookup_ahead.take(ticket, self)
+            raise RuntimeError("this table's rows are sent ahead of its layer: use lookup_ahead.look_up")
         ids_SB = ids_BS.t().contiguous()
         if self.partition == "head" or self.tp_group.size() == 1:
             values_SBK = lookup_rows(self.weight, ids_SB, None)
@@ -122,6 +121,11 @@ class ValueTable(torch.nn.Module):
                 dp_cp_group=metadata["dp_cp_group"],
             )
         }
+
+
+def rows_sent_ahead(partition: str, lookup: str, on_host: bool, ranks: int) -> bool:
+    """Whether a table's distinct rows are sent ahead of its layer, over that many tensor-parallel ranks."""
+    return on_host or (lookup == "distinct" and partition == "vocab" and ranks > 1)
 
 
 def lookup_rows(table_RK: Tensor, rows: Tensor, own: Tensor | None) -> Tensor:
