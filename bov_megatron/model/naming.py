@@ -91,8 +91,7 @@ def local_from_full(local: LocalParameter, full: dict[str, Tensor], tp_rank: int
     """This rank's part of canonical tensors: padded, fused and sliced as Megatron holds it."""
     tensor = local.fuse([full[name] for name in local.names])
     if local.kind in VOCABULARY_KINDS:
-        split_rows = tp_size if local.partition_dim == 0 else 1
-        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, local.parameter.size(0) * split_rows - tensor.size(0)))
+        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, local.full_shape[0] - tensor.size(0)))
     return tensor.chunk(tp_size, local.partition_dim)[tp_rank] if local.partition_dim >= 0 else tensor
 
 

@@ -117,13 +117,11 @@ class BovOptimizer:
         owners = dict(zip(matrices, balance([orthogonalisation_cost(local) for local in matrices], ranks), strict=True))
         assignments = []
         for local in parameters:
-            rows = local.shape[0]
-            if not sharded or ranks == 1:
+            rows, small = local.shape[0], local not in owners and local.shape.numel() < SMALL_TENSOR_ELEMENTS
+            if not sharded or ranks == 1 or small:
                 assignments.append(replicate_rows(rows, ranks))
             elif local in owners:
                 assignments.append(own_rows(rows, owners[local], ranks))
-            elif local.shape.numel() < SMALL_TENSOR_ELEMENTS:
-                assignments.append(replicate_rows(rows, ranks))
             else:
                 assignments.append(split_rows(rows, ranks))
         return assignments
