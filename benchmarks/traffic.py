@@ -6,6 +6,7 @@ Shapes: N tokens of the micro-batch, U their distinct ids, K = kv_dim, T tensor-
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
@@ -16,6 +17,7 @@ from megatron.core.tensor_parallel import mappings
 
 from benchmarks.ranks import on_ranks
 from benchmarks.text import text_ids
+from bov_megatron.model.bank.lookup_ahead import look_up
 from bov_megatron.model.bank.table import ValueTable
 from bov_megatron.recipe import ModelConfig, ParallelConfig, Recipe, TrainConfig, ValueConfig
 
@@ -108,7 +110,7 @@ def count_on_rank(recipe: Recipe, samples: torch.Tensor, sizes: Sequence[int]) -
         for tokens in sizes:
             ids_BS = samples.flatten()[:tokens].view(-1, SAMPLE_LENGTH)
             with counting() as sent:
-                values = table(ids_BS)
+                values = look_up(ids_BS, table)
                 forward = sum(sent)
                 values.backward(torch.ones_like(values))
             counted.setdefault(str(tokens), {})[lookup] = [forward, sum(sent) - forward]
@@ -116,10 +118,9 @@ def count_on_rank(recipe: Recipe, samples: torch.Tensor, sizes: Sequence[int]) -
 
 
 def new_table(recipe: Recipe, lookup: str) -> ValueTable:
-    model, group = recipe.model, parallel_state.get_tensor_model_parallel_group()
-    table = ValueTable(
-        recipe.padded_vocab_size(), model.kv_heads, model.kv_channels, "vocab", lookup, torch.bfloat16, group
-    )
+    model = dataclasses.replace(recipe.model, value=ValueConfig(source="bank", lookup=lookup))
+    group = parallel_state.get_tensor_model_parallel_group()
+    table = ValueTable(model, recipe.padded_vocab_size(), torch.bfloat16, group)
     torch.nn.init.zeros_(table.weight)
     table.weight.main_grad = torch.zeros_like(table.weight, dtype=torch.float32)
     return table

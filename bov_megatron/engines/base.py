@@ -18,9 +18,9 @@ from torch import Tensor
 
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
-from bov_megatron.model.naming import LocalParameter, local_parameters
 from bov_megatron.optim.optimizer import UpdateResult
 from bov_megatron.parallel.device import device
+from bov_megatron.parallel.parameter import LocalParameter
 from bov_megatron.recipe import Recipe
 
 
@@ -54,12 +54,8 @@ class Engine(abc.ABC):
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.optimizer = None
-        self._chunks = _build_chunks(recipe)
-
-    @property
-    def chunks(self) -> list[BovModel]:
+        self.chunks = _build_chunks(recipe)
         """This pipeline stage's model: one chunk, or several of an interleaved pipeline."""
-        return self._chunks
 
     @property
     def gradient_seconds(self) -> float | None:
@@ -73,9 +69,15 @@ class Engine(abc.ABC):
         (chunk,) = self.chunks
         return chunk
 
+    @abc.abstractmethod
+    def finish_gather(self) -> None:
+        """Wait until this rank has all weights of the last update. Call it before reading weights past a forward pass,
+        and before writing them."""
+
     def local_parameters(self) -> list[LocalParameter]:
-        """Every parameter of this rank."""
-        return [local for chunk in self.chunks for local in local_parameters(chunk)]
+        """Every parameter of this rank, with the last update's weights (see `finish_gather`)."""
+        self.finish_gather()
+        return [local for chunk in self.chunks for local in chunk.local_parameters]
 
     @abc.abstractmethod
     def forward_backward(self, micro_batches: Sequence[Tensor]) -> Tensor:
@@ -119,6 +121,7 @@ class Engine(abc.ABC):
             bytes_per_token: UTF-8 bytes of each token id, 0 for special tokens, `[vocab_size]`.
             counted: per micro-batch, True for the rows that count `[B]` (padding rows don't).
         """
+        self.finish_gather()
         for chunk in self.chunks:
             chunk.eval()
         micro_batches, counted = self._fill_groups(micro_batches, counted)
@@ -143,6 +146,7 @@ class Engine(abc.ABC):
 
         Megatron changes what it is given of `metadata`, and gets a copy.
         """
+        self.finish_gather()
         model = {
             str(number): chunk.sharded_state_dict(metadata=dict(metadata)) for number, chunk in enumerate(self.chunks)
         }
@@ -152,6 +156,7 @@ class Engine(abc.ABC):
 
     def load_state(self, model_state: dict, optimizer_state: dict | None) -> None:
         """Take loaded weights and, with an optimizer, its state (see training/checkpoint.py)."""
+        self.finish_gather()  # weights that arrive later would overwrite those loaded
         for number, chunk in enumerate(self.chunks):
             chunk.load_state_dict(model_state[str(number)])
         if self.optimizer is not None:

@@ -16,7 +16,6 @@ from bov_megatron.engines.base import Engine
 from bov_megatron.model import context_parallel
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.model.bank.host_tables import HostGradients
-from bov_megatron.model.decoder import BovModel
 from bov_megatron.optim.optimizer import BovOptimizer, UpdateResult
 from bov_megatron.parallel.device import to_device
 from bov_megatron.parallel.timer import DeviceTimer
@@ -37,22 +36,20 @@ class MegatronEngine(Engine):
     def __init__(self, recipe: Recipe, with_optimizer: bool = True):
         super().__init__(recipe)
         self.wrapped = []
-        self.host_gradients = HostGradients(self.chunks)
+        self.host_gradients = HostGradients(self.local_parameters())
         self._gradient_timer = DeviceTimer()
         if with_optimizer:
             with self.host_gradients.kept_here():
                 self.wrapped = data_parallel.wrap(
-                    self._chunks, recipe.parallel.overlap_grad_reduce, self._finalize_gradients
+                    self.chunks, recipe.parallel.overlap_grad_reduce, self._finalize_gradients
                 )
-            self.optimizer = BovOptimizer(self.wrapped, recipe, total_steps(recipe))
+            self.optimizer = BovOptimizer(self.local_parameters(), recipe, total_steps(recipe), self.chunks)
 
-    @property
-    def chunks(self) -> list[BovModel]:
-        """See Engine. Ask each time that weights are read: updated ones may arrive in the course of the next forward
-        pass only (`parallel.overlap_param_gather`), and this waits for them."""
+    def finish_gather(self) -> None:
+        """See Engine: updated weights may arrive in the course of the next forward pass only
+        (`parallel.overlap_param_gather`)."""
         if self.optimizer is not None:
             self.optimizer.finish_gather()
-        return self._chunks
 
     @property
     def gradient_seconds(self) -> float | None:

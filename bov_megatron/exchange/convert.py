@@ -19,7 +19,7 @@ from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import ExportError
 from bov_megatron.exchange.export import export
 from bov_megatron.lifecycle import run_folder
-from bov_megatron.model.naming import full_from_gathered, local_parameters
+from bov_megatron.model.naming import full_from_gathered
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.device import device
 from bov_megatron.recipe import ParallelConfig, recipe_from_dict
@@ -99,7 +99,7 @@ def open_checkpoint(path: Path) -> Iterator[Engine]:
 
 def _canonical_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """Every weight of an unsharded engine, unfused and unpadded, one at a time."""
-    for local in local_parameters(engine.model):
+    for local in engine.model.local_parameters:
         yield from full_from_gathered(local, local.parameter.detach()).items()
 
 

@@ -54,6 +54,8 @@ def initialize(
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.train.seed)
 
 
+# Global because torch's and Megatron's groups are: one twin serves all modules of this process, from `initialize` to
+# `shutdown`, and making another is collective.
 _twins: dict[tuple[dist.ProcessGroup, str | None], dist.ProcessGroup] = {}
 
 

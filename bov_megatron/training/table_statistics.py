@@ -7,8 +7,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from bov_megatron.engines.base import Engine
-from bov_megatron.model.naming import LocalParameter
 from bov_megatron.parallel.device import device
+from bov_megatron.parallel.parameter import LocalParameter
 
 _COLUMNS = ("squares", "rows", "touched")
 
