@@ -18,7 +18,7 @@ FAST = {"beat_seconds": 0.1, "stale_seconds": 1.0, "environ": {}}
 HOLDING = """
 import sys, time
 from pathlib import Path
-from bov_megatron.training.lease import Lease
+from bov_megatron.lifecycle.lease import Lease
 with Lease(Path(sys.argv[1]), beat_seconds=0.1, environ={}):
     print("held", flush=True)
     time.sleep(60)
@@ -143,7 +143,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def test_a_strange_file_is_named(tmp_path):
     (tmp_path / LEASE_FILE).write_text("{}")
-    with pytest.raises(RunFolderError, match="no lease of this version.*remove it once no run uses the folder"):
+    with pytest.raises(RunFolderError, match="not a lease of this version.*remove it if no run uses the folder"):
         Lease(tmp_path, **FAST).__enter__()
 
 
