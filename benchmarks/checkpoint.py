@@ -7,13 +7,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from benchmarks.timing import Spread
 from benchmarks.training_step import bench_recipe, one_process, random_micro_batches
 from bov_megatron import checkpoint
 from bov_megatron.checkpoint.manifest import read_manifest
 from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.lifecycle import run_folder
+from bov_megatron.parallel.device import has_gpu
 
 CPU_VOCABULARY = 32768
 
@@ -29,7 +29,7 @@ def bench_checkpoint(turns: int, quick: bool, folder: Path | None = None) -> dic
         folder: on the file system to measure; default: the one for temporary files.
     """
     recipe = bench_recipe("bank", quick)
-    if not quick and not torch.cuda.is_available():  # more to write, and steps that take no longer
+    if not quick and not has_gpu():  # more to write, and steps that take no longer
         recipe.model.vocab_size = CPU_VOCABULARY
         recipe.train.global_batch_size = recipe.train.micro_batch_size = 1
     seconds: dict[str, list[float]] = {"waiting": [], "beside": [], "slowed": []}
@@ -48,7 +48,7 @@ def bench_checkpoint(turns: int, quick: bool, folder: Path | None = None) -> dic
                 if turn:
                     for name, value in found.items():
                         seconds[name].append(value)
-            size = read_manifest(checkpoint.latest_checkpoint(scratch)).size
+            size = read_manifest(run_folder.latest_checkpoint(scratch)).size
     finally:
         shutil.rmtree(scratch)
     return {

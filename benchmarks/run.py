@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import Spread
+from bov_megatron.parallel.device import device_name, has_gpu
 
 NAMES = {
     "step": "a whole training step: bank against projection, with Muon and with AdamW",
@@ -38,7 +38,7 @@ def run(names: Sequence[str] = (), quick: bool = False, turns: int | None = None
 
     Raises ValueError for an unknown name, or `recipes` without a GPU.
     """
-    gpu = torch.cuda.is_available()
+    gpu = has_gpu()
     names = list(dict.fromkeys(names)) or [name for name in NAMES if gpu or name != "recipes"]
     for name in names:
         if name not in NAMES:
@@ -80,7 +80,7 @@ def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
 def machine() -> dict:
     """What the numbers were measured on."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+        "device": device_name(),
         "gpus": torch.cuda.device_count(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bov_megatron.parallel.device import has_gpu
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -65,7 +67,7 @@ def speed_ratio(timings: Mapping[str, Timings], name: str, reference: str) -> di
 
     Keys: `wall`, and on a CPU `processor`.
     """
-    clocks = ["wall"] if torch.cuda.is_available() else ["wall", "processor"]
+    clocks = ["wall"] if has_gpu() else ["wall", "processor"]
     return {
         clock: Spread.of(
             [
@@ -79,5 +81,5 @@ def speed_ratio(timings: Mapping[str, Timings], name: str, reference: str) -> di
 
 def _synchronize() -> None:
     """Wait for the GPU, if there is one: kernels run behind Python's back."""
-    if torch.cuda.is_available():
+    if has_gpu():
         torch.cuda.synchronize()

@@ -6,6 +6,7 @@ Shapes: N tokens of the micro-batch, U their distinct ids, K = kv_dim, T tensor-
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
@@ -16,10 +17,11 @@ from megatron.core.tensor_parallel import mappings
 
 from benchmarks.ranks import on_ranks
 from benchmarks.text import text_ids
+from bov_megatron.model.bank.lookup_ahead import look_up
 from bov_megatron.model.bank.table import ValueTable
 from bov_megatron.recipe import ModelConfig, ParallelConfig, Recipe, TrainConfig, ValueConfig
 
-LOOKUPS = ("reduce_scatter", "all_reduce", "all_to_all", "distinct")
+LOOKUPS = ("reduce_scatter", "distinct")
 RANKS = (2, 4)
 CALCULATED_RANKS = 8
 ELEMENT_SIZE = 2
@@ -57,9 +59,8 @@ def bench_traffic(quick: bool, threads: int, inputs: Sequence[str] = ()) -> dict
 def calculated(samples: torch.Tensor, tokens: int, recipe: Recipe) -> list[dict[str, list[int]]]:
     """By rank and lookup: bytes sent forward and backward, from the ids alone.
 
-    A ring's reduce-scatter or all-gather, and an all-to-all of equal parts, send (T-1)/T of what the ranks hold
-    together, an all-reduce twice that. `distinct` sends T-1 ranks their columns of a rank's own rows, and backward the
-    gradients of the others' rows.
+    A ring's reduce-scatter or all-gather sends (T-1)/T of what the ranks hold together. `distinct` sends T-1 ranks
+    their columns of a rank's own rows, and backward the gradients of the others' rows.
     """
     ranks, kv_dim = recipe.parallel.tensor_model_parallel_size, recipe.model.kv_dim
     once = tokens * kv_dim * ELEMENT_SIZE * (ranks - 1) // ranks
@@ -69,8 +70,6 @@ def calculated(samples: torch.Tensor, tokens: int, recipe: Recipe) -> list[dict[
     return [
         {
             "reduce_scatter": [once, once],
-            "all_reduce": [2 * once, once],
-            "all_to_all": [once, once],
             "distinct": [(ranks - 1) * own[rank] * row, (sum(own) - own[rank]) * row],
         }
         for rank in range(ranks)
@@ -111,7 +110,7 @@ def count_on_rank(recipe: Recipe, samples: torch.Tensor, sizes: Sequence[int]) -
         for tokens in sizes:
             ids_BS = samples.flatten()[:tokens].view(-1, SAMPLE_LENGTH)
             with counting() as sent:
-                values = table(ids_BS)
+                values = look_up(ids_BS, table)
                 forward = sum(sent)
                 values.backward(torch.ones_like(values))
             counted.setdefault(str(tokens), {})[lookup] = [forward, sum(sent) - forward]
@@ -119,10 +118,9 @@ def count_on_rank(recipe: Recipe, samples: torch.Tensor, sizes: Sequence[int]) -
 
 
 def new_table(recipe: Recipe, lookup: str) -> ValueTable:
-    model, group = recipe.model, parallel_state.get_tensor_model_parallel_group()
-    table = ValueTable(
-        recipe.padded_vocab_size(), model.kv_heads, model.kv_channels, "vocab", lookup, torch.bfloat16, group
-    )
+    model = dataclasses.replace(recipe.model, value=ValueConfig(source="bank", lookup=lookup))
+    group = parallel_state.get_tensor_model_parallel_group()
+    table = ValueTable(model, recipe.padded_vocab_size(), torch.bfloat16, group)
     torch.nn.init.zeros_(table.weight)
     table.weight.main_grad = torch.zeros_like(table.weight, dtype=torch.float32)
     return table
@@ -133,14 +131,14 @@ def counting() -> Iterator[list[int]]:
     """Collects, call by call, the bytes that this rank sends to others through torch.distributed inside the block: what
     a ring sends, of reductions and gathers. A collective that it doesn't know fails."""
     sent: list[int] = []
-    names = ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+    names = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
     with contextlib.ExitStack() as stack:
         for name in names:
             wrapped = _counted(name, getattr(dist, name), sent)
             stack.enter_context(mock.patch.object(dist, name, wrapped))
         stack.enter_context(mock.patch.object(mappings, "dist_all_gather_func", dist.all_gather_into_tensor))
         stack.enter_context(mock.patch.object(mappings, "dist_reduce_scatter_func", dist.reduce_scatter_tensor))
-        for name in ("all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "isend"):
+        for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "isend"):
             stack.enter_context(mock.patch.object(dist, name, side_effect=AssertionError(f"{name} is not counted")))
         yield sent
 
@@ -148,13 +146,13 @@ def counting() -> Iterator[list[int]]:
 def _counted(name: str, collective, sent: list[int]):
     def call(*arguments, group=None, **options):
         size = group.size()
-        handed = arguments[0] if name == "all_reduce" else arguments[1]
+        handed = arguments[1]
         if name == "all_to_all_single" and len(arguments) > 3:
             own = arguments[3][group.rank()] * handed.stride(0)
             sent.append((handed.numel() - own) * handed.element_size())
         else:
-            times = {"all_reduce": 2 * (size - 1) / size, "all_gather_into_tensor": size - 1}
-            sent.append(round(handed.nbytes * times.get(name, (size - 1) / size)))
+            times = size - 1 if name == "all_gather_into_tensor" else (size - 1) / size
+            sent.append(round(handed.nbytes * times))
         return collective(*arguments, group=group, **options)
 
     return call

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import gc
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+from benchmarks.megatron_attention import MegatronCoreAttention
 from benchmarks.timing import Spread, speed_ratio, take_turns
 from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.model import spec
 from bov_megatron.parallel import process_groups
+from bov_megatron.parallel.device import has_gpu
 from bov_megatron.recipe import Recipe, check_recipe, load_recipe, recipe_from_dict
 from bov_megatron.recipe.quantities import flops_per_token
 from bov_megatron.training.throughput import peak_flops
@@ -24,19 +28,17 @@ CPU_MODEL = {"num_layers": 12, "hidden_size": 256, "num_attention_heads": 4, "vo
 QUICK_MODEL = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 512, "sequence_length": 256}
 
 
-def bench_recipe(
-    source: str, quick: bool = False, optimizer: str = "muon", core_attention: str = "auto", gpu: bool | None = None
-) -> Recipe:
+def bench_recipe(source: str, quick: bool = False, optimizer: str = "muon", gpu: bool | None = None) -> Recipe:
     """The recipe that is timed: on a CPU 12 layers of width 256 in fp32, four sequences of 512 tokens a step; on a
     GPU the 135M model in bf16, sixteen sequences of 2048 in two micro-batches."""
-    gpu = torch.cuda.is_available() if gpu is None else gpu
+    gpu = has_gpu() if gpu is None else gpu
     model, micro, sequences = ({}, 8, 16) if gpu else (CPU_MODEL, 4, 4)
     if quick:
         model, micro, sequences = QUICK_MODEL, 2, 2
     return recipe_from_dict(
         {
             "name": source,
-            "model": {**model, "core_attention": core_attention, "value": {"source": source}},
+            "model": {**model, "value": {"source": source}},
             "train": {
                 "micro_batch_size": micro,
                 "global_batch_size": sequences,
@@ -64,10 +66,17 @@ def bench_attention(turns: int, quick: bool) -> dict:
     """Our core attention against Megatron's own local one, for each value source."""
     result = {}
     for source in SOURCES:
-        recipes = {core: bench_recipe(source, quick, core_attention=core) for core in ("auto", "megatron")}
-        variants, seconds = measure(recipes, turns)
+        recipes = {core: bench_recipe(source, quick) for core in ("auto", "megatron")}
+        variants, seconds = measure(recipes, turns, build=_engine_with_attention)
         result[source] = {"variants": variants, "auto / megatron": speed_ratio(seconds, "auto", "megatron")}
     return result
+
+
+def _engine_with_attention(core: str, recipe: Recipe) -> MegatronEngine:
+    if core == "auto":
+        return MegatronEngine(recipe)
+    with mock.patch.object(spec, "SdpaCoreAttention", MegatronCoreAttention):
+        return MegatronEngine(recipe)
 
 
 def bench_recipes(turns: int, folder: Path) -> dict:
@@ -97,7 +106,12 @@ def bench_recipes(turns: int, folder: Path) -> dict:
     return result
 
 
-def measure(recipes: Mapping[str, Recipe], turns: int, discard: int = 2) -> tuple[dict[str, dict], dict]:
+def measure(
+    recipes: Mapping[str, Recipe],
+    turns: int,
+    discard: int = 2,
+    build: Callable[[str, Recipe], MegatronEngine] = lambda name, recipe: MegatronEngine(recipe),
+) -> tuple[dict[str, dict], dict]:
     """Train the recipes side by side in this process, a step each in turn, on the same random batches.
 
     Token ids are uniform: of all texts the one that touches most table rows. All recipes share one layout, of one
@@ -106,7 +120,7 @@ def measure(recipes: Mapping[str, Recipe], turns: int, discard: int = 2) -> tupl
     """
     steps_done: dict[str, list] = {name: [] for name in recipes}
     with one_process(next(iter(recipes.values()))):
-        engines = {name: MegatronEngine(recipe) for name, recipe in recipes.items()}
+        engines = {name: build(name, recipe) for name, recipe in recipes.items()}
 
         def step(name: str, turn: int) -> None:
             steps_done[name].append(engines[name].train_step(random_micro_batches(recipes[name], turn)))

@@ -86,7 +86,7 @@ def plan(
         table_parameters=counts["table"],
         parameters_by_kind=counts,
         padded_vocab_size=recipe.padded_vocab_size(),
-        target_layers=model.target_layers(),
+        target_layers=model.layers_from_source(),
         flops_per_token=flops,
         flops_total=flops_total,
         steps=steps,
@@ -125,7 +125,7 @@ def _flops_share(recipe: Recipe) -> list[float]:
 def _value_cache(model: ModelConfig) -> dict[str, int]:
     """bf16 bytes of cached values per token of context, all layers: with projections alone, and with this source."""
     per_layer = 2 * model.kv_dim
-    cached = sum(model.has_value_projection(layer) for layer in range(model.num_layers))
+    cached = sum(model.facts_of(layer).has_value_matrix for layer in range(model.num_layers))
     return {"projection": model.num_layers * per_layer, "this_model": cached * per_layer}
 
 

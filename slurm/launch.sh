@@ -1,7 +1,7 @@
 #!/bin/bash
 # Run one training job on the nodes of this Slurm allocation: launch.sh RECIPE [section.field=value ...]
 #
-# The scripts beside it call it with their recipe; docs/slurm.md lists the variables it reads. One task is one rank.
+# The scripts beside it call it with their recipe; docs/use/slurm.md lists the variables it reads. One task is one rank.
 # Tasks find their rank, world and master through bov_megatron/parallel/launch.py, from Slurm's own variables.
 set -euo pipefail
 

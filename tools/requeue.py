@@ -18,7 +18,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="Call it once after each start: starts that brought no new checkpoint are counted in restarts.json in "
-        "the run folder. Exit status 0: start again; 1: don't. docs/failures.md says what follows from which status.",
+        "the run folder. Exit status 0: start again; 1: don't. docs/use/failures.md lists the statuses.",
     )
     parser.add_argument("recipe", help="the recipe that was trained")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="as given to the training")

@@ -103,7 +103,7 @@ main() {
         arguments+=(-r "$file")
     done
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}" ||
-        die "pip failed (above). The next call tries again; docs/setup.md has a section on machines without network"
+        die "pip failed (above). The next call tries again; docs/use/setup.md has a section on machines without network"
     mend_torchvision
     fingerprint >"$stamp" # last, so that an interrupted installation is not taken for a whole one
     echo "setup_env: done, $("$venv/bin/python" --version) in $venv"

@@ -10,15 +10,15 @@ from typing import Any
 
 import yaml
 
-from bov_megatron import checkpoint
-from bov_megatron.checkpoint import CHECKPOINTS, DAMAGED, SAVING
+from bov_megatron.checkpoint.loading import is_without_manifest, read_run
 from bov_megatron.checkpoint.manifest import Damage, ManifestError, find_damage, read_manifest
 from bov_megatron.errors import CheckpointError
+from bov_megatron.lifecycle import run_folder
+from bov_megatron.lifecycle.run_folder import CHECKPOINTS, DAMAGED, SAVING
 from bov_megatron.recipe import load_recipe
 
 READERS = 8
 """Files read in parallel while verifying."""
-RECIPE_FILE = "recipe.yaml"
 
 
 def list_run(path: Path) -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ def verify(path: Path) -> dict[Path, list[Damage]]:
     if path.name.startswith("step_"):
         folders = [path] if path.is_dir() else []
     else:
-        folders = [folder for _, folder in checkpoint.list_checkpoints(path)]
+        folders = [folder for _, folder in run_folder.list_checkpoints(path)]
     if not folders:
         raise CheckpointError(f"{path} holds no complete checkpoint (looked for {CHECKPOINTS}/step_*)")
     return {folder: _damage_of(folder) for folder in folders}
@@ -59,8 +59,8 @@ def inspect(path: Path, recipe: Path | None = None) -> dict[str, Any]:
 
     Raises CheckpointError or RecipeError for a checkpoint or recipe that can't be read.
     """
-    path = checkpoint.find(path)
-    stored = checkpoint.read_run(path)
+    path = run_folder.find_checkpoint(path)
+    stored = read_run(path)
     tensors = _tensors(path)
     entry = _describe(path)
     groups: dict[str, dict[str, int]] = {}
@@ -136,7 +136,7 @@ def _describe(folder: Path) -> dict[str, Any]:
     else:
         found = find_damage(folder, contents=False)
         status = "damaged" if found else "valid"
-        if found and checkpoint.is_without_manifest(folder):
+        if found and is_without_manifest(folder):
             status, found = "not verifiable", []
         if folder.name.endswith(DAMAGED):
             status = "set aside"
@@ -182,7 +182,7 @@ def _tensors(path: Path) -> list[dict[str, Any]]:
 
 
 def _differences(stored: dict, recipe: Path | None, path: Path) -> list[dict[str, Any]] | None:
-    started_with = path.parent.parent / RECIPE_FILE
+    started_with = run_folder.run_dir_of(path) / run_folder.RECIPE
     if recipe is not None:
         other = load_recipe(recipe).to_dict()
     elif started_with.is_file():

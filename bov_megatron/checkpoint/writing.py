@@ -32,7 +32,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from bov_megatron.checkpoint.manifest import FileEntry, describe_file
+from bov_megatron.engines.base import Engine
 
+FORMAT_VERSION = 2
+"""1 is the same without a manifest."""
 BACKEND, BACKEND_VERSION = "torch_dist", 1
 INDEX_FILE, FORMAT_FILE = ".metadata", "metadata.json"
 FILES_PER_RANK = 2
@@ -60,6 +63,17 @@ class Written:
     files: dict[str, FileEntry] = field(default_factory=dict)
     error: str | None = None
     """Message, if it could not be written."""
+
+
+def sharded_state(engine: Engine) -> dict[str, Any]:
+    """The engine's weights and optimizer state, to save or to load into; collective."""
+    return engine.sharded_state_dict(content_metadata())
+
+
+def content_metadata() -> dict[str, Any]:
+    """How Megatron lays tensors out; a fresh copy each time, since Megatron changes what it is given."""
+    # Layers differ in their tensors, so each is stored under its own number.
+    return {"non_homogeneous_layers": True, "singleton_local_shards": False}
 
 
 class _PlanningStrategy(TorchDistSaveShardedStrategy):
@@ -202,3 +216,12 @@ class ChecksummedFile:
 
     def entry(self) -> FileEntry:
         return FileEntry(self.size, self.digest.hexdigest())
+
+
+def flush(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bov_megatron.errors import EvaluationError
+from bov_megatron.parallel.device import has_gpu
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -47,10 +48,9 @@ def run_tasks(
     Raises EvaluationError for unknown tasks.
     """
     manager, names = find_tasks(tasks, tasks_dir)
-    import torch
     from lm_eval import simple_evaluate
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if has_gpu() else "cpu")
     results = simple_evaluate(
         model=load_model(model_dir, batch_size=batch_size, device=device, dtype=dtype, bos=bos),
         tasks=names,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.bits_per_byte import read_packed_samples, score_samples
+from bov_megatron.parallel.device import has_gpu
 
 
 def evaluate(
@@ -57,12 +58,11 @@ def score_packed(
     dtype: str = "auto",
 ) -> dict:
     """Bits per byte of the export on the first `limit` samples of an MDS folder, with the totals it comes from."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     from bov_megatron.data.tokenizer import load_bytes_per_token
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if has_gpu() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(str(model_dir), trust_remote_code=True, dtype=dtype).to(device).eval()
     samples = list(read_packed_samples(folder, limit))
     total = score_samples(model, samples, load_bytes_per_token(model_dir), batch_size)

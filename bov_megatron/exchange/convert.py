@@ -18,8 +18,10 @@ from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import ExportError
 from bov_megatron.exchange.export import export
-from bov_megatron.model.naming import full_from_gathered, local_parameters
-from bov_megatron.parallel import device, process_groups
+from bov_megatron.lifecycle import run_folder
+from bov_megatron.model.naming import full_from_gathered
+from bov_megatron.parallel import process_groups
+from bov_megatron.parallel.device import device
 from bov_megatron.recipe import ParallelConfig, recipe_from_dict
 
 PARITY_TOLERANCE = 1e-4
@@ -60,7 +62,7 @@ def to_hf(
 
     Raises CheckpointError or ExportError with the remedy.
     """
-    path = checkpoint.find(run_dir, step)
+    path = run_folder.find_checkpoint(run_dir, step)
     stored = checkpoint.read_run(path)
     if dtype is None:
         dtype = torch.bfloat16 if stored["recipe"]["train"]["precision"] == "bf16" else torch.float32
@@ -68,7 +70,7 @@ def to_hf(
         out_dir = export(
             _canonical_tensors(engine),
             engine.recipe.model,
-            tokenizer_dir or path.parent.parent / "tokenizer",
+            tokenizer_dir or run_folder.run_dir_of(path) / run_folder.TOKENIZER,
             out_dir,
             dtype=dtype,
             recipe=stored["recipe"],
@@ -97,7 +99,7 @@ def open_checkpoint(path: Path) -> Iterator[Engine]:
 
 def _canonical_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """Every weight of an unsharded engine, unfused and unpadded, one at a time."""
-    for local in local_parameters(engine.model):
+    for local in engine.model.local_parameters:
         yield from full_from_gathered(local, local.parameter.detach()).items()
 
 
@@ -114,7 +116,7 @@ def _parity(engine: Engine, out_dir: Path, dtype: torch.dtype) -> float:
         parameter.copy_(parameter.to(dtype))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.vocab_size, (1, min(model.sequence_length, 1024)), generator=generator)
-    expected = engine.model.eval()(ids.to(device.device())).cpu()[..., : model.vocab_size]
+    expected = engine.model.eval()(ids.to(device())).cpu()[..., : model.vocab_size]
     exported = AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True, dtype=torch.float32).eval()
     error = ((exported(ids).logits - expected).norm() / expected.norm()).item()
     if not error <= PARITY_TOLERANCE:

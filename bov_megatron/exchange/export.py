@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -46,7 +47,8 @@ def hf_config(model: ModelConfig, **token_ids: int | None) -> BovConfig:
         max_position_embeddings=model.sequence_length,
         windows=model.windows(),
         value_source=model.value.source,
-        target_layers=model.target_layers(),
+        value_source_facts=dataclasses.asdict(model.value.facts),
+        target_layers=model.layers_from_source(),
         value_coefficient=model.value.coefficient,
         value_table=model.value.table,
         rotary_base=model.rotary_base,
@@ -215,7 +217,7 @@ def _write_weights(
 def _model_card(model: ModelConfig, dtype: torch.dtype, recipe: Mapping | None) -> str:
     specs = parameter_specs(model)
     tables = sum(spec.size for spec in specs if spec.kind == "table")
-    layers = ", ".join(map(str, model.target_layers())) or "none"
+    layers = ", ".join(map(str, model.layers_from_source())) or "none"
     name = recipe["name"] if recipe and recipe.get("name") else "Bank-of-Values model"
     card = f"""---
 library_name: transformers

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -23,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bov_megatron.errors import RunFolderError
+from bov_megatron.lifecycle import run_folder
+from bov_megatron.lifecycle.terminal import say
 
-LEASE_FILE = "lease.json"
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 
@@ -74,7 +74,7 @@ class Lease:
         stale_seconds: float = STALE_SECONDS,
         environ: Mapping[str, str] = os.environ,
     ):
-        self.path = run_dir / LEASE_FILE
+        self.path = run_dir / run_folder.LEASE
         self.beat_seconds, self.stale_seconds = beat_seconds, stale_seconds
         self.me = _myself(environ)
         self.lost = False
@@ -128,7 +128,7 @@ class Lease:
     def _wait_until_free(self, holder: Holder) -> None:
         """Return once the holder is known to be gone; raise RunFolderError once it is known to be alive."""
         if _is_gone(holder, self.me):
-            _log(f"taking over from {holder.describe()}: it has ended without releasing the run folder")
+            say(f"taking over from {holder.describe()}: it has ended without releasing the run folder")
             return
         if holder.machine != self.me.machine:
             holder = self._watch(holder)
@@ -141,14 +141,14 @@ class Lease:
 
     def _watch(self, holder: Holder) -> Holder | None:
         """Wait until the lease changes and return its holder; None if it was released or has become stale."""
-        _log(f"{self.path} is held by {holder.describe()}; waiting {self.stale_seconds:.0f} s for a sign of life")
+        say(f"{self.path} is held by {holder.describe()}; waiting {self.stale_seconds:.0f} s for a sign of life")
         deadline = time.monotonic() + self.stale_seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self.beat_seconds))
             current = read_holder(self.path)
             if current != holder:
                 return current
-        _log(f"taking over from {holder.describe()}: no sign of life for {self.stale_seconds:.0f} s")
+        say(f"taking over from {holder.describe()}: no sign of life for {self.stale_seconds:.0f} s")
         return None
 
     def _remove(self, holder: Holder) -> None:
@@ -178,10 +178,10 @@ class Lease:
                 part.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(self.me, beat=beat))))
                 part.replace(self.path)
             except (OSError, RunFolderError) as error:  # a full disk, a partial file: the next beat may succeed
-                _log(f"warning: {self.path} cannot be renewed: {error}")
+                say(f"warning: {self.path} cannot be renewed: {error}")
 
     def _part(self) -> Path:
-        return self.path.with_name(f"{LEASE_FILE}.{uuid.uuid4().hex}")
+        return self.path.with_name(f"{run_folder.LEASE}.{uuid.uuid4().hex}")
 
 
 def read_holder(path: Path) -> Holder | None:
@@ -233,7 +233,3 @@ def _start_ticks(process: int) -> int | None:
         return None
     state, started = fields[0], int(fields[19])
     return None if state in "ZX" else started
-
-
-def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

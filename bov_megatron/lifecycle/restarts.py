@@ -8,15 +8,13 @@ Imports nothing heavy: the launcher runs it where torch may not be installed.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from bov_megatron import errors
+from bov_megatron.lifecycle import run_folder
 
-RESTARTS_FILE = "restarts.json"
 LIMIT = 3
-_CHECKPOINT = re.compile(r"step_(\d{8})")
 _FINAL = {
     errors.DONE: "all steps are done",
     errors.CANNOT_START: "it cannot start, see its error",
@@ -35,7 +33,7 @@ def decide(run_dir: Path, status: int, limit: int = LIMIT) -> Decision:
 
     A run that was interrupted, crashed or hung is started again, unless `limit` starts in a row made no new checkpoint.
     """
-    counter = run_dir / RESTARTS_FILE
+    counter = run_dir / run_folder.RESTARTS
     if status in _FINAL:
         counter.unlink(missing_ok=True)  # whoever resubmits the job has dealt with the cause
         return Decision(False, _FINAL[status])
@@ -61,8 +59,8 @@ def decide(run_dir: Path, status: int, limit: int = LIMIT) -> Decision:
 
 def _newest_step(run_dir: Path) -> int:
     """Step of the newest complete checkpoint; 0 without one."""
-    names = (path.name for path in (run_dir / "checkpoints").glob("step_*"))
-    return max((int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name))), default=0)
+    checkpoints = run_folder.list_checkpoints(run_dir)
+    return checkpoints[-1][0] if checkpoints else 0
 
 
 def _read(counter: Path) -> tuple[int, int]:

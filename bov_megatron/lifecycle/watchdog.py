@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from bov_megatron import errors
+from bov_megatron.lifecycle import run_folder
 
-STACKS = "stacks"
 GRACE_SECONDS = 5.0
 """From dumping stacks to exiting: launchers kill all ranks once one has exited, and the others dump stacks too."""
 
@@ -26,7 +26,7 @@ class Watchdog:
     """
 
     def __init__(self, run_dir: Path, rank: int, minutes: float):
-        self.file, self.rank, self.seconds = run_dir / STACKS / f"rank_{rank:05}.txt", rank, 60 * minutes
+        self.file, self.rank, self.seconds = run_dir / run_folder.STACKS / f"rank_{rank:05}.txt", rank, 60 * minutes
         self._last = time.monotonic()
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

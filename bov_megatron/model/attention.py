@@ -19,12 +19,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from bov_megatron.model.norm import rms_norm
-from bov_megatron.model.sources import build_value_source
+from bov_megatron.model.sources import SOURCE_CLASSES
+from bov_megatron.recipe.value_sources import VALUE_SOURCES
 
 
 @dataclass
 class Carried:
-    """What travels beside the hidden states, for the duration of one layer call (see value_sources.py)."""
+    """What travels beside the hidden states, for the duration of one layer call (see sources.py)."""
 
     tensor: Tensor | None
 
@@ -59,13 +60,14 @@ class ValueSourceAttention(Attention):
         self.model, self.keeps_values = model, keeps_values
         # With fewer query groups than tensor-parallel ranks, consecutive ranks share a group's key and value.
         self.ranks_per_group = max(self.tp_group.size() // model.kv_heads, 1)
-        self.value_source = build_value_source(
-            source, model, config.params_dtype, self.tp_group, vocab_size, config.sequence_parallel
+        facts = VALUE_SOURCES[source]
+        self.value_source = SOURCE_CLASSES[source](
+            facts, model, config.params_dtype, self.tp_group, vocab_size, config.sequence_parallel
         )
         dim, per_group = self.hidden_size_per_attention_head, model.num_attention_heads // model.kv_heads
-        self.split = (per_group * dim, dim) + ((dim,) if self.value_source.projects else ())
+        self.split = (per_group * dim, dim) + ((dim,) if facts.fused_projection else ())
         self.linear_qkv = self._column_parallel(submodules.linear_qkv, sum(self.split) * model.kv_heads)
-        if self.value_source.separate_projection:
+        if facts.separate_projection:
             self.linear_v = self._column_parallel(submodules.linear_qkv, self.kv_projection_size)
 
     def _column_parallel(self, linear, output_size: int):

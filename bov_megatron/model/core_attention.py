@@ -12,11 +12,10 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from bov_megatron.model.context_parallel import gather_sequence, stretches
+from bov_megatron.parallel.device import has_gpu
 
 
 class SdpaCoreAttention(torch.nn.Module):
@@ -41,7 +40,7 @@ class SdpaCoreAttention(torch.nn.Module):
         super().__init__()
         self.window = window
         self.cp_group = pg_collection.cp
-        self.flex = kernel == "flex" or (kernel == "auto" and torch.cuda.is_available())
+        self.flex = kernel == "flex" or (kernel == "auto" and has_gpu())
 
     def forward(
         self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask=None, **megatron_options
@@ -114,7 +113,7 @@ def _band(block: int, window: int, dtype: torch.dtype, device: torch.device) -> 
 def _flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if torch.cuda.is_available() else flex_attention
+    return torch.compile(flex_attention, dynamic=False) if has_gpu() else flex_attention
 
 
 @functools.lru_cache(maxsize=8)
@@ -125,22 +124,3 @@ def _flex_mask(window: int, length: int, device: torch.device):
         return (key <= query) & (query - key <= window)
 
     return create_block_mask(visible, None, None, length, length, device=device)
-
-
-class MegatronCoreAttention(DotProductAttention):
-    """Megatron's own local attention with this layer's window, to compare with."""
-
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, window: int, kernel: str = "", **options):
-        super().__init__(config, layer_number, AttnMaskType.causal, attention_type, **options)
-        self.window = window
-
-    def forward(self, query, key, value, attention_mask=None, **options):
-        hidden = _hidden_keys(self.window, query.size(0), query.device)
-        return super().forward(query.contiguous(), key.contiguous(), value.contiguous(), hidden, **options)
-
-
-@functools.lru_cache(maxsize=8)
-def _hidden_keys(window: int, length: int, device: torch.device) -> Tensor:
-    """True where a key is out of sight, `[1, 1, S, S]`."""
-    distance = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)
-    return ((distance < 0) | (distance > window))[None, None]

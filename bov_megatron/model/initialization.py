@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from bov_megatron.model.decoder import BovModel
-from bov_megatron.model.naming import VOCABULARY_KINDS, LocalParameter, fuse, local_parameters
 from bov_megatron.model.norm import rms_norm
+from bov_megatron.parallel.parameter import LocalParameter
 from bov_megatron.recipe import ModelConfig, Recipe
-from bov_megatron.recipe.parameters import SMEAR_CHANNELS, ParameterSpec
-from bov_megatron.recipe.value_sources import SOURCES_WITH_TWO_COEFFICIENTS
+from bov_megatron.recipe.fields import SMEAR_CHANNELS
+from bov_megatron.recipe.parameters import VOCABULARY_KINDS, ParameterSpec
 
 BLOCK_ROWS = 1024
 
@@ -28,26 +28,25 @@ BLOCK_ROWS = 1024
 def initialize_weights(model: BovModel) -> None:
     """Fill this rank's parameters in place. Draws on the CPU in fp32, then casts."""
     group = model.pg_collection.tp
-    for local in local_parameters(model):
+    for local in model.local_parameters:
         local.parameter.copy_(_initial_local(local, model.recipe, group.rank(), group.size()))
 
 
 def _initial_local(local: LocalParameter, recipe: Recipe, tp_rank: int, tp_size: int) -> Tensor:
     shape = local.parameter.shape
-    if local.specs[0].kind in VOCABULARY_KINDS:
+    if local.kind in VOCABULARY_KINDS:
         start = tp_rank * shape[0] if local.partition_dim == 0 else 0
         rows = initial_rows(local.specs[0], recipe, start, min(start + shape[0], recipe.model.vocab_size))
         rows = torch.nn.functional.pad(rows, (0, 0, 0, shape[0] - rows.size(0)))
         return rows.chunk(tp_size, dim=1)[tp_rank] if local.partition_dim == 1 else rows
-    pieces = [initial_rows(spec, recipe, 0, spec.shape[0]) for spec in local.specs]
-    whole = fuse(pieces, local.fused_split) if local.fused_split else pieces[0]
+    whole = local.fuse([initial_rows(spec, recipe, 0, spec.shape[0]) for spec in local.specs])
     return whole.chunk(tp_size, local.partition_dim)[tp_rank] if local.partition_dim >= 0 else whole
 
 
 def initial_rows(spec: ParameterSpec, recipe: Recipe, start: int, stop: int) -> Tensor:
     """Rows `[start, stop)` of the initial tensor `spec` (fp32); empty where start >= stop."""
     model, seed = recipe.model, recipe.train.seed
-    if spec.kind == "table" and model.value.source != "gated_value_embedding":
+    if spec.kind == "table" and not model.value.facts.gated:
         return _aligned_rows(spec, recipe, start, stop)
     draw, low, high = _distribution(spec, model)
     if draw == "constant":
@@ -69,7 +68,7 @@ def _aligned_rows(spec: ParameterSpec, recipe: Recipe, start: int, stop: int) ->
     """`W_V · rms(embedding)` of each row, with the `W_V` this layer would have been initialised to. A shared
     table takes that of the first target layer."""
     model = recipe.model
-    layer = spec.layer if spec.layer is not None else model.target_layers()[0]
+    layer = spec.layer if spec.layer is not None else model.layers_from_source()[0]
     value = ParameterSpec(
         f"model.layers.{layer}.self_attn.v_proj.weight", (model.kv_dim, model.hidden_size), "matrix", layer
     )
@@ -85,7 +84,7 @@ def _distribution(spec: ParameterSpec, model: ModelConfig) -> tuple[str, float, 
     if spec.kind == "output":
         return "normal", 0.0, 0.001
     bound = math.sqrt(3 / model.hidden_size)
-    first_coefficient = 0.0 if model.value.source in SOURCES_WITH_TWO_COEFFICIENTS else 1.0
+    first_coefficient = 0.0 if model.value.facts.coefficients == 2 else 1.0
     name = spec.name.removesuffix(".weight").rsplit(".", 1)[-1]
     return {
         "gate": ("uniform", -(SMEAR_CHANNELS**-0.5), SMEAR_CHANNELS**-0.5),  # torch.nn.Linear's own

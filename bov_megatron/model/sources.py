@@ -32,27 +32,45 @@ from torch import Tensor
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.model.bank.table import ValueTable
 from bov_megatron.model.norm import rms_norm
+from bov_megatron.parallel.device import device
 from bov_megatron.recipe import ModelConfig
 from bov_megatron.recipe.parameters import GATE_CHANNELS
-from bov_megatron.recipe.value_sources import SOURCES_WITH_TABLE, SOURCES_WITH_TWO_COEFFICIENTS
+from bov_megatron.recipe.value_sources import ValueSourceFacts
 
 Project = Callable[[Tensor], Tensor]
 """Applies the layer's value matrix: `[S, B, H]` (a chunk under sequence parallelism) -> `[S, B, G, D]`."""
 
 
 class ValueSource(torch.nn.Module):
-    """Base of all sources; on its own, the standard attention's `W_V · x`.
+    """Base of all sources: has the parameters that the source's record says; a subclass says what becomes of them.
 
-    `projects`: whether `W_V · x` is needed, fused with query and key.
-    `separate_projection`: whether `W_V` must stand alone, because it is applied to something other than x.
+    Args:
+        facts: the source's record.
+        vocab_size: padded vocabulary of the tables.
+        sequence_parallel: whether hidden states arrive as this rank's chunk of the sequence.
     """
 
-    projects = True
-    separate_projection = False
-
-    def __init__(self, tp_group):
+    def __init__(
+        self,
+        facts: ValueSourceFacts,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        tp_group,
+        vocab_size: int,
+        sequence_parallel: bool,
+    ):
         super().__init__()
-        self.tp_group = tp_group
+        self.facts, self.tp_group, self.sequence_parallel = facts, tp_group, sequence_parallel
+        learned = facts.coefficients if model.value.coefficient == "learned" else 0
+        # Scalars have shape [1]: a 0-dim parameter would miss Megatron's no-weight-decay rule.
+        self.source_coefficient = _parameter(1, dtype=dtype) if learned else None
+        self.projection_coefficient = _parameter(1, dtype=dtype) if learned == 2 else None
+        groups = model.kv_heads // tp_group.size()
+        self.gate = _parameter(groups, GATE_CHANNELS, dtype=dtype) if facts.gated else None
+        own_table = facts.has_table and model.value.table == "per_layer"
+        self.table = ValueTable(model, vocab_size, dtype, tp_group) if own_table else None
+        self.ahead = model.value.rows_sent_ahead(tp_group.size())
+        """Whether what travels is a ticket, for rows that were sent ahead of the layer."""
 
     def forward(self, projected_SBGD: Tensor | None, hidden_SBH: Tensor, carried: Tensor, project: Project) -> Tensor:
         """Values `[S, B, G, D]`.
@@ -61,13 +79,27 @@ class ValueSource(torch.nn.Module):
             projected_SBGD: `W_V · x`, or None where the source doesn't need it.
             hidden_SBH: x, the layer's normalised input.
             carried: what travels beside the hidden states, see the head of this file.
-            project: applies `W_V`, only for sources with `separate_projection`.
+            project: applies `W_V`, only for sources with a `separate_projection`.
         """
-        return projected_SBGD
+        raise NotImplementedError
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Values times gamma (or b): one learned scalar of the layer, or 1."""
+        return values if self.source_coefficient is None else values * self.on_own_heads(self.source_coefficient)
+
+    def added(self, projected_SBGD: Tensor, other_SBGD: Tensor) -> Tensor:
+        """`a · V + b · other`: learned from a=1, b=0, or fixed at one half each."""
+        if self.projection_coefficient is None:
+            return 0.5 * projected_SBGD + 0.5 * other_SBGD
+        return self.on_own_heads(self.projection_coefficient) * projected_SBGD + self.scaled(other_SBGD)
+
+    def on_own_heads(self, scalar: torch.nn.Parameter) -> Tensor:
+        """Every tensor-parallel rank uses the scalar on its own heads: its gradient is the sum over ranks."""
+        return copy_to_tensor_model_parallel_region(scalar, group=self.tp_group)
 
     def looked_up(self, carried: Tensor) -> Tensor:
         """Values `[S, B, G, D]` of this layer's table, or of the shared one."""
-        if lookup_ahead.is_ticket(carried):
+        if self.ahead:
             return lookup_ahead.take(carried, self.table)
         return carried if self.table is None else self.table(carried)
 
@@ -89,113 +121,64 @@ class ValueSource(torch.nn.Module):
         return state
 
 
-class _Scaled(ValueSource):
-    """A source whose value is multiplied by gamma: one learned scalar of the layer, or 1."""
+class Projection(ValueSource):
+    """`W_V · x`, the standard attention's"""
 
-    def __init__(self, model: ModelConfig, dtype: torch.dtype, tp_group):
-        super().__init__(tp_group)
-        learned = model.value.coefficient == "learned"
-        self.source_coefficient = _scalar(dtype) if learned else None
-
-    def scale(self, values: Tensor) -> Tensor:
-        return values if self.source_coefficient is None else values * self._shared(self.source_coefficient)
-
-    def _shared(self, scalar: torch.nn.Parameter) -> Tensor:
-        """Every tensor-parallel rank uses the scalar on its own heads: its gradient is the sum over ranks."""
-        return copy_to_tensor_model_parallel_region(scalar, group=self.tp_group)
+    def forward(self, projected_SBGD, hidden_SBH, carried, project):
+        return projected_SBGD
 
 
-class ScaledProjection(_Scaled):
+class ScaledProjection(ValueSource):
     """`gamma · W_V · x`"""
 
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
-        return self.scale(projected_SBGD)
+        return self.scaled(projected_SBGD)
 
 
-class Bank(_Scaled):
+class Bank(ValueSource):
     """`gamma · E_l[id]`"""
 
-    projects = False
-
-    def __init__(self, model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int):
-        super().__init__(model, dtype, tp_group)
-        self.table = layer_table(model, dtype, tp_group, vocab_size)
-
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
-        return self.scale(self.looked_up(carried))
+        return self.scaled(self.looked_up(carried))
 
 
-class EmbeddingProjection(_Scaled):
+class EmbeddingProjection(ValueSource):
     """`gamma · W_V · rms(x0)`"""
 
-    projects = False
-    separate_projection = True
-
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
-        return self.scale(project(rms_norm(carried)))
+        return self.scaled(project(rms_norm(carried)))
 
 
-class FirstLayer(_Scaled):
+class FirstLayer(ValueSource):
     """`gamma · V_1`, the values of layer 0"""
 
-    projects = False
-
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
-        return self.scale(carried)
+        return self.scaled(carried)
 
 
-class _Sum(_Scaled):
-    """`a · V + b · other`: learned from a=1, b=0, or fixed at one half each."""
-
-    def __init__(self, model: ModelConfig, dtype: torch.dtype, tp_group):
-        super().__init__(model, dtype, tp_group)
-        self.projection_coefficient = _scalar(dtype) if self.source_coefficient is not None else None
-
-    def add(self, projected_SBGD: Tensor, other_SBGD: Tensor) -> Tensor:
-        if self.projection_coefficient is None:
-            return 0.5 * projected_SBGD + 0.5 * other_SBGD
-        return self._shared(self.projection_coefficient) * projected_SBGD + self.scale(other_SBGD)
-
-
-class ProjectionPlusFirstLayer(_Sum):
+class ProjectionPlusFirstLayer(ValueSource):
     """`a · V + b · V_1`"""
 
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
-        return self.add(projected_SBGD, carried)
+        return self.added(projected_SBGD, carried)
 
 
-class ProjectionPlusEmbedding(_Sum):
+class ProjectionPlusEmbedding(ValueSource):
     """`a · V + b · W_V · rms(x0)`"""
 
-    projects = False
-    separate_projection = True
-
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
-        return self.add(project(hidden_SBH), project(rms_norm(carried)))
+        return self.added(project(hidden_SBH), project(rms_norm(carried)))
 
 
-class ProjectionPlusBank(_Sum):
+class ProjectionPlusBank(ValueSource):
     """`a · V + b · E_l[id]`"""
 
-    def __init__(self, model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int):
-        super().__init__(model, dtype, tp_group)
-        self.table = layer_table(model, dtype, tp_group, vocab_size)
-
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
-        return self.add(projected_SBGD, self.looked_up(carried))
+        return self.added(projected_SBGD, self.looked_up(carried))
 
 
 class GatedValueEmbedding(ValueSource):
     """`V + 3 · sigmoid(G · x[:12]) · E_l[id]`, one gate per query group"""
-
-    def __init__(self, model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int, sequence_parallel: bool):
-        super().__init__(tp_group)
-        self.sequence_parallel = sequence_parallel
-        groups = model.kv_heads // tp_group.size()
-        self.gate = torch.nn.Parameter(
-            torch.empty(groups, GATE_CHANNELS, dtype=dtype, device=torch.cuda.current_device())
-        )
-        self.table = layer_table(model, dtype, tp_group, vocab_size)
 
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
         channels = hidden_SBH[..., :GATE_CHANNELS].contiguous()
@@ -209,47 +192,19 @@ class GatedValueEmbedding(ValueSource):
         return projected_SBGD + gate_SBG.unsqueeze(-1) * embedded_SBGD
 
 
-def build_value_source(
-    source: str, model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int, sequence_parallel: bool
-) -> ValueSource:
-    """The value source of one layer.
-
-    Args:
-        source: one of recipe.VALUE_SOURCES.
-        vocab_size: padded vocabulary of the tables.
-        sequence_parallel: whether hidden states arrive as this rank's chunk of the sequence.
-    """
-    if source == "projection":
-        return ValueSource(tp_group)
-    if source == "gated_value_embedding":
-        return GatedValueEmbedding(model, dtype, tp_group, vocab_size, sequence_parallel)
-    if source in SOURCES_WITH_TABLE:
-        cls = ProjectionPlusBank if source in SOURCES_WITH_TWO_COEFFICIENTS else Bank
-        return cls(model, dtype, tp_group, vocab_size)
-    cls = {
-        "scaled_projection": ScaledProjection,
-        "embedding_projection": EmbeddingProjection,
-        "first_layer": FirstLayer,
-        "projection_plus_first_layer": ProjectionPlusFirstLayer,
-        "projection_plus_embedding": ProjectionPlusEmbedding,
-    }[source]
-    return cls(model, dtype, tp_group)
+SOURCE_CLASSES: dict[str, type[ValueSource]] = {
+    "projection": Projection,
+    "bank": Bank,
+    "embedding_projection": EmbeddingProjection,
+    "first_layer": FirstLayer,
+    "scaled_projection": ScaledProjection,
+    "projection_plus_first_layer": ProjectionPlusFirstLayer,
+    "projection_plus_embedding": ProjectionPlusEmbedding,
+    "projection_plus_bank": ProjectionPlusBank,
+    "gated_value_embedding": GatedValueEmbedding,
+}
+"""By name in `recipe.value_sources.VALUE_SOURCES`."""
 
 
-def new_table(model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int) -> ValueTable:
-    """A value table of `model`, uninitialised."""
-    value = model.value
-    on_host = value.table_memory == "host"
-    return ValueTable(
-        vocab_size, model.kv_heads, model.kv_channels, value.table_partition, value.lookup, dtype, tp_group, on_host
-    )
-
-
-def layer_table(model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int) -> ValueTable | None:
-    """This layer's own table, or None where all layers read the shared one (looked up by the decoder)."""
-    return None if model.value.table == "shared" else new_table(model, dtype, tp_group, vocab_size)
-
-
-def _scalar(dtype: torch.dtype) -> torch.nn.Parameter:
-    """A learned scalar as shape [1]: a 0-dim parameter would miss Megatron's no-weight-decay rule."""
-    return torch.nn.Parameter(torch.empty(1, dtype=dtype, device=torch.cuda.current_device()))
+def _parameter(*shape: int, dtype: torch.dtype) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(*shape, dtype=dtype, device=device()))

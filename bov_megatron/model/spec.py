@@ -15,12 +15,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
 from bov_megatron.model.attention import ValueSourceAttention, ValueSourceLayer
-from bov_megatron.model.core_attention import MegatronCoreAttention, SdpaCoreAttention
+from bov_megatron.model.core_attention import SdpaCoreAttention
 from bov_megatron.model.linear import fp8_settings, linear_layers
 from bov_megatron.model.norm import WeightlessRMSNorm
-from bov_megatron.recipe import ModelConfig, ParallelConfig, Recipe
+from bov_megatron.parallel.device import has_gpu
+from bov_megatron.recipe import ParallelConfig, Recipe
 from bov_megatron.recipe.pipeline import megatron_layout
-from bov_megatron.recipe.value_sources import SOURCES_READING_FIRST_LAYER
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:
@@ -56,7 +56,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         **_recomputation(layout),
         **fp8_settings(recipe),
         perform_initialization=False,  # model/initialization.py does it, independent of the layout
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=not has_gpu(),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
@@ -99,11 +99,13 @@ def layer_spec(recipe: Recipe, layer: int) -> ModuleSpec:
             "model": model,
             "source": model.source_of(layer),
             "vocab_size": recipe.padded_vocab_size(),
-            "keeps_values": layer == 0 and model.value.source in SOURCES_READING_FIRST_LAYER,
+            "keeps_values": layer == 0 and model.value.facts.reads == "first_layer",
         },
         submodules=SelfAttentionSubmodules(
             linear_qkv=column_parallel,
-            core_attention=_core_attention(model, layer),
+            core_attention=functools.partial(
+                SdpaCoreAttention, window=model.windows()[layer], kernel=model.core_attention
+            ),
             linear_proj=row_parallel,
         ),
     )
@@ -118,8 +120,3 @@ def layer_spec(recipe: Recipe, layer: int) -> ModuleSpec:
             mlp_bda=get_bias_dropout_add,
         ),
     )
-
-
-def _core_attention(model: ModelConfig, layer: int):
-    cls = MegatronCoreAttention if model.core_attention == "megatron" else SdpaCoreAttention
-    return functools.partial(cls, window=model.windows()[layer], kernel=model.core_attention)

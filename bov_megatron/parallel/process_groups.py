@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from bov_megatron.parallel import device
+from bov_megatron.parallel import megatron_on_cpu
+from bov_megatron.parallel.device import backend, select_gpu
 from bov_megatron.recipe import Recipe, data_parallel_size
 
 
@@ -27,15 +28,13 @@ def initialize(
     the model draws nothing from them (see model/initialization.py), Megatron's tracker insists on a seed.
     """
     data_parallel_size(recipe, world_size)
-    device.enable()
+    megatron_on_cpu.enable()
     # Megatron overlaps the gradient's all-reduce with a matmul and relies on the order of launches.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if torch.cuda.is_available():
-        # Slurm may show each task only its own GPU.
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    select_gpu(local_rank)
     if not dist.is_initialized():
         dist.init_process_group(
-            device.backend(),
+            backend(),
             init_method=init_method,
             rank=rank,
             world_size=world_size,
@@ -55,6 +54,8 @@ def initialize(
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.train.seed)
 
 
+# Global because torch's and Megatron's groups are: one twin serves all modules of this process, from `initialize` to
+# `shutdown`, and making another is collective.
 _twins: dict[tuple[dist.ProcessGroup, str | None], dist.ProcessGroup] = {}
 
 

@@ -10,70 +10,89 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
-from bov_megatron.recipe.value_sources import SOURCES_READING_FIRST_LAYER, SOURCES_WITHOUT_PROJECTION
+from bov_megatron.recipe.limits import AboveZero, AtLeast, OneOf, Within
+from bov_megatron.recipe.value_sources import PROJECTION, VALUE_SOURCES, ValueSourceFacts
 
+SMEAR_CHANNELS = 24
+"""Leading channels of a token that decide its smear (arXiv 2606.02780)."""
 TARGET_LAYERS = ("last_third", "every", "every_second", "second_half", "last_two_thirds")
+
+Size = Annotated[int, AtLeast(1)]
+Count = Annotated[int, AtLeast(0)]
+Positive = Annotated[float, AboveZero()]
+NotNegative = Annotated[float, AtLeast(0)]
+Share = Annotated[float, Within(1.0)]
+Decay = Annotated[float, Within(1.0, open_end=True)]
 
 
 @dataclass
 class ValueConfig:
     """Where the target layers' attention values come from (arXiv 2606.02780)."""
 
-    source: str = "projection"
-    """`projection`, `bank`, `embedding_projection`, `first_layer`, `scaled_projection`, `projection_plus_first_layer`,
-    `projection_plus_embedding`, `projection_plus_bank` or `gated_value_embedding`."""
-    target_layers: str | list[int] = "last_third"
-    """`last_third`, `every`, `every_second`, `second_half`, `last_two_thirds`, or a list of 0-based layers. Ignored
-    for `projection`; layer 0 is left out where the source reads it."""
-    coefficient: str = "learned"
-    """`learned`, or `fixed` (1 for a single source, 0.5 + 0.5 for a sum). Ignored where a source has none: `projection`
-    and `gated_value_embedding`."""
-    table: str = "per_layer"
-    """`per_layer`, or `shared`: one table for all target layers."""
-    table_partition: str = "vocab"
+    source: Annotated[str, OneOf(VALUE_SOURCES)] = "projection"
+    """What the target layers' values are made of; formulas in model/sources.py."""
+    target_layers: Annotated[str | list[int], OneOf(TARGET_LAYERS, "or a list of 0-based layers")] = "last_third"
+    """Layers that take their values from `source`. Ignored for `projection`; layer 0 is left out where the source reads
+    it."""
+    coefficient: Literal["learned", "fixed"] = "learned"
+    """`fixed` is 1 for a single source, 0.5 + 0.5 for a sum. Ignored where a source has none: `projection` and
+    `gated_value_embedding`."""
+    table: Literal["per_layer", "shared"] = "per_layer"
+    """`shared`: one table for all target layers."""
+    table_partition: Literal["vocab", "head"] = "vocab"
     """How tensor-parallel ranks split a table: by `vocab` rows, as the embedding is, or by `head`."""
-    lookup: str = "distinct"
+    lookup: Literal["distinct", "reduce_scatter"] = "distinct"
     """Communication of a vocabulary-parallel lookup: `distinct` (each distinct row once, ahead of its layer),
-    `reduce_scatter`, `all_reduce` or `all_to_all` (all tokens' rows, in the layer)."""
-    table_memory: str = "device"
+    or, as the plain reference, `reduce_scatter` (all tokens' rows, in the layer)."""
+    table_memory: Literal["device", "host"] = "device"
     """Where tables, their gradients and their optimizer state are kept: `device`, or `host`, from where a micro-batch's
     distinct rows are copied to the device ahead of their layers."""
+
+    @property
+    def facts(self) -> ValueSourceFacts:
+        return VALUE_SOURCES[self.source]
+
+    def rows_sent_ahead(self, tensor_model_parallel_size: int) -> bool:
+        """Whether the tables' distinct rows are sent ahead of the layers that read them."""
+        exchanged = tensor_model_parallel_size > 1 and self.table_partition == "vocab"
+        ahead = self.table_memory == "host" or (self.lookup == "distinct" and exchanged)
+        return self.facts.has_table and ahead
 
 
 @dataclass
 class ModelConfig:
     """The decoder of arXiv 2606.02780."""
 
-    num_layers: int = 12
+    num_layers: Size = 12
     """Decoder layers."""
-    hidden_size: int = 768
-    """Width of the residual stream; at least 24 (smear reads that many channels)."""
-    num_attention_heads: int = 6
+    hidden_size: Annotated[int, AtLeast(SMEAR_CHANNELS, f"smear reads {SMEAR_CHANNELS} channels of a token")] = 768
+    """Width of the residual stream."""
+    num_attention_heads: Size = 6
     """Query heads."""
-    num_query_groups: int | None = None
+    num_query_groups: Size | None = None
     """Key/value heads; `null` means one per attention head (no GQA)."""
-    head_dim: int | None = None
+    head_dim: Size | None = None
     """Channels of a head, even; `null` means hidden_size / num_attention_heads."""
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: Size | None = None
     """Width of the feed-forward layer; `null` means 4 * hidden_size."""
-    vocab_size: int = 32768
+    vocab_size: Size = 32768
     """True vocabulary size, special tokens included; padding for tensor parallelism is added apart."""
-    sequence_length: int = 2048
+    sequence_length: Size = 2048
     """Tokens per training sample, and what the windows are computed from."""
     window_pattern: str = "SSSL"
     """Tiled over layers, the last layer always L. L sees sequence_length, S a quarter of it rounded up to 128."""
-    rotary_base: float = 100000.0
+    rotary_base: Positive = 100000.0
     """Base of the rotary position embedding's frequencies."""
-    logit_softcap: float = 15.0
+    logit_softcap: Positive = 15.0
     """Logits become `c * tanh(logits / c)` with this c."""
-    qk_scale: float = 1.2
+    qk_scale: Positive = 1.2
     """Factor on q and on k after their per-head norm."""
-    core_attention: str = "auto"
-    """`auto` (sdpa on CPU; on GPU flash through SDPA, FlexAttention for windows), `sdpa`, `flex` or
-    `megatron` (Megatron's own local attention, for comparison)."""
-    linear_layers: str = "megatron"
-    """The blocks' linear layers: `megatron` or, where it is installed, `transformer_engine`."""
+    core_attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """`auto`: sdpa on CPU; on GPU flash through SDPA, FlexAttention for windows."""
+    linear_layers: Literal["megatron", "transformer_engine"] = "megatron"
+    """The blocks' linear layers; `transformer_engine` where it is installed."""
     value: ValueConfig = field(default_factory=ValueConfig)
     """Where the target layers' values come from; the fields are in the section `model.value`."""
 
@@ -106,9 +125,9 @@ class ModelConfig:
         pattern[-1] = "L"
         return [size[letter] for letter in pattern]
 
-    def target_layers(self) -> list[int]:
+    def layers_from_source(self) -> list[int]:
         """0-based indices of the layers that take their values from `value.source`."""
-        if self.value.source == "projection":
+        if self.value.source == PROJECTION:
             return []
         n, target = self.num_layers, self.value.target_layers
         if not isinstance(target, str):
@@ -118,35 +137,36 @@ class ModelConfig:
         else:
             first = {"last_third": 2 * n // 3, "second_half": n // 2, "last_two_thirds": n // 3, "every": 0}
             layers = list(range(first[target], n))
-        if self.value.source in SOURCES_READING_FIRST_LAYER:
+        if self.value.facts.reads == "first_layer":
             layers = [i for i in layers if i != 0]
         return layers
 
     def source_of(self, layer: int) -> str:
         """The value source of one layer."""
-        return self.value.source if layer in self.target_layers() else "projection"
+        return self.value.source if layer in self.layers_from_source() else PROJECTION
 
-    def has_value_projection(self, layer: int) -> bool:
-        return self.source_of(layer) not in SOURCES_WITHOUT_PROJECTION
+    def facts_of(self, layer: int) -> ValueSourceFacts:
+        """What the values of one layer are made of."""
+        return VALUE_SOURCES[self.source_of(layer)]
 
 
 @dataclass
 class ParallelConfig:
     """How the model is spread over ranks. What is left of the world is data parallel."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Size = 1
     """Ranks among which heads, feed-forward width and vocabulary rows (tables included) are split."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: Size = 1
     """Pipeline stages, each of which holds consecutive layers."""
-    virtual_pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: Size = 1
     """Model chunks of each pipeline stage. More than one is an interleaved pipeline: smaller bubbles, more messages."""
-    pipeline_balance: str = "layers"
+    pipeline_balance: Literal["layers", "time", "memory"] = "layers"
     """What stages have equally much of: `layers`, or as nearly as layers allow `time` (FLOPs: a bank saves some, the
     output matrix adds some) or `memory` (tables, logits and micro-batches in flight included)."""
     pipeline_layers: list[int] | None = None
     """Layers of each stage, in place of `pipeline_balance`; interleaved: of the first model chunk of every stage, then
     of the second of every stage, and so on."""
-    context_parallel_size: int = 1
+    context_parallel_size: Size = 1
     """Ranks among which a sequence is split, in two stretches each; every rank gathers all keys and values."""
     sequence_parallel: bool = False
     """Split the activations between tensor-parallel regions along the sequence; needs tensor parallelism."""
@@ -157,12 +177,12 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated weights layer by layer, while the next forward pass goes on; until it has read them they take
     memory twice. Needs `use_distributed_optimizer`, without which nothing is gathered."""
-    recompute: str = "none"
-    """Activation recomputation: `none`, `selective` (core attention) or `full` (whole layers)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: `selective` of core attention, `full` of whole layers."""
     recompute_num_layers: int | None = None
     """With `recompute: full`, how many layers of each pipeline stage to recompute (interleaved: of each of its model
     chunks), the first ones; `null` means all."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Size = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
 
     @property
@@ -179,31 +199,31 @@ class ParallelConfig:
 class DeepSpeedConfig:
     """How ZeRO shards a run with `engine: deepspeed`; without meaning for any other."""
 
-    zero_stage: int = 1
+    zero_stage: Literal[1, 2, 3] = 1
     """What data-parallel ranks share: 1 optimizer state, 2 gradients as well, 3 weights as well."""
-    offload_optimizer: str = "none"
-    """Where optimizer state and its update are: `none` (on the device) or `cpu` (in host memory)."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where optimizer state and its update are: on the device (`none`) or in host memory (`cpu`)."""
 
 
 @dataclass
 class TrainConfig:
     """How long and how precisely to train."""
 
-    micro_batch_size: int = 1
+    micro_batch_size: Size = 1
     """Sequences per forward pass on one data-parallel rank."""
-    global_batch_size: int = 256
+    global_batch_size: Size = 256
     """Sequences per optimizer step, over all ranks."""
-    steps: int | None = None
+    steps: Size | None = None
     """Optimizer steps; `null` means as many as `budget_flops` pays for."""
-    budget_flops: float | None = None
+    budget_flops: Positive | None = None
     """Training FLOPs to spend, as `plan` counts them; used when `steps` is null."""
-    max_minutes: float | None = None
+    max_minutes: Positive | None = None
     """Minutes after which a start of the run saves and ends with status 143, to be started again; `null`: no limit."""
-    seed: int = 1234
+    seed: Count = 1234
     """Seed of the initial weights, which depend on it and on parameter names alone."""
-    precision: str = "bf16"
-    """`bf16` (fp32 main weights and gradients) or `fp32`."""
-    fp8: str = "none"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """`bf16` keeps fp32 main weights and gradients."""
+    fp8: Literal["none", "tensorwise", "blockwise", "mxfp8"] = "none"
     """Products of the blocks' linear layers in FP8, by how operands are scaled: `none`, `tensorwise` (H100 and later),
     `blockwise` (of 128 values, H100) or `mxfp8` (of 32, B200). Needs `model.linear_layers: transformer_engine`."""
     deterministic: bool = False
@@ -213,65 +233,65 @@ class TrainConfig:
 @dataclass
 class OptimizerConfig:
     """Muon + AdamW (arXiv 2606.02780). Learning rates and decays are given at the reference batch and
-    width; `bov_megatron.optim.groups` scales them by the batch-size rule and by (hidden_size / 768)^-0.5."""
+    width; `recipe.quantities.effective_rates` scales them by the batch-size rule and by (hidden_size / 768)^-0.5."""
 
-    name: str = "muon"
+    name: Literal["muon", "adamw"] = "muon"
     """`muon` (Muon for block matrices, AdamW for the rest) or `adamw` (AdamW for everything)."""
-    matrix_lr: float = 0.02
+    matrix_lr: NotNegative = 0.02
     """Block matrices (q, k, v, attention output, feed-forward, gate) under Muon."""
-    embedding_lr: float = 0.3
+    embedding_lr: NotNegative = 0.3
     """Token embedding; also × (hidden_size / 768)^-0.5."""
-    output_lr: float = 0.008
+    output_lr: NotNegative = 0.008
     """Output matrix; also × (hidden_size / 768)^-0.5."""
-    table_lr: float = 0.15
+    table_lr: NotNegative = 0.15
     """Value tables; also × (hidden_size / 768)^-0.5."""
-    coefficient_lr: float = 0.5
+    coefficient_lr: NotNegative = 0.5
     """gamma, and b: the coefficient of the source that is not the layer's own projection."""
-    projection_coefficient_lr: float = 0.005
+    projection_coefficient_lr: NotNegative = 0.005
     """a: the coefficient of the layer's own projected values in a sum."""
-    smear_lr: float = 0.2
+    smear_lr: NotNegative = 0.2
     """The smear's gate and scale."""
-    weight_decay: float = 0.28
+    weight_decay: NotNegative = 0.28
     """Muon's; follows a half cosine to 0."""
-    embedding_weight_decay: float = 0.001
+    embedding_weight_decay: NotNegative = 0.001
     """Token embedding."""
-    output_weight_decay: float = 0.01
+    output_weight_decay: NotNegative = 0.01
     """Output matrix."""
-    table_weight_decay: float = 0.01
+    table_weight_decay: NotNegative = 0.01
     """Value tables."""
-    projection_coefficient_weight_decay: float = 0.05
+    projection_coefficient_weight_decay: NotNegative = 0.05
     """a, the coefficient of the layer's own projected values in a sum."""
-    adamw_matrix_lr: float = 0.0006
+    adamw_matrix_lr: NotNegative = 0.0006
     """Block matrices when `name` is `adamw`."""
-    adamw_matrix_weight_decay: float = 0.1
+    adamw_matrix_weight_decay: NotNegative = 0.1
     """Block matrices when `name` is `adamw`."""
-    adamw_matrix_betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    adamw_matrix_betas: list[Decay] = field(default_factory=lambda: [0.9, 0.95])
     """Two numbers; block matrices when `name` is `adamw`."""
-    eps: float = 1e-10
+    eps: Positive = 1e-10
     """AdamW's epsilon."""
-    warmup_steps: int = 40
+    warmup_steps: Count = 40
     """Steps over which the rate rises linearly from 0."""
-    warmdown_ratio: float = 0.65
+    warmdown_ratio: Share = 0.65
     """Share of the steps over which the rate falls linearly to `final_lr_fraction`."""
-    final_lr_fraction: float = 0.05
+    final_lr_fraction: Share = 0.05
     """Share of the peak rate that the warmdown ends at."""
-    momentum_start: float = 0.85
+    momentum_start: Decay = 0.85
     """Muon's momentum at step 0."""
-    momentum_peak: float = 0.97
+    momentum_peak: Decay = 0.97
     """Muon's momentum after `momentum_warmup_steps`."""
-    momentum_final: float = 0.90
+    momentum_final: Decay = 0.90
     """Muon's momentum at the last step; it falls to this over the warmdown."""
-    momentum_warmup_steps: int = 400
+    momentum_warmup_steps: Count = 400
     """Steps over which Muon's momentum rises from start to peak."""
-    muon_beta2: float = 0.9
+    muon_beta2: Decay = 0.9
     """Decay of the running row or column variance that normalises Muon's update (arXiv 2510.05491)."""
-    newton_schulz_steps: int = 5
+    newton_schulz_steps: Size = 5
     """Orthogonalisation steps of Muon (Polar Express, arXiv 2505.16932)."""
-    clip_grad: float = 0.0
+    clip_grad: NotNegative = 0.0
     """Maximum global gradient norm; 0 means no clipping."""
-    reference_batch_tokens: int | None = 524288
+    reference_batch_tokens: Annotated[int | None, AtLeast(1, "null turns this scaling off")] = 524288
     """Batch at which the rates above hold: every lr × sqrt(B / this), decay likewise. `null`: no scaling."""
-    reference_parameters: int | None = 110100480
+    reference_parameters: Annotated[int | None, AtLeast(1, "null turns this scaling off")] = 110100480
     """Matrix and output parameters at which the decays hold: decay × this / N, since the horizon grows with N.
     `null`: no scaling."""
 
@@ -284,7 +304,7 @@ class StreamConfig:
     """Folder written by tools/prepare_data.py, or the local cache of `remote`."""
     remote: str | None = None
     """Where the folder lives if not on this machine, e.g. s3://bucket/prefix."""
-    weight: float = 1.0
+    weight: Positive = 1.0
     """Share of the training samples, relative to the other streams' weights."""
 
 
@@ -300,15 +320,15 @@ class DataConfig:
     """Several weighted data sets, instead of `path`."""
     shuffle: bool = True
     """Whether training samples are shuffled."""
-    shuffle_seed: int = 9176
+    shuffle_seed: Count = 9176
     """Seed of the sample order; independent of `train.seed`."""
-    shuffle_block_size: int = 65536
+    shuffle_block_size: Size = 65536
     """Samples among which order is random; a block spans whole shards."""
-    num_canonical_nodes: int = 1
+    num_canonical_nodes: Size = 1
     """Parts of the data set that are read side by side, so that a node needs only some of the shards."""
-    num_workers: int = 1
+    num_workers: Count = 1
     """Processes that read ahead on each rank; 0 reads in the training process."""
-    prefetch_factor: int = 8
+    prefetch_factor: Size = 8
     """Batches that each worker reads ahead."""
 
 
@@ -316,11 +336,11 @@ class DataConfig:
 class ValidationConfig:
     """Bits per byte on the held-out split."""
 
-    interval: int = 250
+    interval: Count = 250
     """Steps between validations; 0 means only at the end."""
-    tokens: int = 41_943_040
+    tokens: Size = 41_943_040
     """Held-out tokens to score, at most."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Size | None = None
     """`null` means train.micro_batch_size."""
 
 
@@ -328,11 +348,11 @@ class ValidationConfig:
 class CheckpointConfig:
     """When to save, and how much to keep."""
 
-    interval: int = 1000
+    interval: Count = 1000
     """Steps between checkpoints; 0 means only at the end."""
-    keep_last: int = 3
+    keep_last: Size = 3
     """Newest checkpoints kept; older ones are deleted."""
-    keep_every: int = 0
+    keep_every: Count = 0
     """Kept as well, for good: checkpoints of steps that this divides; 0 means none."""
     asynchronous: bool = False
     """Write while training goes on, which then stalls for a copy in host memory only. Linux."""
@@ -342,25 +362,25 @@ class CheckpointConfig:
 class HealthConfig:
     """When a run is not well, and what happens then."""
 
-    hang_minutes: float = 20.0
+    hang_minutes: NotNegative = 20.0
     """Without a finished step, validation chunk or checkpoint for so long, every rank writes its stacks to
     `stacks/` in the run folder and ends with status 4; 0 means never."""
-    on_spike: str = "warn"
+    on_spike: Literal["warn", "skip", "rollback"] = "warn"
     """What happens to a step whose loss is a spike: `warn` (taken, and remarked on), `skip` (weights and optimizer
     state stay as they were) or `rollback` (the run goes back to its newest checkpoint, and on without the samples of
     the steps since). Steps whose loss or gradients are not finite are always skipped."""
-    spike_deviations: float = 12.0
+    spike_deviations: NotNegative = 12.0
     """A loss so many robust standard deviations above the median of the window is a spike; 0 means none is."""
-    spike_window: int = 128
+    spike_window: Annotated[int, AtLeast(4, "of fewer losses there is no telling what is usual")] = 128
     """Losses of steps taken that a loss is compared with; nothing is judged before there are so many."""
-    max_not_finite_steps: int = 10
+    max_not_finite_steps: Size = 10
     """So many steps on end whose loss or gradients are not finite end the run with status 3; with `on_spike: rollback`
     they are rolled back."""
-    max_skips: int = 20
+    max_skips: Count = 20
     """More skipped steps than this, among the last `max_skips_within`, end the run with status 3."""
-    max_skips_within: int = 1000
+    max_skips_within: Size = 1000
     """Steps among which `max_skips` may be skipped."""
-    max_rollbacks: int = 10
+    max_rollbacks: Count = 10
     """One more roll back than this, over the whole run, ends it with status 3 instead."""
 
 
@@ -368,17 +388,17 @@ class HealthConfig:
 class LoggingConfig:
     """What is written down."""
 
-    interval: int = 1
+    interval: Size = 1
     """Steps between lines of metrics.jsonl."""
-    print_interval: int = 10
+    print_interval: Size = 10
     """Steps between printed lines where output is not a terminal."""
-    wandb: str = "offline"
-    """`offline`, `online` or `disabled`."""
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    """Whether Weights & Biases gets the run: at once, later from its folder, or not."""
     wandb_project: str = "bov_megatron"
     """Project that the run is logged to."""
-    table_interval: int = 50
+    table_interval: Size = 50
     """Steps between statistics of the value tables (row norms, share of rows touched)."""
-    peak_flops: float | None = None
+    peak_flops: Positive | None = None
     """Peak FLOP/s of one device for MFU; `null` means look the device up."""
 
 
@@ -390,7 +410,7 @@ class Recipe:
     """Name of the run; the recipe file's name unless given."""
     output_dir: str = "runs/{name}"
     """Run folder; `{name}` is replaced by the name."""
-    engine: str = "megatron"
+    engine: Literal["megatron", "deepspeed"] = "megatron"
     """What trains: `megatron`, or `deepspeed` (ZeRO; AdamW only)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -1,23 +1,16 @@
-"""What a recipe must satisfy for its layout over ranks and its engine; the rest is in recipe_checks.py."""
+"""What a recipe must satisfy for its layout over ranks and its engine; the rest is in checks.py."""
 
 from __future__ import annotations
 
 from bov_megatron.errors import RecipeError
 from bov_megatron.recipe.fields import ModelConfig, ParallelConfig, Recipe
-from bov_megatron.recipe.limits import at_least, divides, divisors, one_of
+from bov_megatron.recipe.limits import divides, divisors
 from bov_megatron.recipe.pipeline import chunk_sizes
-from bov_megatron.recipe.value_sources import SOURCES_READING_EMBEDDING, SOURCES_READING_FIRST_LAYER, SOURCES_WITH_TABLE
-
-PIPELINE_BALANCES = ("layers", "time", "memory")
-RECOMPUTES = ("none", "selective", "full")
-ENGINES = ("megatron", "deepspeed")
-ZERO_STAGES = (1, 2, 3)
-OFFLOADS = ("none", "cpu")
 
 
 def check_layout(recipe: Recipe) -> None:
     """Raise RecipeError at the first field that cannot work, whatever the world size."""
-    _check_parallel_sizes(recipe.parallel)
+    _check_overlap(recipe.parallel)
     _check_tensor_parallel(recipe.model, recipe.parallel)
     _check_pipeline(recipe.model, recipe.parallel)
     _check_sequence_split(recipe.model, recipe.parallel)
@@ -63,16 +56,7 @@ def data_parallel_size(recipe: Recipe, world_size: int) -> int:
     return data_parallel
 
 
-def _check_parallel_sizes(p: ParallelConfig) -> None:
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-        "context_parallel_size",
-        "make_vocab_size_divisible_by",
-    ):
-        at_least(f"parallel.{name}", getattr(p, name), 1)
-    one_of("parallel.recompute", p.recompute, RECOMPUTES)
+def _check_overlap(p: ParallelConfig) -> None:
     if p.overlap_param_gather and not p.use_distributed_optimizer:
         raise RecipeError(
             "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true: replicated weights are "
@@ -96,10 +80,14 @@ def _check_shared_groups(m: ModelConfig, p: ParallelConfig) -> None:
     divides(tp, ("model.num_query_groups", m.kv_heads), "equally many ranks share each key/value head")
     divides(("model.num_query_groups × model.head_dim", m.kv_dim), tp, "ranks store equal shares of key/value heads")
     less = f"model.num_query_groups={m.kv_heads} is less than {tp[0]}={tp[1]}"
-    if m.value.source in SOURCES_WITH_TABLE and m.value.table_partition == "head":
+    if m.value.facts.has_table and m.value.table_partition == "head":
         raise RecipeError(f"{less}: a rank's table would be less than a head; use model.value.table_partition=vocab")
-    if m.value.source == "gated_value_embedding":
-        raise RecipeError(f"{less}: gated_value_embedding's gates, one a group, do not divide; use fewer ranks")
+    if m.value.facts.has_table and m.value.lookup == "reduce_scatter":
+        raise RecipeError(
+            f"{less}: model.value.lookup=reduce_scatter gives a rank less than a head; use model.value.lookup=distinct"
+        )
+    if m.value.facts.gated:
+        raise RecipeError(f"{less}: {m.value.source}'s gates, one a group, do not divide; use fewer ranks")
 
 
 def _check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
@@ -112,7 +100,6 @@ def _check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     name, part = "parallel.pipeline_model_parallel_size", "stage"
     if virtual > 1:
         name, part = f"{name} × parallel.virtual_pipeline_model_parallel_size", "model chunk"
-    one_of("parallel.pipeline_balance", p.pipeline_balance, PIPELINE_BALANCES)
     if p.pipeline_layers is not None:
         _check_pipeline_layers(m, p)
     elif p.pipeline_balance == "layers":
@@ -123,14 +110,13 @@ def _check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     if stages == 1:
         return
     use_one = f"parallel.pipeline_model_parallel_size={stages}: use 1"
-    source = m.value.source
-    if source in SOURCES_READING_FIRST_LAYER or source in SOURCES_READING_EMBEDDING:
-        what = "layer 0's values" if source in SOURCES_READING_FIRST_LAYER else "the token embedding"
+    if m.value.facts.reads in ("first_layer", "embedding"):
+        what = "layer 0's values" if m.value.facts.reads == "first_layer" else "the token embedding"
         raise RecipeError(
-            f"model.value.source={source} reads {what}, which only the first pipeline stage has, and {use_one} (or a "
-            "source that needs token ids only, such as bank)"
+            f"model.value.source={m.value.source} reads {what}, which only the first pipeline stage has, and {use_one} "
+            "(or a source that needs token ids only, such as bank)"
         )
-    if m.value.table == "shared" and source in SOURCES_WITH_TABLE:
+    if m.value.table == "shared" and m.value.facts.has_table:
         raise RecipeError(
             f"model.value.table=shared would put copies of one table on several stages whose gradients nobody sums, "
             f"and {use_one} (or model.value.table=per_layer)"
@@ -192,9 +178,9 @@ def _check_sequence_split(m: ModelConfig, p: ParallelConfig) -> None:
             f"parallel.tensor_model_parallel_size={tp}: parallel.sequence_parallel splits each rank's part again; set "
             "parallel.sequence_parallel=false, or use fewer ranks"
         )
-    if m.core_attention in ("flex", "megatron"):
+    if m.core_attention == "flex":
         raise RecipeError(
-            f"model.core_attention={m.core_attention} attends to one rank's keys only and cannot be used with "
+            "model.core_attention=flex attends to one rank's keys only and cannot be used with "
             f"parallel.context_parallel_size={cp}; use model.core_attention=auto"
         )
 
@@ -218,11 +204,6 @@ def _check_recomputation(recipe: Recipe) -> None:
 
 
 def _check_engine(recipe: Recipe) -> None:
-    one_of("engine", recipe.engine, ENGINES)
-    stage = recipe.deepspeed.zero_stage
-    if stage not in ZERO_STAGES:
-        raise RecipeError(f"deepspeed.zero_stage={stage}: must be 1, 2 or 3")
-    one_of("deepspeed.offload_optimizer", recipe.deepspeed.offload_optimizer, OFFLOADS)
     if recipe.engine != "deepspeed":
         return
     p = recipe.parallel
@@ -237,7 +218,7 @@ def _check_engine(recipe: Recipe) -> None:
                 f"engine=deepspeed has data and tensor parallelism only, found parallel.{name}={getattr(p, name)}; "
                 "set it to 1, or use engine=megatron"
             )
-    if stage == 3 and p.tensor_model_parallel_size > 1:
+    if recipe.deepspeed.zero_stage == 3 and p.tensor_model_parallel_size > 1:
         raise RecipeError(
             f"deepspeed.zero_stage=3 shards weights over data-parallel ranks alone, found "
             f"parallel.tensor_model_parallel_size={p.tensor_model_parallel_size}; set it to 1, or use "

@@ -1,11 +1,79 @@
-"""Limits that a field of a recipe must keep: each raises RecipeError with the field, the value and the remedy."""
+"""Limits that fields of a recipe must keep. A check raises RecipeError with the field, the value and the remedy."""
 
 from __future__ import annotations
 
 import difflib
 import typing
+from dataclasses import dataclass
 
 from bov_megatron.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Limit of a number, in its field's annotation, as are those below."""
+
+    least: float
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"at least {self.least}"
+
+    def check(self, name: str, value: float) -> None:
+        if value < self.least:
+            raise RecipeError(f"{name}={value}: must be {self}" + (f" ({self.why})" if self.why else ""))
+
+
+@dataclass(frozen=True)
+class AboveZero:
+    def __str__(self) -> str:
+        return "greater than 0"
+
+    def check(self, name: str, value: float) -> None:
+        if not value > 0:
+            raise RecipeError(f"{name}={value}: must be {self}")
+
+
+@dataclass(frozen=True)
+class Within:
+    """From 0 to `end`."""
+
+    end: float
+    open_end: bool = False
+
+    def __str__(self) -> str:
+        return f"between 0 and {self.end}" + (" (exclusive)" if self.open_end else "")
+
+    def check(self, name: str, value: float) -> None:
+        if not (0 <= value < self.end or (value == self.end and not self.open_end)):
+            raise RecipeError(f"{name}={value}: must lie {self}")
+
+
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """The allowed values of a type; those of another type belong to another part of a union, which `more` names."""
+
+    known: typing.Collection
+    more: str = ""
+
+    def __str__(self) -> str:
+        *others, last = (f"`{value}`" for value in self.known)
+        return f"{', '.join(others)} or {last}" if not self.more else f"{', '.join([*others, last])}, {self.more}"
+
+    def check(self, name: str, value: typing.Any) -> None:
+        if value in self.known or type(value) is not type(next(iter(self.known))):
+            return
+        if not isinstance(value, str):
+            raise RecipeError(f"{name}={value}: must be {str(self).replace('`', '')}")
+        raise RecipeError(f"{name}={value!r} is unknown{nearest(value, self.known)}" + f" {self.more}".rstrip())
+
+
+def limits_of(hint: typing.Any) -> list:
+    """All limits in a field's annotation; a `Literal` is one."""
+    if typing.get_origin(hint) is typing.Literal:
+        return [OneOf(typing.get_args(hint))]
+    inner = [limit for part in typing.get_args(hint) for limit in limits_of(part)]
+    return [*inner, *getattr(hint, "__metadata__", ())]
 
 
 def nearest(key: str, known: typing.Iterable[str], prefix: str = "") -> str:
@@ -14,26 +82,6 @@ def nearest(key: str, known: typing.Iterable[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
     listing = f"known: {', '.join(known)}"
     return f"; did you mean '{prefix}{close[0]}'? ({listing})" if close else f"; {listing}"
-
-
-def at_least(name: str, value: float, least: float, why: str = "") -> None:
-    if value < least:
-        raise RecipeError(f"{name}={value}: must be at least {least}" + (f" ({why})" if why else ""))
-
-
-def above_zero(name: str, value: float) -> None:
-    if not value > 0:
-        raise RecipeError(f"{name}={value}: must be greater than 0")
-
-
-def within(name: str, value: float, end: float, open_end: bool = False) -> None:
-    if not (0 <= value < end or (value == end and not open_end)):
-        raise RecipeError(f"{name}={value}: must lie between 0 and {end}" + (" (exclusive)" if open_end else ""))
-
-
-def one_of(name: str, value: str, known: typing.Sequence[str], more: str = "") -> None:
-    if value not in known:
-        raise RecipeError(f"{name}={value!r} is unknown{nearest(value, known)}" + (f" {more}" if more else ""))
 
 
 def divides(whole: tuple[str, int], part: tuple[str, int], why: str) -> None:

@@ -166,10 +166,12 @@ def build(cls: type, values: typing.Any, where: str = "") -> typing.Any:
 
 
 def _convert(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
-    """`value` as the annotated type, or a RecipeError that names the field."""
+    """`value` as the annotated type, or a RecipeError that names the field. Limits are checked later (checks.py)."""
+    if typing.get_origin(wanted) is typing.Literal:
+        wanted = type(typing.get_args(wanted)[0])
     if dataclasses.is_dataclass(wanted):
         return build(wanted, value, where + ".")
-    if isinstance(wanted, types.UnionType):
+    if _is_union(wanted):
         return _convert_union(wanted, value, where)
     if typing.get_origin(wanted) is list:
         if not isinstance(value, list):
@@ -183,7 +185,11 @@ def _convert(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
     return converted
 
 
-def _convert_union(wanted: types.UnionType, value: typing.Any, where: str) -> typing.Any:
+def _is_union(wanted: typing.Any) -> bool:
+    return typing.get_origin(wanted) in (typing.Union, types.UnionType)
+
+
+def _convert_union(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
     options = typing.get_args(wanted)
     if value is None and type(None) in options:
         return None
@@ -218,7 +224,7 @@ def _wrong_type(wanted: typing.Any, value: typing.Any, where: str) -> RecipeErro
 
 
 def _describe(wanted: typing.Any) -> str:
-    if isinstance(wanted, types.UnionType):
+    if _is_union(wanted):
         return " or ".join(_describe(option) for option in typing.get_args(wanted))
     if typing.get_origin(wanted) is list:
         item = typing.get_args(wanted)[0]
@@ -236,7 +242,7 @@ def _kind(value: typing.Any) -> str:
 
 
 def _hint(wanted: typing.Any, value: typing.Any) -> str:
-    takes_text = wanted is str or (isinstance(wanted, types.UnionType) and str in typing.get_args(wanted))
+    takes_text = wanted is str or (_is_union(wanted) and str in typing.get_args(wanted))
     if takes_text and isinstance(value, (bool, int, float)):
         return """; quote it ("'…'" on a command line): YAML reads it as something else than text"""
     return ""

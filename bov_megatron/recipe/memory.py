@@ -1,4 +1,4 @@
-"""Memory of one rank and bytes of one checkpoint, from the recipe alone. docs/plan.md states the formulas.
+"""Memory of one rank and bytes of one checkpoint, from the recipe alone. docs/use/plan.md states the formulas.
 
 Shapes: b micro-batch, s sequence, d hidden size, t tensor-parallel size; elements are counted per rank.
 """
@@ -8,13 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bov_megatron.recipe.fields import Recipe
-from bov_megatron.recipe.parameters import ParameterSpec, parameter_specs
-from bov_megatron.recipe.value_sources import (
-    SOURCES_READING_EMBEDDING,
-    SOURCES_READING_FIRST_LAYER,
-    SOURCES_WITH_TABLE,
-    SOURCES_WITH_TWO_COEFFICIENTS,
-)
+from bov_megatron.recipe.parameters import VOCABULARY_KINDS, ParameterSpec, parameter_specs
 
 MAIN_BYTES = 4
 """fp32: main weights, main gradients, momentum and Adam's moments."""
@@ -24,8 +18,6 @@ ZERO3_LIVE_ELEMENTS = 2**28
 """Elements of weights that ZeRO 3 may hold gathered at a time, unless a single module needs more."""
 SPLIT_KINDS = frozenset({"matrix", "embedding", "output", "table"})
 """Kinds that tensor parallelism splits; the others are copied on every rank."""
-VOCABULARY_KINDS = frozenset({"embedding", "output", "table"})
-"""Kinds with one row per token id, which are stored with padding rows."""
 
 
 def memory_by_stage(recipe: Recipe, layers: list[list[range]], data_parallel_size: int) -> list[dict[str, int]]:
@@ -223,7 +215,11 @@ def _chunk_activations(recipe: Recipe, embeds: bool, layers: list[tuple[int, int
 def _kept_by_layer(recipe: Recipe, layer: int) -> tuple[int, int]:
     """Bytes of one micro-batch that a layer keeps for the backward pass: whole, and where it is recomputed."""
     m, before = recipe.model, _residual(recipe)
-    if _sends_ahead(recipe) and layer in m.target_layers() and m.value.table == "per_layer":
+    if (
+        m.value.rows_sent_ahead(recipe.parallel.tensor_model_parallel_size)
+        and layer in m.layers_from_source()
+        and m.value.table == "per_layer"
+    ):
         rows = min(_tokens(recipe), recipe.padded_vocab_size())  # at most: distinct ids are fewer
         before += rows * _kv_width(recipe) // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
     return layer_activations(recipe, layer), before
@@ -248,22 +244,19 @@ def layer_activations(recipe: Recipe, layer: int) -> int:
     logsumexp = 0 if recipe.parallel.recompute == "selective" else 4 * m.num_attention_heads // tensor
     per_token = split // tensor * weight_bytes(recipe) + logsumexp
     inputs = 4  # two residuals, two normalised inputs
-    if m.source_of(layer) in SOURCES_READING_EMBEDDING:
+    if m.facts_of(layer).reads == "embedding":
         inputs += 1  # the normalised embedding that is projected
     return inputs * _residual(recipe) + _tokens(recipe) * per_token
 
 
 def _source_activations(recipe: Recipe, layer: int) -> int:
     """Elements per token that a value source keeps besides the values it returns, over all tensor-parallel ranks."""
-    m = recipe.model
-    source = m.source_of(layer)
-    if source == "gated_value_embedding":
-        return _kv_width(recipe)  # the looked-up row that the gate multiplies
-    if source == "projection" or m.value.coefficient == "fixed":
-        return 0  # multiplying by a constant and adding keep nothing
-    addends = 2 if source in SOURCES_WITH_TWO_COEFFICIENTS else 1
-    reused = source in SOURCES_READING_FIRST_LAYER  # layer 0 has kept it already
-    return (addends - reused) * _kv_width(recipe)  # what the coefficients multiply
+    facts = recipe.model.facts_of(layer)
+    kept = int(facts.gated)  # the looked-up row that the gate multiplies
+    if recipe.model.value.coefficient == "learned":  # multiplying by a constant and adding keep nothing
+        kept += facts.coefficients  # what they multiply
+        kept -= facts.reads == "first_layer"  # layer 0 has kept it already
+    return kept * _kv_width(recipe)
 
 
 def _kv_width(recipe: Recipe) -> int:
@@ -282,21 +275,13 @@ def _carried(recipe: Recipe) -> int:
     """Bytes of what travels beside the hidden states, once per micro-batch: x0, token ids, or a shared table's values;
     or what stays beside a ticket for each token's place among the distinct ids."""
     m = recipe.model
-    if m.value.source in SOURCES_READING_EMBEDDING:
+    if m.value.facts.reads == "embedding":
         return _residual(recipe)
-    if m.value.source not in SOURCES_WITH_TABLE:
+    if not m.value.facts.has_table:
         return 0
-    if m.value.table == "per_layer" or _sends_ahead(recipe):
+    if m.value.table == "per_layer" or m.value.rows_sent_ahead(recipe.parallel.tensor_model_parallel_size):
         return _tokens(recipe) * 8
     return _tokens(recipe) * _kv_width(recipe) // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
-
-
-def _sends_ahead(recipe: Recipe) -> bool:
-    """Whether tables' distinct rows are sent ahead of their layers (model/lookup_ahead.py)."""
-    value = recipe.model.value
-    exchanged = recipe.parallel.tensor_model_parallel_size > 1 and value.table_partition == "vocab"
-    ahead = value.table_memory == "host" or (value.lookup == "distinct" and exchanged)
-    return value.source in SOURCES_WITH_TABLE and ahead
 
 
 def _residual(recipe: Recipe) -> int:

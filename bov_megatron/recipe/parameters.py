@@ -10,20 +10,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bov_megatron.recipe.fields import ModelConfig
-from bov_megatron.recipe.value_sources import (
-    SOURCES_WITH_TABLE,
-    SOURCES_WITH_TWO_COEFFICIENTS,
-    SOURCES_WITHOUT_COEFFICIENT,
-)
+from bov_megatron.recipe.fields import SMEAR_CHANNELS, ModelConfig
 
-SMEAR_CHANNELS = 24
-"""Leading channels of a token that decide its smear (arXiv 2606.02780)."""
 GATE_CHANNELS = 12
-"""Leading channels that gate a value embedding (`gated_value_embedding`)."""
+"""Leading channels of a token that gate what a gated value source reads."""
 
 KINDS = ("matrix", "embedding", "output", "table", "coefficient", "projection_coefficient", "smear")
 """Optimizer kinds: `matrix` is what Muon takes; `coefficient` is gamma or b, `projection_coefficient` is a."""
+VOCABULARY_KINDS = frozenset({"embedding", "output", "table"})
+"""Kinds with one row per token id, which are stored with padding rows."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ def parameter_specs(model: ModelConfig) -> list[ParameterSpec]:
         ParameterSpec("model.smear.gate.weight", (1, SMEAR_CHANNELS), "smear"),
         ParameterSpec("model.smear.scale", (1,), "smear"),
     ]
-    if model.value.table == "shared" and model.value.source in SOURCES_WITH_TABLE and model.target_layers():
+    if model.value.table == "shared" and model.value.facts.has_table and model.layers_from_source():
         specs.append(ParameterSpec(table_name(model, 0), (vocab, model.kv_dim), "table"))
     for layer in range(model.num_layers):
         specs += _layer_specs(model, layer)
@@ -64,21 +59,21 @@ def parameter_specs(model: ModelConfig) -> list[ParameterSpec]:
 
 
 def _layer_specs(model: ModelConfig, layer: int) -> list[ParameterSpec]:
-    d, kv, source = model.hidden_size, model.kv_dim, model.source_of(layer)
+    d, kv, facts = model.hidden_size, model.kv_dim, model.facts_of(layer)
     prefix = f"model.layers.{layer}"
 
     def matrix(name: str, *shape: int) -> ParameterSpec:
         return ParameterSpec(f"{prefix}.{name}.weight", shape, "matrix", layer)
 
     specs = [matrix("self_attn.q_proj", model.query_dim, d), matrix("self_attn.k_proj", kv, d)]
-    if model.has_value_projection(layer):
+    if facts.has_value_matrix:
         specs.append(matrix("self_attn.v_proj", kv, d))
-    if source in SOURCES_WITH_TABLE and model.value.table == "per_layer":
+    if facts.has_table and model.value.table == "per_layer":
         specs.append(ParameterSpec(table_name(model, layer), (model.vocab_size, kv), "table", layer))
-    if source == "gated_value_embedding":
+    if facts.gated:
         specs.append(matrix("self_attn.value_gate", model.kv_heads, GATE_CHANNELS))
-    if model.value.coefficient == "learned" and source not in SOURCES_WITHOUT_COEFFICIENT:
-        if source in SOURCES_WITH_TWO_COEFFICIENTS:
+    if model.value.coefficient == "learned" and facts.coefficients:
+        if facts.coefficients == 2:
             name = f"{prefix}.self_attn.projection_coefficient"
             specs.append(ParameterSpec(name, (1,), "projection_coefficient", layer))
         specs.append(ParameterSpec(f"{prefix}.self_attn.source_coefficient", (1,), "coefficient", layer))

@@ -72,7 +72,7 @@ def reference_scaling(recipe: Recipe) -> tuple[float, float, float]:
     width_scale = (recipe.model.hidden_size / REFERENCE_WIDTH) ** -0.5
     decay_scale = lr_scale
     if o.reference_parameters is not None:
-        counts = parameter_counts(dataclasses.replace(recipe.model, value=ValueConfig(source="projection")))
+        counts = parameter_counts(dataclasses.replace(recipe.model, value=ValueConfig()))
         decay_scale *= o.reference_parameters / (counts["matrix"] + counts["output"])
     return lr_scale, width_scale, decay_scale
 

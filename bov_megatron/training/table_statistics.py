@@ -7,8 +7,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from bov_megatron.engines.base import Engine
-from bov_megatron.model.naming import LocalParameter
-from bov_megatron.parallel import device
+from bov_megatron.parallel.device import device
+from bov_megatron.parallel.parameter import LocalParameter
 
 _COLUMNS = ("squares", "rows", "touched")
 
@@ -17,7 +17,7 @@ _COLUMNS = ("squares", "rows", "touched")
 def coefficient_values(engine: Engine) -> dict[str, float]:
     """`gamma/layer_8` (gamma or b), `projection_coefficient/layer_8` (a) of each layer that learns them; collective."""
     model = engine.recipe.model
-    values = torch.zeros(2, model.num_layers, dtype=torch.float64, device=device.device())
+    values = torch.zeros(2, model.num_layers, dtype=torch.float64, device=device())
     present = torch.zeros_like(values)
     kinds = ("coefficient", "projection_coefficient")
     for local in engine.local_parameters():
@@ -37,7 +37,7 @@ def table_statistics(engine: Engine) -> dict[str, float]:
     batch touched (rows with a gradient); collective. Keys `table_row_norm/layer_8`, or `/shared`."""
     model = engine.recipe.model
     layers = model.num_layers
-    sums = torch.zeros(layers + 1, len(_COLUMNS), dtype=torch.float64, device=device.device())
+    sums = torch.zeros(layers + 1, len(_COLUMNS), dtype=torch.float64, device=device())
     for local in engine.local_parameters():
         if local.specs[0].kind == "table":
             index = layers if local.specs[0].layer is None else local.specs[0].layer
@@ -65,7 +65,7 @@ def _table_sums(local: LocalParameter, engine: Engine) -> torch.Tensor:
     counts_rows = local.partition_dim == 0 or _first_tensor_rank()
     counts_squares = local.partition_dim >= 0 or _first_tensor_rank()
     sums = [squares * counts_squares, real * counts_rows, touched * counts_rows]
-    return torch.tensor(sums, dtype=torch.float64, device=device.device())
+    return torch.tensor(sums, dtype=torch.float64, device=device())
 
 
 def _first_tensor_rank() -> bool:

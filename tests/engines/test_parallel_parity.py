@@ -98,8 +98,6 @@ def test_every_value_source_recomputed(source):
 
 LOOKUPS = [
     {"lookup": "reduce_scatter"},
-    {"lookup": "all_reduce"},
-    {"lookup": "all_to_all"},
     {"table_partition": "head"},
 ]
 

@@ -148,15 +148,15 @@ def test_refused_at_the_start(start, tmp_path, say, changes, environ, reason):
 
 
 def slow_steps(rank: int) -> None:
-    from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.training.trainer import Trainer
 
-    train_step = MegatronEngine.train_step
+    train_step = Trainer.train_step
 
     def slowly(*positional):
         time.sleep(0.3)
         return train_step(*positional)
 
-    MegatronEngine.train_step = slowly
+    Trainer.train_step = slowly
 
 
 def test_told_to_end_while_it_is_away(start, store, tmp_path, undisturbed, say):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bov_megatron import errors
-from bov_megatron.lifecycle.restarts import RESTARTS_FILE, decide
+from bov_megatron.lifecycle import run_folder
+from bov_megatron.lifecycle.restarts import decide
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,13 +52,13 @@ def test_progress_forgets_what_was_before(tmp_path):
 def test_final_statuses(tmp_path, status):
     save(tmp_path, 10)
     decide(tmp_path, 1)
-    assert (tmp_path / RESTARTS_FILE).exists()
+    assert (tmp_path / run_folder.RESTARTS).exists()
     assert not decide(tmp_path, status).again
-    assert not (tmp_path / RESTARTS_FILE).exists()
+    assert not (tmp_path / run_folder.RESTARTS).exists()
 
 
 def test_a_damaged_count_is_none(tmp_path):
-    (tmp_path / RESTARTS_FILE).write_text('{"step": 1')
+    (tmp_path / run_folder.RESTARTS).write_text('{"step": 1')
     assert decide(tmp_path, 1).again
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 
 from bov_megatron.errors import RecipeError
 from bov_megatron.plan import plan
-from bov_megatron.recipe import Recipe, checks, data_parallel_size, load_recipe, recipe_from_dict
+from bov_megatron.recipe import Recipe, ValueConfig, data_parallel_size, load_recipe, recipe_from_dict
 from bov_megatron.recipe.fields import TARGET_LAYERS
 from bov_megatron.recipe.value_sources import VALUE_SOURCES
 
@@ -43,11 +44,9 @@ def test_every_source_and_option_has_a_recipe():
     assert {value.source for value in values} == set(VALUE_SOURCES)
     targets = {value.target_layers if isinstance(value.target_layers, str) else "list" for value in values}
     assert targets == {*TARGET_LAYERS, "list"}
-    assert {value.coefficient for value in values} == set(checks.COEFFICIENTS)
-    assert {value.table for value in values} == set(checks.TABLES)
-    assert {value.table_partition for value in values} == set(checks.TABLE_PARTITIONS)
-    assert {value.lookup for value in values} == set(checks.LOOKUPS)
-    assert {value.table_memory for value in values} == set(checks.TABLE_MEMORIES)
+    hints = typing.get_type_hints(ValueConfig)
+    for field in ("coefficient", "table", "table_partition", "lookup", "table_memory"):
+        assert {getattr(value, field) for value in values} == set(typing.get_args(hints[field])), field
 
 
 def test_variants_differ_in_what_their_name_says_only():
@@ -78,7 +77,7 @@ def test_overrides_reach_every_kind_of_field():
         ],
     )
     assert recipe.optimizer.matrix_lr == 0.01 and recipe.train.steps == 20 and recipe.train.budget_flops == 1e18
-    assert recipe.model.target_layers() == [9, 11] and recipe.optimizer.reference_parameters is None
+    assert recipe.model.layers_from_source() == [9, 11] and recipe.optimizer.reference_parameters is None
     assert [(stream.path, stream.weight) for stream in recipe.data.streams] == [("a", 2.0), ("b", 1.0)]
     assert recipe.validation.tokens == 4_000_000 and isinstance(recipe.validation.tokens, int)
 
@@ -202,18 +201,30 @@ IMPOSSIBLE = [
     ("model.value.coefficient=learnt", "model.value.coefficient='learnt' is unknown; did you mean 'learned'"),
     ("model.value.table=common", "model.value.table='common' is unknown.*per_layer, shared"),
     ("model.value.table_partition=heads", "table_partition='heads' is unknown; did you mean 'head'"),
-    ("model.value.lookup=allreduce", "model.value.lookup='allreduce' is unknown; did you mean 'all_reduce'"),
+    (
+        "model.value.lookup=reducescatter",
+        "model.value.lookup='reducescatter' is unknown; did you mean 'reduce_scatter'",
+    ),
+    ("model.value.lookup=all_reduce", "model.value.lookup='all_reduce' is unknown.*distinct, reduce_scatter"),
+    ("model.core_attention=megatron", "model.core_attention='megatron' is unknown.*auto, sdpa, flex"),
     ("model.value.table_memory=hos", "table_memory='hos' is unknown; did you mean 'host'"),
     (
         "model.value.table_memory=host model.value.source=projection",
         "=host: model.value.source=projection has no table",
     ),
-    ("model.value.table_memory=host model.value.lookup=all_reduce", "=host copies distinct rows, and .*=all_reduce"),
+    (
+        "model.value.table_memory=host model.value.lookup=reduce_scatter",
+        "=host copies distinct rows, and .*=reduce_scatter",
+    ),
     ("model.value.table_memory=host model.value.table_partition=head", "=host copies distinct rows, and .*=head"),
     # layout
     (f"{TP4}", "num_attention_heads=6 is not divisible by parallel.tensor_model_parallel_size=4.*can be 1, 2, 3, 6"),
     (f"{TP2} model.num_query_groups=3", "model.num_query_groups=3 is not divisible by parallel.tensor_model_parallel"),
     (f"{TP2} model.num_query_groups=1 model.value.table_partition=head", "num_query_groups=1 is less than.*=2.*=vocab"),
+    (
+        f"{TP2} model.num_query_groups=1 model.value.lookup=reduce_scatter",
+        "num_query_groups=1 is less than.*=2.*use model.value.lookup=distinct",
+    ),
     (f"{TP2} model.num_query_groups=1 model.value.source=gated_value_embedding", "gates, one a group, do not divide"),
     (
         f"{TP6} model.num_query_groups=4 model.num_attention_heads=12 model.head_dim=64",
@@ -247,7 +258,6 @@ IMPOSSIBLE = [
         f"{CP2} model.core_attention=flex",
         "core_attention=flex attends to one rank's keys only.*context_parallel_size=2",
     ),
-    (f"{CP2} model.core_attention=megatron", "core_attention=megatron attends.*use model.core_attention=auto"),
     (
         f"{CP2} {TP4} parallel.sequence_parallel=true model.num_attention_heads=8 model.sequence_length=2052",
         "sequence_length=2052 / parallel.context_parallel_size=2 is not divisible by .*=4.*sequence_parallel=false",
@@ -372,9 +382,10 @@ def test_every_number_field_is_guarded():
             continue
         values = getattr(load_recipe(BANK, ["train.steps=5"]), section.name)
         for field in dataclasses.fields(values):
-            if "int" in field.type or "float" in field.type:
+            kind = str(typing.get_type_hints(type(values))[field.name])
+            if "int" in kind or "float" in kind or "Literal[1" in kind:
                 try:
-                    value = "[-1]" if "list" in field.type else "-1"
+                    value = "[-1]" if "list" in kind else "-1"
                     load_recipe(BANK, [f"{section.name}.{field.name}={value}"])
                     unguarded.append(f"{section.name}.{field.name}")
                 except RecipeError as error:

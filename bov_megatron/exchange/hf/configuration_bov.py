@@ -2,22 +2,24 @@
 
 from transformers import PretrainedConfig
 
-# What a target layer's values are made of (arXiv 2606.02780).
-SOURCES_WITH_TABLE = ("bank", "projection_plus_bank", "gated_value_embedding")
-SOURCES_WITHOUT_PROJECTION = ("bank", "first_layer")
-SOURCES_WITH_TWO_COEFFICIENTS = ("projection_plus_first_layer", "projection_plus_embedding", "projection_plus_bank")
-SOURCES_WITHOUT_COEFFICIENT = ("projection", "gated_value_embedding")
-VALUE_SOURCES = (
-    "projection",
-    "bank",
-    "embedding_projection",
-    "first_layer",
-    "scaled_projection",
-    "projection_plus_first_layer",
-    "projection_plus_embedding",
-    "projection_plus_bank",
-    "gated_value_embedding",
-)
+
+def _facts(projects, reads, coefficients, gated=False):
+    return {"projects": projects, "reads": reads, "coefficients": coefficients, "gated": gated}
+
+
+# A target layer's values are `a * W_V x + b * gate * (what it reads)`. Which of these a source has, for configurations
+# that carry no `value_source_facts`: the records of bov_megatron/recipe/value_sources.py.
+VALUE_SOURCES = {
+    "projection": _facts(True, None, 0),
+    "bank": _facts(False, "table", 1),
+    "embedding_projection": _facts(False, "embedding", 1),
+    "first_layer": _facts(False, "first_layer", 1),
+    "scaled_projection": _facts(True, None, 1),
+    "projection_plus_first_layer": _facts(True, "first_layer", 2),
+    "projection_plus_embedding": _facts(True, "embedding", 2),
+    "projection_plus_bank": _facts(True, "table", 2),
+    "gated_value_embedding": _facts(True, "table", 0, gated=True),
+}
 
 
 class BovConfig(PretrainedConfig):
@@ -30,7 +32,9 @@ class BovConfig(PretrainedConfig):
         max_position_embeddings: sequence length of training.
         windows: for each layer, how many keys to the left of a query it sees, besides the query's own;
             `None` means max_position_embeddings in every layer.
-        value_source: one of VALUE_SOURCES; what the target layers use.
+        value_source: name of what the target layers use; one of VALUE_SOURCES unless `value_source_facts` are given.
+        value_source_facts: what that is made of: `projects` (`W_V x` is a part), `reads` (`table`, `embedding`,
+            `first_layer` or `None`), `coefficients` (how many), `gated`; `None` means those in VALUE_SOURCES.
         target_layers: 0-based layers that use `value_source`; all others project.
         value_coefficient: `learned`, or `fixed` (1 for a single source, 0.5 + 0.5 for a sum).
         value_table: `per_layer`, or `shared`: one table for all target layers.
@@ -54,6 +58,7 @@ class BovConfig(PretrainedConfig):
         max_position_embeddings=2048,
         windows=None,
         value_source="projection",
+        value_source_facts=None,
         target_layers=(),
         value_coefficient="learned",
         value_table="per_layer",
@@ -76,7 +81,10 @@ class BovConfig(PretrainedConfig):
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.max_position_embeddings = max_position_embeddings
         self.windows = list(windows) if windows is not None else [max_position_embeddings] * num_hidden_layers
+        if value_source_facts is None and value_source not in VALUE_SOURCES:
+            raise ValueError(f"value_source={value_source!r} is not one of {', '.join(VALUE_SOURCES)}")
         self.value_source = value_source
+        self.value_source_facts = value_source_facts or VALUE_SOURCES[value_source]
         self.target_layers = list(target_layers)
         self.value_coefficient = value_coefficient
         self.value_table = value_table
@@ -94,8 +102,6 @@ class BovConfig(PretrainedConfig):
         )
 
     def _check(self):
-        if self.value_source not in VALUE_SOURCES:
-            raise ValueError(f"value_source={self.value_source!r} is not one of {', '.join(VALUE_SOURCES)}")
         if self.value_coefficient not in ("learned", "fixed"):
             raise ValueError(f"value_coefficient={self.value_coefficient!r} is neither 'learned' nor 'fixed'")
         if self.value_table not in ("per_layer", "shared"):
@@ -107,14 +113,15 @@ class BovConfig(PretrainedConfig):
             )
         if outside := [layer for layer in self.target_layers if not 0 <= layer < self.num_hidden_layers]:
             raise ValueError(f"target_layers={outside}: layers are 0 to {self.num_hidden_layers - 1}")
-        if "first_layer" in self.value_source and 0 in self.target_layers:
+        if self.value_source_facts["reads"] == "first_layer" and 0 in self.target_layers:
             raise ValueError(f"target_layers contains 0, but value_source={self.value_source!r} reads layer 0's values")
 
-    def source_of(self, layer):
-        """The value source of one layer."""
-        return self.value_source if layer in self.target_layers else "projection"
+    def facts_of(self, layer):
+        """What one layer's values are made of."""
+        return self.value_source_facts if layer in self.target_layers else VALUE_SOURCES["projection"]
 
     @property
     def has_shared_table(self):
         """Whether one value table serves all target layers."""
-        return self.value_table == "shared" and self.value_source in SOURCES_WITH_TABLE and bool(self.target_layers)
+        has_table = self.value_source_facts["reads"] == "table"
+        return self.value_table == "shared" and has_table and bool(self.target_layers)

@@ -16,13 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .configuration_bov import (
-    SOURCES_WITH_TABLE,
-    SOURCES_WITH_TWO_COEFFICIENTS,
-    SOURCES_WITHOUT_COEFFICIENT,
-    SOURCES_WITHOUT_PROJECTION,
-    BovConfig,
-)
+from .configuration_bov import BovConfig
 
 SMEAR_CHANNELS = 24
 GATE_CHANNELS = 12
@@ -84,31 +78,31 @@ class BovSmear(nn.Module):
 
 
 class BovAttention(nn.Module):
-    """Causal attention within a window; where its values come from depends on `source`."""
+    """Causal attention within a window; its values are `a * W_V x + b * gate * (what it reads)`, or some of these."""
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.source = layer, config.source_of(layer)
+        self.layer, facts = layer, config.facts_of(layer)
+        self.projects, self.reads = facts["projects"], facts["reads"]
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.qk_scale = config.head_dim, config.qk_scale
         kv_dim = self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        if self.source not in SOURCES_WITHOUT_PROJECTION:
+        self.caches_values = self.projects or self.reads == "embedding"
+        if self.caches_values:
             self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        if self.source in SOURCES_WITH_TABLE and config.value_table == "per_layer":
+        if self.reads == "table" and config.value_table == "per_layer":
             self.value_table = nn.Embedding(config.vocab_size, kv_dim)
-        if self.source == "gated_value_embedding":
-            self.value_gate = nn.Linear(GATE_CHANNELS, self.num_kv_heads, bias=False)
+        self.value_gate = nn.Linear(GATE_CHANNELS, self.num_kv_heads, bias=False) if facts["gated"] else None
         # A fixed coefficient is a plain number, and no parameter.
-        is_sum = self.source in SOURCES_WITH_TWO_COEFFICIENTS
-        self.source_coefficient = self.projection_coefficient = 0.5 if is_sum else 1.0
-        if config.value_coefficient == "learned" and self.source not in SOURCES_WITHOUT_COEFFICIENT:
-            del self.source_coefficient
-            self.source_coefficient = nn.Parameter(torch.zeros(1) if is_sum else torch.ones(1))
-            if is_sum:
-                del self.projection_coefficient
-                self.projection_coefficient = nn.Parameter(torch.ones(1))
+        self.is_sum, a, b = facts["coefficients"] == 2, 1.0, 1.0
+        if config.value_coefficient == "learned" and facts["coefficients"]:
+            b = nn.Parameter(torch.zeros(1) if self.is_sum else torch.ones(1))
+            a = nn.Parameter(torch.ones(1)) if self.is_sum else 1.0
+        elif self.is_sum:
+            a = b = 0.5
+        self.projection_coefficient, self.source_coefficient = a, b
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x_BSC, context, cache):
@@ -123,12 +117,7 @@ class BovAttention(nn.Module):
 
         start, mask, is_causal = context.mask(self.layer)
         k_BGTD = k_BGTD[:, :, start:]
-        if self.source == "bank":
-            v_BGTD = self.source_coefficient * self._lookup(context.ids_BT[:, start:], context)
-        elif self.source == "first_layer":
-            v_BGTD = self.source_coefficient * context.first_values_BGTD[:, :, start:]
-        else:
-            v_BGTD = v_BGTD[:, :, start:]
+        v_BGTD = v_BGTD[:, :, start:] if self.caches_values else self.source_coefficient * self._read(context, start)
         y_BHSD = F.scaled_dot_product_attention(
             q_BHSD, k_BGTD, v_BGTD, mask, is_causal=is_causal, enable_gqa=self.num_heads != self.num_kv_heads
         )
@@ -137,34 +126,28 @@ class BovAttention(nn.Module):
     def _heads(self, x_BSK, num_heads):
         return x_BSK.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
 
-    def _lookup(self, ids_BT, context):
+    def _read(self, context, start):
+        """What the source reads, `[B, G, T - start, D]` of the positions from `start` on (x0: of the new ones)."""
+        if self.reads == "first_layer":
+            return context.first_values_BGTD[:, :, start:]
+        if self.reads == "embedding":
+            return self._heads(self.v_proj(rms_norm(context.x0_BSC)), self.num_kv_heads)
         table = context.shared_table or self.value_table
-        return self._heads(table(ids_BT), self.num_kv_heads)
+        return self._heads(table(context.ids_BT[:, start:]), self.num_kv_heads)
 
     def _values_to_cache(self, x_BSC, context, k_BGSD):
         """The new positions' values; zero wide where they can be had again without the residual stream."""
-        source, a, b = self.source, self.projection_coefficient, self.source_coefficient
-        if source in SOURCES_WITHOUT_PROJECTION:
+        if not self.caches_values:
             return k_BGSD[..., :0]
-
-        def project(x):
-            return self._heads(self.v_proj(x), self.num_kv_heads)
-
-        if source == "projection":
-            return project(x_BSC)
-        if source == "scaled_projection":
-            return b * project(x_BSC)
-        if source == "embedding_projection":
-            return b * project(rms_norm(context.x0_BSC))
-        if source == "projection_plus_embedding":
-            return a * project(x_BSC) + b * project(rms_norm(context.x0_BSC))
-        if source == "projection_plus_first_layer":
-            return a * project(x_BSC) + b * context.first_values_BGTD[:, :, -x_BSC.size(1) :]
-        e_BGSD = self._lookup(context.ids_BT[:, -x_BSC.size(1) :], context)
-        if source == "projection_plus_bank":
-            return a * project(x_BSC) + b * e_BGSD
-        gate_BSG = 3 * torch.sigmoid(self.value_gate(x_BSC[..., :GATE_CHANNELS]))  # gated_value_embedding
-        return project(x_BSC) + gate_BSG.transpose(1, 2)[..., None] * e_BGSD
+        a, b = self.projection_coefficient, self.source_coefficient
+        v_BGSD = self._heads(self.v_proj(x_BSC), self.num_kv_heads) if self.projects else 0
+        if self.reads is None:
+            return b * v_BGSD
+        read_BGSD = self._read(context, -x_BSC.size(1))
+        if self.value_gate is not None:
+            gate_BSG = 3 * torch.sigmoid(self.value_gate(x_BSC[..., :GATE_CHANNELS]))
+            read_BGSD = gate_BSG.transpose(1, 2)[..., None] * read_BGSD
+        return a * v_BGSD + b * read_BGSD
 
 
 class BovMLP(nn.Module):
@@ -250,11 +233,11 @@ class BovPreTrainedModel(PreTrainedModel):
             for name in ("q_proj", "k_proj", "v_proj", "value_table"):
                 if hasattr(module, name):
                     getattr(module, name).weight.uniform_(-bound, bound)
-            if hasattr(module, "value_gate"):
+            if module.value_gate is not None:
                 module.value_gate.weight.uniform_(0, 0.02)
             module.o_proj.weight.zero_()
             if isinstance(module.source_coefficient, nn.Parameter):
-                module.source_coefficient.fill_(0.0 if module.source in SOURCES_WITH_TWO_COEFFICIENTS else 1.0)
+                module.source_coefficient.fill_(0.0 if module.is_sum else 1.0)
             if isinstance(module.projection_coefficient, nn.Parameter):
                 module.projection_coefficient.fill_(1.0)
         elif isinstance(module, BovMLP):

@@ -12,22 +12,21 @@ class Callback:
     """Base of all callbacks; every method is called on every rank."""
 
     def start(self, trainer: Trainer) -> None:
-        """Before the first step; `trainer.step` steps are done already."""
+        """At the start of the process; `trainer.step` steps are done already."""
+
+    def before_first_step(self, trainer: Trainer) -> None:
+        """All callbacks have started."""
 
     def after_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """After each optimizer step. `record` is the step's line of metrics; a callback may add to it for those
         that come after."""
 
-    def finish_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """Once before the first step of a run that was stopped while it validated: `record` is the line of that
-        step, done by the start before, which lacks the validation."""
-
     def before_roll_back(self, trainer: Trainer) -> None:
         """All ranks have decided to go back to the newest checkpoint; nothing has happened yet."""
 
-    def rolled_back(self, trainer: Trainer, line: dict[str, Any]) -> None:
-        """The run has gone back to `trainer.step`: in place of `after_step` for the step that went wrong. `line` is
-        what metrics say of it (Health.roll_back)."""
+    def after_line(self, trainer: Trainer, line: dict[str, Any]) -> None:
+        """After something that is no step and has a line of metrics of its own: the run has rolled back to
+        `trainer.step` (Health.roll_back), or made up for a validation."""
 
     def finish(self, trainer: Trainer) -> None:
         """After the last step, or the one after which the run was told to stop; not called when training raises."""

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from bov_megatron.training import stragglers
+from bov_megatron.training.callbacks import slowest_rank
 from tests.support.distributed import run_ranks
 from tests.support.runs import SMOKE, overrides
 
@@ -82,9 +82,11 @@ def line_of_slow_step(arguments, run_dir, *rank) -> dict:
 
 
 def test_extremes_of_many_ranks():
-    durations = {0: 0.5, 1: 0.25, 2: 0.75, 70_000: 0.75, 999_999: 3600.0}
-    ranks = [stragglers.pack(seconds / 2, seconds, rank) for rank, seconds in durations.items()]
-    ranks.append(stragglers.pack(7200.0, None, 5))
-    told = stragglers.unpack([max(word) for word in zip(*ranks, strict=True)], replicas=5)
+    seconds = {0: 0.5, 1: 0.25, 2: 0.75, 70_000: 0.75, 999_999: 3600.0}
+    own = {rank: slowest_rank.durations(one / 2, one) for rank, one in seconds.items()}
+    own[5] = slowest_rank.durations(7200.0, None)
+    extremes = [max(numbers) for numbers in zip(*own.values(), strict=True)]
+    owners = [slowest_rank.ranks_of(numbers, extremes, rank) for rank, numbers in own.items()]
+    told = slowest_rank.fields(extremes, [max(ranks) for ranks in zip(*owners, strict=True)], replicas=5)
     assert (told["slowest_rank"], told["slowest_rank_seconds"], told["fastest_rank_seconds"]) == (999_999, 3600.0, 0.25)
     assert (told["data_rank"], told["data_seconds"]) == (5, 7200.0)
