@@ -109,8 +109,8 @@ def find_damage(folder: Path, contents: bool, share: int = 0, shares: int = 1) -
     except ManifestError as error:
         return [error.damage]
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
-    found = (_damage_of(folder, name, manifest.files[name], contents) for name in by_size[share::shares])
-    return [damage for damage in found if damage]
+    damages = (_damage_of(folder, name, manifest.files[name], contents) for name in by_size[share::shares])
+    return [damage for damage in damages if damage]
 
 
 def _damage_of(folder: Path, name: str, entry: FileEntry, contents: bool) -> Damage | None:

@@ -91,20 +91,20 @@ def format_list(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def format_inspection(found: dict[str, Any]) -> str:
-    layout = format_layout(found["layout"]) if found["layout"] else "unknown layout"
-    lines = [f"{found['path']}: step {found['step']}, {format_bytes(found['bytes'])}, saved by {layout}", ""]
-    for name, group in found["groups"].items():
+def format_inspection(contents: dict[str, Any]) -> str:
+    layout = format_layout(contents["layout"]) if contents["layout"] else "unknown layout"
+    lines = [f"{contents['path']}: step {contents['step']}, {format_bytes(contents['bytes'])}, saved by {layout}", ""]
+    for name, group in contents["groups"].items():
         size = format_bytes(group["bytes"])
         lines.append(f"{name:<28} {group['tensors']:>5} tensors {group['elements']:>16,} elements {size:>10}")
     group = None
-    for tensor in found["tensors"]:
+    for tensor in contents["tensors"]:
         if tensor["group"] != group:
             group = tensor["group"]
             lines += ["", f"{group}:"]
         shape = " × ".join(map(str, tensor["shape"])) or "one number"
         lines.append(f"  {tensor['key']:<70} {shape:<22} {tensor['dtype']}")
-    differences = found["recipe_differences"]
+    differences = contents["recipe_differences"]
     if differences is None:
         lines += ["", "recipe: no other one to compare with"]
     else:
@@ -134,13 +134,13 @@ def _describe(folder: Path) -> dict[str, Any]:
     if folder.name.endswith(SAVING):
         status = "unfinished"
     else:
-        found = find_damage(folder, contents=False)
-        status = "damaged" if found else "valid"
-        if found and is_without_manifest(folder):
-            status, found = "not verifiable", []
+        damages = find_damage(folder, contents=False)
+        status = "damaged" if damages else "valid"
+        if damages and is_without_manifest(folder):
+            status, damages = "not verifiable", []
         if folder.name.endswith(DAMAGED):
             status = "set aside"
-        damage = str(found[0]) if found else None
+        damage = str(damages[0]) if damages else None
     return {
         "path": str(folder),
         "step": int(folder.name.removeprefix("step_")[:8]),

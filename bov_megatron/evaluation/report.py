@@ -42,20 +42,14 @@ def evaluate(
         )  # fmt: skip
     if packed is not None:
         count = None if limit is None else int(limit)
-        score = score_packed(model_dir, packed, limit=count, batch_size=batch_size, device=device, dtype=dtype)
+        score = _score_packed(model_dir, packed, count, batch_size, device, dtype)
         report["scores"]["packed"] = score
         report["samples"]["packed"] = score.pop("samples")
     return report
 
 
-def score_packed(
-    model_dir: str | Path,
-    folder: str | Path,
-    *,
-    limit: int | None = None,
-    batch_size: int = 8,
-    device: str | None = None,
-    dtype: str = "auto",
+def _score_packed(
+    model_dir: str | Path, folder: str | Path, limit: int | None, batch_size: int, device: str | None, dtype: str
 ) -> dict:
     """Bits per byte of the export on the first `limit` samples of an MDS folder, with the totals behind it."""
     from transformers import AutoModelForCausalLM
