@@ -1,4 +1,4 @@
-"""The value table's lookup over two tensor-parallel ranks: alone, and in a training step that can hide its traffic.
+"""The value table's lookup over two tensor-parallel ranks: alone, and in a training step, which can hide its traffic.
 
 Shapes: B batch, S sequence, V vocabulary, K = kv_dim, T tensor-parallel ranks.
 """
@@ -25,7 +25,7 @@ RANKS = 2
 VARIANTS = ("reduce_scatter", "distinct", "head")
 STEP_VARIANTS = ("reduce_scatter", "distinct")
 REPEATS = 5
-"""Lookups in one timed turn."""
+"""Lookups per turn."""
 TEXT_BYTES = 4_000_000
 
 
@@ -81,7 +81,7 @@ def _steps(results: list[dict], recipe: Recipe) -> dict:
 
 
 def _slower(results: list[dict], variants: tuple[str, ...]) -> dict[str, Timings]:
-    """In each turn the slower rank's seconds."""
+    """The slower rank's seconds in each turn."""
     return {
         variant: Timings(
             *(list(map(max, *(result["seconds"][variant][clock] for result in results))) for clock in (0, 1))
@@ -91,7 +91,7 @@ def _slower(results: list[dict], variants: tuple[str, ...]) -> dict[str, Timings
 
 
 def measure_on_rank(recipe: Recipe, samples: torch.Tensor, turns: int) -> dict:
-    """One rank's seconds per turn, and evidence that variants agree, of single lookups and of training steps."""
+    """This rank's seconds per turn of lookups and training steps, and evidence that variants agree."""
     return {"lookup": _measure_lookups(recipe, samples, turns), "step": _measure_steps(recipe, samples, turns)}
 
 
@@ -131,7 +131,7 @@ def _seconds(timings: dict[str, Timings]) -> dict[str, tuple[list[float], list[f
 
 
 def _table(recipe: Recipe, variant: str) -> ValueTable:
-    """A table whose rows are the same for every variant, with the fp32 `main_grad` that training gives it."""
+    """A table with the same rows for every variant, and the fp32 `main_grad` it has in training."""
     model, group = recipe.model, parallel_state.get_tensor_model_parallel_group()
     dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
     partition, lookup = ("head", "reduce_scatter") if variant == "head" else ("vocab", variant)
@@ -146,8 +146,8 @@ def _table(recipe: Recipe, variant: str) -> ValueTable:
 
 
 def _evidence(table: ValueTable, ids_BS: torch.Tensor) -> dict[str, float]:
-    """Bytes that this rank sends in one lookup, and norms of its values and of its table gradient over all ranks: these
-    are the same for every variant."""
+    """Bytes that this rank sends in one lookup, and the norms of values and table gradient over all ranks, which should
+    be the same for every variant."""
     with counting() as sent:
         values = look_up(ids_BS.to(table.weight.device), table)
         values.backward(values.detach())
