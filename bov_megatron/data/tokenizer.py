@@ -84,7 +84,7 @@ def load_encoder(folder: str | Path) -> Encoder:
     """
     path = Path(folder).expanduser() / "tokenizer.json"
     if not path.is_file():
-        raise DataError(f"--tokenizer {folder}: no tokenizer.json there; train one with tools/train_tokenizer.py")
+        raise DataError(f"--tokenizer {folder}: no tokenizer.json there; train one with `bov train-tokenizer`")
     return _load_encoder(str(path.parent), path.stat().st_mtime_ns)
 
 
@@ -147,7 +147,7 @@ def bytes_per_token(encoder: Encoder) -> np.ndarray:
         else:
             raise DataError(
                 f"{encoder.folder}: token {token!r} (id {index}) is not byte-level, so its bytes can't be counted; "
-                "use a byte-level BPE, e.g. from tools/train_tokenizer.py"
+                "use a byte-level BPE, e.g. from `bov train-tokenizer`"
             )
     return lengths
 
