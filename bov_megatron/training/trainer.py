@@ -21,12 +21,35 @@ from bov_megatron.errors import BovError, TrainingError
 from bov_megatron.lifecycle.interruption import StopReason
 from bov_megatron.parallel.device import device
 from bov_megatron.recipe.quantities import total_steps
-from bov_megatron.training.callbacks.base import Callback
 from bov_megatron.training.health import Health, Verdict
 from bov_megatron.training.throughput import Throughput
 
 VALIDATION_CHUNK = 16
 """Micro-batches a call of the engine: enough to fill a pipeline."""
+
+
+class Callback:
+    """What happens around steps; every method is called on every rank, in the order of the trainer's callbacks."""
+
+    def start(self, trainer: Trainer) -> None:
+        """At the start of the process; `trainer.step` steps are done already."""
+
+    def before_first_step(self, trainer: Trainer) -> None:
+        """All callbacks have started."""
+
+    def after_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """After each optimizer step. `record` is the step's line of metrics; a callback may add to it for those
+        that come after."""
+
+    def before_roll_back(self, trainer: Trainer) -> None:
+        """All ranks have decided to go back to the newest checkpoint; nothing has happened yet."""
+
+    def after_line(self, trainer: Trainer, line: dict[str, Any]) -> None:
+        """After something that is no step and has a line of metrics of its own: the run has rolled back to
+        `trainer.step` (Health.roll_back), or made up for a validation."""
+
+    def finish(self, trainer: Trainer) -> None:
+        """After the last step, or the one after which the run was told to stop; not called when training raises."""
 
 
 class Trainer:

@@ -11,7 +11,7 @@ from bov_megatron.errors import TrainingError
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.lifecycle.terminal import warn
 from bov_megatron.recipe import CheckpointConfig
-from bov_megatron.training.callbacks.base import Callback
+from bov_megatron.training.trainer import Callback
 
 
 class Checkpoints(Callback):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.lifecycle.terminal import warn
-from bov_megatron.training.callbacks.base import Callback
+from bov_megatron.training.trainer import Callback
 
 
 class MetricsFile(Callback):

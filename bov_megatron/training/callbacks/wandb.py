@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bov_megatron.lifecycle.run_folder import WANDB_ID
-from bov_megatron.training.callbacks.base import Callback
+from bov_megatron.training.trainer import Callback
 
 
 class Wandb(Callback):
