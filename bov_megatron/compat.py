@@ -1,5 +1,4 @@
-"""Making third-party packages importable where their binary parts don't match, and quieter where they repeat
-themselves once a rank."""
+"""Workarounds for third-party packages: torchvision builds that don't match torch, and warnings on every rank."""
 
 from __future__ import annotations
 
@@ -15,13 +14,12 @@ _TORCHVISION_SCHEMAS = (
 
 
 def register_missing_torchvision_ops() -> None:
-    """Let torchvision's CUDA wheel import beside a CPU build of torch. Call before `streaming` or `transformers`.
+    """Make torchvision's CUDA wheel importable beside a CPU build of torch; call before anything imports torchvision.
 
-    On such a pair torchvision's compiled operators don't load, and its import then fails with "operator
-    torchvision::nms does not exist", which takes both packages down. Declaring the two schemas is enough: nothing
-    here calls them. Does nothing with a CUDA or ROCm torch, without torchvision, or when called again. A child
-    process that doesn't inherit this one's memory must call it too.
+    Does nothing with a CUDA or ROCm torch, without torchvision, or when called again.
     """
+    # On such a pair torchvision's compiled operators don't load, and importing it (as streaming and transformers do)
+    # fails with "operator torchvision::nms does not exist". Declaring the schemas is enough: nothing here calls them.
     import importlib.util
 
     import torch
@@ -35,12 +33,12 @@ def register_missing_torchvision_ops() -> None:
     library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _TORCHVISION_SCHEMAS:
         library.define(schema)
-    # A Library takes its operators away when collected; torch.ops lives as long as the process does.
+    # The operators go when the Library is collected; torch.ops lives as long as the process.
     torch.ops.torchvision._bov_megatron_library = library
 
 
 class _BeforeTorchvision(importlib.abc.MetaPathFinder):
-    """Finds nothing; registers the operators when torchvision is about to be imported."""
+    """Finds nothing, but registers the operators just before torchvision is imported."""
 
     def find_spec(self, name, path=None, target=None):
         if name == "torchvision":
@@ -50,15 +48,14 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
 
 
 def install_torchvision_fix() -> None:
-    """Do `register_missing_torchvision_ops` whenever this process comes to import torchvision. tools/setup_env.sh has
-    every start of the environment's Python call it where the installed pair doesn't match, so that an export loads
-    there with plain transformers."""
+    """Call `register_missing_torchvision_ops` if this process ever imports torchvision. Importing the package does it,
+    and so does every start of Python in a mismatched environment from tools/setup_env.sh."""
     sys.meta_path.insert(0, _BeforeTorchvision())
 
 
 def quiet_megatron_imports() -> None:
-    """Silence what Megatron-core 0.16.1 says on every rank: that optional packages are absent, which this project
-    does without, and that torch 2.13 deprecates names it calls. Call before importing it."""
+    """Silence Megatron-core 0.16.1's warnings of absent optional packages and of names that torch 2.13 deprecates.
+    Call before importing it."""
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*", category=UserWarning)
     warnings.filterwarnings("ignore", message=r"`(torch\.distributed\..*|load_state_dict)` is deprecated")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

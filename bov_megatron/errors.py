@@ -28,6 +28,10 @@ class RecipeError(BovError, ValueError):
     """A recipe that cannot be run. The message names the field, the value found and the remedy."""
 
 
+class ThisRankError(BovError, RuntimeError):
+    """What ends this rank alone, such as a damaged shard that no other rank reads: the others only see it gone."""
+
+
 class LaunchError(BovError, RuntimeError):
     """An environment from which rank and world size cannot be told. The message names variable and remedy."""
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from bov_megatron import errors
+from bov_megatron.compat import quiet_megatron_imports
+from bov_megatron.errors import BovError, ThisRankError
 from bov_megatron.lifecycle import exit_status
-
-if TYPE_CHECKING:
-    from bov_megatron.lifecycle.interruption import StopSignals
-    from bov_megatron.parallel.launch import World
-    from bov_megatron.recipe import Recipe, data_parallel_size
+from bov_megatron.lifecycle.interruption import StopSignals
+from bov_megatron.lifecycle.terminal import say
+from bov_megatron.parallel.launch import World, detect_world, export_world
+from bov_megatron.recipe import Recipe, data_parallel_size, load_recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: see bov_megatron.exit_status.
+    """Entry point; returns the exit status: see bov_megatron.errors.
 
     Rank 0 also reports it to a launcher that asks for it.
     """
@@ -35,19 +35,13 @@ def _main(arguments: list[str] | None) -> int:
         prog="python -m bov_megatron.train",
         description="Train the model of a recipe. A run folder that holds a checkpoint is continued from it.",
         epilog="Start it with torchrun --nproc-per-node N -m bov_megatron.train …, or with srun. "
-        "Every field of a recipe is described in docs/recipes.md.",
+        "Every field of a recipe is described in docs/use/recipes.md.",
     )
     parser.add_argument("recipe", help="recipe file, e.g. recipes/780m_bov.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="e.g. train.steps=20 optimizer.matrix_lr=0.01"
     )
     options = parser.parse_args(arguments)
-
-    from bov_megatron.compat import quiet_megatron_imports
-    from bov_megatron.errors import LaunchError, RecipeError
-    from bov_megatron.lifecycle.interruption import StopSignals
-    from bov_megatron.parallel.launch import detect_world, export_world
-    from bov_megatron.recipe import load_recipe
 
     # The first rank of each node speaks: a recipe may be missing on one node alone.
     speaks = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
@@ -57,43 +51,33 @@ def _main(arguments: list[str] | None) -> int:
         data_parallel_size(recipe, world.world_size)
         export_world(world)
         quiet_megatron_imports()
-    except (RecipeError, LaunchError) as error:
-        return _refuse(error, errors.CANNOT_START, speaks)
+    except BovError as error:
+        return _refuse(error, speaks)
     with StopSignals() as signals:  # importing takes its time
         return _train(recipe, world, signals)
 
 
 def _train(recipe: Recipe, world: World, signals: StopSignals) -> int:
-    from bov_megatron.errors import CheckpointError, DataError, RecipeError, RunFolderError, TrainingError
-    from bov_megatron.training import run
+    from bov_megatron.training import run  # torch and Megatron: seconds, in which signals are heard
 
     try:
         stopped_by = run.train(recipe, world, signals)
-    except (RecipeError, CheckpointError, RunFolderError, TrainingError) as error:  # the same on every rank
-        status = errors.NOT_WORTH_GOING_ON if isinstance(error, TrainingError) else errors.CANNOT_START
-        return _refuse(error, status, world.rank == 0)
-    except DataError as error:
-        # At the start the same on every rank; later, a shard may be damaged for one rank alone.
-        alone = not getattr(error, "on_all_ranks", False)
-        if alone:  # rank 0 may only see that this one has gone
-            exit_status.report(errors.CANNOT_START)
-        speaks = world.rank == 0 or alone
-        return _refuse(error, errors.CANNOT_START, speaks, world.rank)
+    except ThisRankError as error:
+        exit_status.report(error.exit_status)  # rank 0 may only see that this one has gone
+        return _refuse(error, True, world.rank)
+    except BovError as error:  # the same on every rank
+        return _refuse(error, world.rank == 0)
     if stopped_by and world.rank == 0:
-        print(
-            f"stopped by {stopped_by.describe()}, all steps done are saved: start again to continue",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"stopped by {stopped_by.describe()}, all steps done are saved: start again to continue")
     return errors.INTERRUPTED if stopped_by else errors.DONE
 
 
-def _refuse(error: Exception, status: int, speaks: bool, rank: int = 0) -> int:
+def _refuse(error: BovError, speaks: bool, rank: int = 0) -> int:
     """One readable line instead of a traceback; every rank stops, one says why."""
     if speaks:
         where = f"rank {rank}: " if rank else ""
-        print(f"error: {where}{error}", file=sys.stderr, flush=True)
-    return status
+        say(f"error: {where}{error}")
+    return error.exit_status
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bov_megatron.compat import quiet_megatron_imports, register_missing_torchvision_ops  # noqa: E402
+from bov_megatron.compat import quiet_megatron_imports  # noqa: E402
 from bov_megatron.evaluation.bits_per_byte import RollingTask, write_rolling_task  # noqa: E402
 
 RECIPE = "recipes/smoke.yaml"
@@ -126,13 +126,13 @@ def _held_out_windows(data: Path, tasks_dir: Path) -> RollingTask:
 
 def _score_with_engine(run_dir: Path, samples) -> float:
     """Bits per byte of `samples` by the trainer's own engine and code, from the run's last checkpoint."""
-    from bov_megatron import checkpoint
     from bov_megatron.data.tokenizer import load_bytes_per_token
     from bov_megatron.exchange.convert import open_checkpoint
+    from bov_megatron.lifecycle import run_folder
 
     sizes = torch.as_tensor(load_bytes_per_token(run_dir / "tokenizer"))
     ids = torch.as_tensor(samples)
-    with open_checkpoint(checkpoint.find(run_dir)) as engine:
+    with open_checkpoint(run_folder.find_checkpoint(run_dir)) as engine:
         batches = list(ids.split(1))
         score = engine.score(batches, sizes, [torch.ones(1, dtype=torch.bool)] * len(batches))
     return score.nats / (math.log(2) * score.bytes)
@@ -228,7 +228,6 @@ def main() -> int:
     options = parser.parse_args()
 
     quiet_megatron_imports()
-    register_missing_torchvision_ops()
     try:
         run_demo(options.out.resolve(), options.steps)
     except subprocess.CalledProcessError as error:

@@ -1,4 +1,4 @@
-"""Renew the generated tables of docs/recipes.md after a field or a recipe has changed.
+"""Renew the generated tables of docs/use/recipes.md after a field or a recipe has changed.
 
 python tools/document_recipes.py           write them
 python tools/document_recipes.py --check   only say whether they are up to date (exit status 1 if not)
@@ -37,7 +37,7 @@ SECTION_ORDER += ("checkpoint", "health", "logging")
 
 
 def update(text: str, recipes: Path) -> str:
-    """`text` of docs/recipes.md with what stands between its `<!-- begin X -->`, `<!-- end X -->` marks renewed.
+    """`text` of docs/use/recipes.md with what stands between its `<!-- begin X -->`, `<!-- end X -->` marks renewed.
 
     Raises ValueError where a mark is missing.
     """
@@ -146,14 +146,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
     options = parser.parse_args(arguments)
-    page = ROOT / "docs" / "recipes.md"
+    page = ROOT / "docs" / "use" / "recipes.md"
     old = page.read_text(encoding="utf-8")
     new = update(old, ROOT / "recipes")
     if options.check:
         print(
-            "docs/recipes.md is up to date"
+            "docs/use/recipes.md is up to date"
             if new == old
-            else "docs/recipes.md is out of date; run this without --check"
+            else "docs/use/recipes.md is out of date; run this without --check"
         )
         return int(new != old)
     page.write_text(new, encoding="utf-8")

@@ -1,15 +1,19 @@
-"""Raw text in files: finding the files, cutting them into units of work, reading documents.
+"""Raw text files: finding them, cutting them into units of work, reading their documents.
 
-A *segment* is a whole file or a part of one that can be read on its own (a byte range of JSON lines, row groups of
-Parquet). A *unit* is a run of segments that one worker turns into shards. Both depend on the inputs alone, so the data
-set does not depend on how many workers there are.
+A *segment* is a file or an independently readable part of one (a byte range of JSON lines, row groups of Parquet). A
+*unit* is a list of segments that one worker turns into shards. Both depend on the inputs alone, so the data set doesn't
+depend on the number of workers.
 """
 
 from __future__ import annotations
 
+import bz2
 import fnmatch
 import glob
+import gzip
+import io
 import json
+import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +30,18 @@ TEXT_SUFFIXES = frozenset({
 })
 # fmt: on
 JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd"}
+COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None, ".zstd": None}
+"""How to open a file of each suffix; None: through pyarrow."""
 COMPRESSED_RATIO = 4
-"""Assumed bytes of text per compressed byte, used only to size units."""
+"""Assumed bytes of text per compressed byte; only sizes units."""
+KNOWN_SUFFIXES = "text such as .txt .md .rst .py; .jsonl, also .gz .bz2 .xz .zst; .parquet"
 INVALID_UTF8_POLICIES = ("error", "replace", "skip")
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of one input file. `begin` and `end` are bytes for `jsonl`, row groups for `parquet`, else unused."""
+    """Part of an input file. `begin` and `end` count bytes for `jsonl`, row groups for `parquet`; else unused."""
 
     path: str
     kind: str
@@ -43,12 +49,12 @@ class Segment:
     begin: int
     end: int
     text_bytes: int
-    """Estimate of its text, for sizing units and for progress."""
+    """Estimate, for sizing units and the progress bar."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Work for one worker at a time; `split` is `val` for inputs given as held-out, else empty."""
+    """Work for one worker; `split` is `val` for inputs to hold out whole, else empty."""
 
     segments: tuple[Segment, ...]
     split: str = ""
@@ -60,26 +66,25 @@ class Unit:
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its text in UTF-8. `data` is None where it wasn't valid and the policy is `skip`."""
+    """`data` is the text in UTF-8, or None if it wasn't valid and the policy is `skip`; `where` is for messages."""
 
     data: bytes | None
     where: str
 
 
 def find_files(inputs: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
-    """Files named by paths, folders (searched recursively for known suffixes) and glob patterns, in that order.
+    """Files of paths, folders (searched recursively for known suffixes, sorted) and glob patterns, without duplicates.
 
-    A folder's files come sorted by path; hidden and `__pycache__` entries are left out, and so is what `exclude`
-    matches: patterns for the name of a file or folder below the input folder. A file named twice counts once.
+    Below a folder, hidden and `__pycache__` entries and names that match one of the patterns `exclude` are left out.
     Raises DataError where an input matches nothing.
     """
-    found: dict[Path, Path] = {}
+    by_real_path: dict[Path, Path] = {}
     for text in inputs:
         path = Path(text).expanduser()
         if path.is_dir():
             files = _files_in(path, exclude)
             if not files:
-                raise DataError(f"input folder {text} holds no file of a known kind ({_known_suffixes()})")
+                raise DataError(f"input folder {text} holds no file of a known kind ({KNOWN_SUFFIXES})")
         elif path.is_file():
             files = [path]
         else:
@@ -87,39 +92,33 @@ def find_files(inputs: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]
             if not files:
                 raise DataError(f"input {text} does not exist, and no file matches it as a pattern")
         for file in files:
-            found.setdefault(file.resolve(), file)
-    if not found:
+            by_real_path.setdefault(file.resolve(), file)
+    if not by_real_path:
         raise DataError("no input given; name files, folders or glob patterns")
-    return list(found.values())
+    return list(by_real_path.values())
 
 
 def _files_in(folder: Path, exclude: Sequence[str]) -> list[Path]:
     patterns = [".*", "__pycache__", *exclude]
-    files = []
-    for path in sorted(folder.rglob("*")):
+
+    def excluded(path: Path) -> bool:
         parts = path.relative_to(folder).parts
-        if _is_known(path) and not any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in patterns):
-            files.append(path)
-    return [path for path in files if path.is_file()]
+        return any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in patterns)
+
+    return [path for path in sorted(folder.rglob("*")) if _is_known(path) and not excluded(path) and path.is_file()]
 
 
 def _is_known(path: Path) -> bool:
-    """Whether a file found in a folder is read: by its suffix, and below a compression's by the one before.
-
-    Plain .json files there are seldom JSON lines, so they are read only where named explicitly or by a pattern.
-    """
+    """Whether a file found in a folder is read; others must be named, or matched by a glob pattern."""
     suffix = path.suffix.lower()
     if suffix in COMPRESSIONS:
         return path.with_suffix("").suffix.lower() in JSONL_SUFFIXES
+    # Plain .json files in folders are seldom JSON lines.
     return suffix in TEXT_SUFFIXES or suffix in JSONL_SUFFIXES - {".json"} or suffix == ".parquet"
 
 
-def _known_suffixes() -> str:
-    return "text such as .txt .md .rst .py; .jsonl, also .gz .bz2 .xz .zst; .parquet"
-
-
 def kind_of(path: Path) -> str:
-    """How a file is read, by its name. What isn't known is text: only files named explicitly come to that."""
+    """`Segment.kind` of a file, by its name. Unknown suffixes are text: such a file was named explicitly."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return "parquet"
@@ -134,7 +133,7 @@ def kind_of(path: Path) -> str:
 
 
 def make_units(files: Sequence[Path], unit_bytes: int | None = None, split: str = "") -> list[Unit]:
-    """Cut files into units of about `unit_bytes` of text; by default a 64th of the whole, from 1 to 128 MiB."""
+    """Cut files into units of about `unit_bytes` of text; default: a 64th of all text, between 1 and 128 MiB."""
     total = sum(_text_bytes(path) for path in files)
     if unit_bytes is None:
         unit_bytes = min(max(total // 64, MIB), 128 * MIB)
@@ -181,12 +180,15 @@ def _parquet_segments(path: Path, unit_bytes: int) -> Iterator[Segment]:
 def read_documents(segment: Segment, text_field: str, invalid_utf8: str = "error") -> Iterator[Document]:
     """The documents of a segment, in order.
 
-    `text_field` is the field of JSON lines and the column of Parquet. `invalid_utf8` says what happens to text that is
-    not valid UTF-8: `error`, `replace` (U+FFFD) or `skip` (the document comes with `data` None, to be counted).
+    Args:
+        text_field: field of JSON lines, column of Parquet.
+        invalid_utf8: `error`, `replace` (by U+FFFD) or `skip` (yields a document whose `data` is None).
+
+    Raises DataError for unreadable files, missing fields and invalid text.
     """
     path = Path(segment.path)
     if segment.kind == "text":
-        pairs = _text_file(path)
+        pairs = [(path.read_bytes(), str(path))]
     elif segment.kind == "parquet":
         pairs = _parquet_rows(path, segment, text_field)
     else:
@@ -203,20 +205,17 @@ def _valid_utf8(raw: bytes | str, where: str, policy: str) -> bytes | None:
         return raw
     except UnicodeError as error:
         if policy == "error":
-            found = f"{error.reason} at {'byte' if isinstance(raw, bytes) else 'character'} {error.start}"
+            place = f"{'byte' if isinstance(raw, bytes) else 'character'} {error.start}"
             raise DataError(
-                f"{where}: not valid UTF-8 ({found}); convert it, or pass --invalid-utf8 replace or skip"
+                f"{where}: not valid UTF-8 ({error.reason} at {place}); convert it, or pass --invalid-utf8 replace or "
+                "skip"
             ) from None
         if policy == "skip":
             return None
         if isinstance(raw, bytes):
             return raw.decode(errors="replace").encode()
-        # A lone surrogate, which JSON can spell: the reader's replacement character, not the encoder's "?".
+        # Lone surrogates, which JSON can spell; encode(errors="replace") would give "?" instead of U+FFFD.
         return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in raw).encode()
-
-
-def _text_file(path: Path) -> Iterator[tuple[bytes, str]]:
-    yield path.read_bytes(), str(path)
 
 
 def _open_parquet(path: Path):
@@ -260,7 +259,7 @@ def _json_fields(path: Path, segment: Segment, field: str) -> Iterator[tuple[str
 
 
 def _lines_from(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """Lines that start in [begin, end), whole: each line of a file belongs to exactly one range."""
+    """(offset, line) of the lines that start in [begin, end), so each line belongs to exactly one range."""
     if begin:
         file.seek(begin - 1)
         file.readline()
@@ -272,21 +271,8 @@ def _lines_from(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, byt
 
 
 def _open_compressed(path: Path) -> BinaryIO:
-    compression = COMPRESSIONS[path.suffix.lower()]
-    if compression == "xz":
-        import lzma
-
-        return lzma.open(path, "rb")
-    if compression == "bz2":
-        import bz2
-
-        return bz2.open(path, "rb")
-    if compression == "gzip":
-        import gzip
-
-        return gzip.open(path, "rb")
-    import io
-
+    if open_file := COMPRESSIONS[path.suffix.lower()]:
+        return open_file(path)
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), MIB)
@@ -296,28 +282,28 @@ def _json_field(line: bytes, path: Path, field: str, offset: int, number: int | 
     if not line.strip():
         return
     try:
-        value = json.loads(line)
-        problem = None
-    except UnicodeDecodeError:
-        # Not text at all to the JSON reader; give the policy for invalid UTF-8 its say.
-        value = json.loads(line.decode(errors="surrogateescape"))
-        problem = None
+        try:
+            value = json.loads(line)
+        except UnicodeDecodeError:  # `_valid_utf8` applies the policy
+            value = json.loads(line.decode(errors="surrogateescape"))
     except json.JSONDecodeError as error:
-        value, problem = None, f"not valid JSON ({error.msg} at column {error.colno}); each line must be one object"
-    if problem is None and not isinstance(value, dict):
-        problem = f"expected an object, found {type(value).__name__}; each line must be one object"
-    if problem is None and field not in value:
-        has = ", ".join(map(str, value)) or "no fields"
-        problem = f"no field '{field}'; it has {has}; choose one with --text-field"
-    if problem is None and not isinstance(value[field], str):
-        problem = f"field '{field}' holds {type(value[field]).__name__}, expected text"
-    if problem:
-        raise DataError(f"{path}, line {number or _line_number(path, offset)}: {problem}")
-    yield value[field], f"{path}, line {number}" if number else f"{path}, line at byte {offset}"
+        problem = f"not valid JSON ({error.msg} at column {error.colno}); each line must be one object"
+    else:
+        if not isinstance(value, dict):
+            problem = f"expected an object, found {type(value).__name__}; each line must be one object"
+        elif field not in value:
+            fields = ", ".join(map(str, value)) or "no fields"
+            problem = f"no field '{field}'; it has {fields}; choose one with --text-field"
+        elif not isinstance(value[field], str):
+            problem = f"field '{field}' holds {type(value[field]).__name__}, expected text"
+        else:
+            yield value[field], f"{path}, line {number}" if number else f"{path}, line at byte {offset}"
+            return
+    raise DataError(f"{path}, line {number or _line_number(path, offset)}: {problem}")
 
 
 def _line_number(path: Path, offset: int) -> int:
-    """1-based number of the line at a byte offset; counted only when an error needs it."""
+    """1-based number of the line at a byte offset, for an error message."""
     count = 1
     with open(path, "rb") as file:
         while offset > 0:

@@ -1,8 +1,7 @@
-"""Small file helpers: writes that appear whole or not at all."""
+"""Atomic writes and reproducible JSON."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` under another name, flush it to the disk, then rename: a reader sees all of it or nothing."""
+    """Write, fsync and rename, so that readers see all of `data` or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
@@ -21,9 +20,5 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """JSON with sorted keys, one value a line: the same value always gives the same bytes."""
+    """JSON with sorted keys, one value per line: equal values give equal bytes."""
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def sha256_hex(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a data set is. Written last, so its presence says that the data set is whole."""
+"""`manifest.json` describes a data set. It is written last, so a folder that has one is complete."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SplitManifest:
     tokens: int = 0
     """Tokens stored, `<|bos|>` included: samples * (sequence_length + 1)."""
     dropped_tokens: int = 0
-    """Remainder that didn't fill a sample, less than one per split (borders put between units' tails included)."""
+    """Remainder of the split that didn't fill a sample."""
     samples: int = 0
     shards: int = 0
     index_sha256: str = ""
@@ -33,7 +33,7 @@ class SplitManifest:
 
 @dataclass
 class Manifest:
-    """What a data set holds and what it was made with."""
+    """Contents of a data set and the options it was made with."""
 
     sequence_length: int
     vocab_size: int
@@ -42,16 +42,16 @@ class Manifest:
     bos_token_id: int
     tokenizer_hash: str
     tokenizer_files: list[str]
-    """Files of the `tokenizer` folder."""
+    """Names, in the folder `tokenizer`."""
     splits: dict[str, SplitManifest]
     validation_fraction: float
     seed: int
-    """Of the choice of held-out documents."""
+    """For the choice of held-out documents."""
     inputs: list[str] = field(default_factory=list)
     validation_inputs: list[str] = field(default_factory=list)
     empty_documents: int = 0
     invalid_documents: int = 0
-    """Documents left out because they weren't valid UTF-8."""
+    """Left out because they weren't valid UTF-8."""
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -60,14 +60,14 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a data set's manifest; raises DataError where there is none or it isn't ours."""
+    """Read a data set's manifest. Raises DataError if it is missing, of another version or damaged."""
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
-        raise DataError(f"data set {folder} does not exist; prepare it with tools/prepare_data.py")
+        raise DataError(f"data set {folder} does not exist; prepare it with `bov prepare-data`")
     if not path.is_file():
         raise DataError(
             f"data set {folder} has no {MANIFEST_NAME}, so it is not complete; "
-            "run tools/prepare_data.py again with the same arguments to finish it"
+            "run `bov prepare-data` again with the same arguments to finish it"
         )
     try:
         values = json.loads(path.read_bytes())

@@ -1,13 +1,12 @@
-"""Which samples make up the global batch of each step: a pure function of the recipe and the data sets' sizes.
+"""Which samples make up the global batch of each step: a function of the recipe and the data sets' sizes alone.
 
-It never depends on ranks, nodes or how far an earlier run came, so any layout sees the same batches and a run resumes
-at any step. Per stream, the samples are split into `num_canonical_nodes` contiguous *parts*, each with an order and an
-epoch count of its own. In an epoch a part's shards are permuted and grouped into *blocks* of at least
-`shuffle_block_size` samples; samples are permuted within a block. Only the shards' sizes and the blocks in use are held
-in memory.
+So every parallel layout sees the same batches, and a run can resume at any step. Each stream's samples are split into
+`num_canonical_nodes` contiguous *parts* with their own order and epochs. In each epoch a part's shards are permuted and
+grouped into *blocks* of at least `shuffle_block_size` samples, and samples are permuted within a block. Memory holds
+only the shards' sizes and the blocks in use.
 
-A global batch takes the same number of samples from every part, in part order: a contiguous slice of the batch, such as
-one node's, needs the shards of few parts.
+A global batch takes equally many samples from every part, in part order, so that a contiguous slice of it, such as one
+node's, needs the shards of few parts.
 
 Shapes: B = global_batch_size; ids_B2 holds pairs (stream, sample).
 """
@@ -27,26 +26,26 @@ import numpy as np
 from bov_megatron.errors import DataError
 
 MAX_PERIOD = 1 << 16
-"""Finest resolution of stream weights: shares are rounded to multiples of 1 / MAX_PERIOD if they must be."""
+"""Stream shares that need a longer period are rounded to multiples of 1 / MAX_PERIOD."""
 BLOCKS_KEPT = 3
 DIGEST_CHARACTERS = 12
 
 
 def digest(ids_B2: np.ndarray) -> str:
-    """Fingerprint of a batch's sample ids, in order: the first 12 hex digits of their SHA-256."""
+    """Fingerprint of a batch's sample ids in order: first 12 hex digits of their SHA-256."""
     return hashlib.sha256(np.ascontiguousarray(ids_B2, dtype="<i8").tobytes()).hexdigest()[:DIGEST_CHARACTERS]
 
 
 class SkippedBatches:
-    """Batches of the order that a run leaves out; a run's step s trains on the s-th batch of those that are left.
+    """Batches of the order that a run leaves out: its step s trains on the s-th of the remaining batches.
 
     Args:
-        windows: pairs (first, last) of 0-based places in the order, both left out; any order, may overlap.
+        windows: pairs (first, last) of 0-based places in the order, inclusive; any order, may overlap.
     """
 
     def __init__(self, windows: Sequence[tuple[int, int]] = ()) -> None:
         self.windows: list[tuple[int, int]] = []
-        """Ascending, none touching another."""
+        """Ascending, disjoint and not adjacent."""
         for first, last in sorted(windows):
             if self.windows and first <= self.windows[-1][1] + 1:
                 begin, end = self.windows.pop()
@@ -54,7 +53,7 @@ class SkippedBatches:
             self.windows.append((first, last))
 
     def place(self, step: int) -> int:
-        """Place in the order of the batch that a 0-based step trains on."""
+        """0-based place in the order of the batch that a 0-based step trains on."""
         for first, last in self.windows:
             if step < first:
                 break
@@ -66,13 +65,13 @@ class SampleOrder:
     """The order of samples of one or several weighted streams.
 
     Args:
-        shard_sizes: per stream, the samples of each of its shards, in index order. A sample's id is its place in them.
-        weights: share of each stream, relative to the others; default equal.
+        shard_sizes: per stream, number of samples of each shard; a sample's id is its index over all of them.
+        weights: relative share of each stream; default equal.
         global_batch_size: samples per step.
-        shuffle: False reads every part in its stored order.
+        shuffle: False keeps the stored order within parts.
         shuffle_seed, shuffle_block_size, num_canonical_nodes: see the head of this file.
 
-    Raises DataError where the sizes don't fit each other.
+    Raises DataError for sizes that don't fit each other.
     """
 
     def __init__(
@@ -92,9 +91,8 @@ class SampleOrder:
             )
         if shuffle_block_size < 1:
             raise DataError(f"data.shuffle_block_size={shuffle_block_size}: must be at least 1")
-        self.global_batch_size = global_batch_size
-        self.num_parts = num_canonical_nodes
-        self.per_part = global_batch_size // num_canonical_nodes
+        self._num_parts = num_canonical_nodes
+        self._per_part = global_batch_size // num_canonical_nodes
         self._mixture = Mixture(weights or [1.0] * len(shard_sizes), num_canonical_nodes)
         self._parts = [
             [
@@ -108,54 +106,48 @@ class SampleOrder:
         self._lock = threading.Lock()
 
     def batch(self, step: int) -> np.ndarray:
-        """Ids of the global batch at a 0-based place (the step, in a run that skips none): int64 `[B, 2]`, pairs
-        (stream, sample). Thread-safe."""
+        """Pairs (stream, sample) of the global batch at a 0-based place in the order: int64 `[B, 2]`. Thread-safe."""
         with self._lock:
-            return np.concatenate([self._part_batch(part, step) for part in range(self.num_parts)])
-
-    def batch_ids(self, step: int) -> list[tuple[int, int]]:
-        """The same as a list of pairs."""
-        return [(int(stream), int(sample)) for stream, sample in self.batch(step)]
+            return np.concatenate([self._part_batch(part, step) for part in range(self._num_parts)])
 
     def _part_batch(self, part: int, step: int) -> np.ndarray:
-        begin = step * self.per_part
-        ids = np.empty((self.per_part, 2), dtype=np.int64)
-        ids[:, 0] = self._mixture.streams(part, begin, self.per_part)
+        ids = np.empty((self._per_part, 2), dtype=np.int64)
+        ids[:, 0] = self._mixture.streams(part, step * self._per_part, self._per_part)
         for stream, parts in enumerate(self._parts):
             chosen = ids[:, 0] == stream
             count = int(chosen.sum())
             if count:
-                ids[chosen, 1] = parts[part].samples(self.drawn(part, stream, step), count)
+                ids[chosen, 1] = parts[part].samples(self._drawn(part, stream, step), count)
         return ids
 
-    def drawn(self, part: int, stream: int, step: int) -> int:
-        """Samples that a part has given of a stream before `step`."""
-        return self._mixture.count(part, stream, step * self.per_part)
+    def _drawn(self, part: int, stream: int, step: int) -> int:
+        """Samples drawn from a part of a stream before `step`."""
+        return self._mixture.count(part, stream, step * self._per_part)
 
     def upcoming_shards(self, step: int, first: int, last: int) -> list[tuple[int, int]]:
-        """(stream, shard) pairs that slots [first, last) of the batch read from at `step` and in the block after it."""
+        """Pairs (stream, shard) that slots [first, last) of the batch need at `step` and in the block after it."""
         with self._lock:
             return [
                 (stream, int(shard))
-                for part in range(first // self.per_part, (last - 1) // self.per_part + 1)
+                for part in range(first // self._per_part, (last - 1) // self._per_part + 1)
                 for stream, parts in enumerate(self._parts)
-                for shard in parts[part].upcoming_shards(self.drawn(part, stream, step))
+                for shard in parts[part].upcoming_shards(self._drawn(part, stream, step))
             ]
 
 
 class Mixture:
-    """Which stream each slot of a part comes from: periodic, evenly spread, without drift.
+    """Assigns the slots of each part to streams, periodically and evenly.
 
-    After any number of slots a stream has had its exact share, give or take less than one sample (less than two in
-    parts after the first, which start elsewhere in the period so that parts don't favour a stream together). Built by
-    R. Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980).
+    After any number of slots each stream is less than one sample off its exact share; less than two in parts after the
+    first, which start elsewhere in the period so that not all parts favour the same stream at once. The rule is
+    R. Tijdeman's for the chairman assignment problem (Discrete Mathematics 32, 1980).
     """
 
     def __init__(self, weights: Sequence[float], num_parts: int = 1) -> None:
         counts = _slots_per_period(weights)
         self.period = sum(counts)
         self._pattern = _spread(counts)
-        # before[k, s]: slots of stream s among the first k of a period.
+        # [k, s]: slots of stream s among the first k of a period.
         taken = self._pattern[:, None] == np.arange(len(counts))
         self._before = np.concatenate([np.zeros((1, len(counts)), np.int64), np.cumsum(taken, axis=0)])
         self._offsets = [part * self.period // num_parts for part in range(num_parts)]
@@ -177,7 +169,7 @@ class Mixture:
 def _slots_per_period(weights: Sequence[float]) -> list[int]:
     if not weights or any(not 0 < weight < math.inf for weight in weights):
         raise DataError(f"data.streams: weights must be positive numbers, found {list(weights)}")
-    exact = [Fraction(str(weight)) for weight in weights]  # 0.1 means a tenth, not its binary neighbour
+    exact = [Fraction(str(weight)) for weight in weights]  # 0.1 means a tenth, not the nearest binary fraction
     shares = [weight / sum(exact) for weight in exact]
     period = math.lcm(*(share.denominator for share in shares))
     if period <= MAX_PERIOD:
@@ -195,11 +187,11 @@ def _slots_per_period(weights: Sequence[float]) -> list[int]:
 
 
 def _spread(counts: list[int]) -> np.ndarray:
-    """A period in which stream s has counts[s] slots, every prefix within one of its share."""
+    """A period in which stream s has counts[s] slots and every prefix is within one of the exact shares."""
     period, streams = sum(counts), len(counts)
     if streams == 1:
         return np.zeros(1, dtype=np.int64)
-    # Everything times period * (2 * streams - 2), to stay with integers.
+    # All quantities are scaled by period * (2 * streams - 2) to stay integers.
     scale = 2 * streams - 2
     pattern = np.empty(period, dtype=np.int64)
     due = [0] * streams
@@ -218,15 +210,16 @@ def _spread(counts: list[int]) -> np.ndarray:
 
 @dataclass
 class _Epoch:
-    """One epoch of a part: its fragments in their order, and where blocks end."""
+    """One epoch of a part, as arrays over its fragments in order. A fragment is the part's share of a shard."""
 
     first: np.ndarray
-    """Sample id of each fragment's first sample."""
+    """Id of the fragment's first sample."""
     ends: np.ndarray
-    """Samples up to and including each fragment."""
+    """Number of samples up to the fragment's end."""
     block_ends: np.ndarray
-    """Fragments up to and including each block."""
+    """Per block: number of fragments up to its end."""
     shards: np.ndarray
+    """Index of the fragment's shard."""
 
 
 class _PartOrder:
@@ -244,7 +237,7 @@ class _PartOrder:
                 f"data.num_canonical_nodes={parts}; lower it or prepare more data"
             )
         starts = np.concatenate([[0], np.cumsum(sizes)])
-        # A fragment is what of a shard lies in the part; empty shards have none.
+        # Each shard's overlap with the part; empty shards have none.
         low, high = np.maximum(starts[:-1], self.begin), np.minimum(starts[1:], end)
         self._shards = np.flatnonzero(high > low)
         self._low, self._length = low[self._shards], (high - low)[self._shards]
@@ -321,10 +314,8 @@ class _PartOrder:
 
 
 def _permutation(count: int, key: tuple[int, ...]) -> np.ndarray:
-    """A permutation of `count` that depends on the key alone.
-
-    Sorts the raw output of PCG64, which NumPy promises not to change; `Generator.permutation` has no such promise.
-    """
-    # The length tells (1, 0) from (1,), which SeedSequence would pad to the same words.
+    """A permutation of `count` that depends on `key` alone."""
+    # NumPy guarantees that PCG64's raw output doesn't change between versions, but not `Generator.permutation`.
+    # The length distinguishes (1, 0) from (1,), which SeedSequence would pad to the same words.
     bits = np.random.PCG64(np.random.SeedSequence([len(key), *key])).random_raw(count)
     return np.argsort(bits, kind="stable")

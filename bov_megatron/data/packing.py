@@ -1,8 +1,7 @@
-"""Turning documents into packed samples in MDS shards: what one worker does with one unit.
+"""Packing documents into samples in MDS shards: what a worker does with a unit.
 
-Documents are joined as `<|bos|> document <|bos|> document …` and cut every `sequence_length + 1` tokens: a sample is
-`sequence_length` inputs with their labels. What remains at a unit's end (less than a sample) is its *tail*; the tails
-of all units are packed together at the end of the run.
+Documents are joined as `<|bos|> document <|bos|> document …` and cut every `sequence_length + 1` tokens. The rest at a
+unit's end, less than a sample, is its *tail*; all units' tails are packed together at the end.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from bov_megatron.data.tokenizer import Encoder, load_encoder
 
 HASH = "xxh64"
 BATCH_BYTES = 1 << 20
-"""Text handed to the tokenizer at once."""
+"""Text per call of the tokenizer."""
 HELD_OUT_NAME = "documents.jsonl"
 
 
 @dataclass(frozen=True)
 class PackingOptions:
-    """What shapes the shards; part of a run's identity."""
+    """Options that determine the shards; an unfinished data set is only continued with the same ones."""
 
     tokenizer: str
     tokenizer_hash: str
@@ -44,7 +43,7 @@ class PackingOptions:
 
 @dataclass
 class PackedSplit:
-    """What a unit gave to one split. `shards` are index entries with names relative to the split's folder."""
+    """A unit's share of one split. `shards` are index entries, with names relative to the split's folder."""
 
     documents: int = 0
     bytes: int = 0
@@ -55,7 +54,7 @@ class PackedSplit:
 
 @dataclass
 class PackedUnit:
-    """A unit's marker: its presence in the work folder says that the unit's shards are in place."""
+    """A unit's marker: once it is in the work folder, the unit's shards are in place."""
 
     splits: dict[str, PackedSplit]
     empty_documents: int = 0
@@ -75,9 +74,6 @@ class SampleWriter:
     """Packs token arrays into MDS shards of one folder."""
 
     def __init__(self, folder: Path, sequence_length: int, dtype: str, shard_bytes: int) -> None:
-        from bov_megatron.compat import register_missing_torchvision_ops
-
-        register_missing_torchvision_ops()
         from streaming import MDSWriter
 
         self.folder = folder
@@ -89,7 +85,7 @@ class SampleWriter:
         self._writer = MDSWriter(columns=columns, out=str(folder), hashes=[HASH], size_limit=shard_bytes, max_workers=1)
 
     def add(self, arrays: Iterable[np.ndarray]) -> None:
-        """Append tokens; writes every sample they fill."""
+        """Append tokens; writes each sample as it fills."""
         tokens = np.concatenate([self.tail, *arrays])
         count = len(tokens) // self.length
         for row in tokens[: count * self.length].reshape(count, self.length):
@@ -98,7 +94,7 @@ class SampleWriter:
         self.tail = tokens[count * self.length :].copy()
 
     def finish(self, name: str) -> list[dict]:
-        """Flush; returns the shards' index entries, named as files of the sub-folder `name`."""
+        """Flush; returns the shards' index entries, with names below the folder `name`."""
         self._writer.finish()
         index = self.folder / "index.json"
         shards = json.loads(index.read_bytes())["shards"]
@@ -109,7 +105,8 @@ class SampleWriter:
 
 
 def is_held_out(document: bytes, fraction: float, seed: int) -> bool:
-    """Whether a document belongs to the held-out split: by its content, so that copies never straddle the splits."""
+    """Whether a document belongs to the held-out split."""
+    # Chosen by content, so that copies of a document are never in both splits.
     import xxhash
 
     return xxhash.xxh64_intdigest(document, seed=seed) < fraction * 2.0**64
@@ -120,9 +117,9 @@ def unit_name(number: int) -> str:
 
 
 def pack_unit(number: int, unit: Unit, options: PackingOptions, out: Path, work: Path) -> PackedUnit:
-    """Tokenize and pack one unit, put its shards in place, then leave its marker in `work`.
+    """Tokenize and pack one unit, put its shards in place, then write its marker to `work`.
 
-    Safe to kill at any moment and to run again: shards are written under another name and renamed, the marker is last.
+    Can be killed at any time and run again: shards are written elsewhere and renamed, and the marker comes last.
     """
     name = unit_name(number)
     temporary = work / f"{name}.{os.getpid()}.tmp"
@@ -136,7 +133,7 @@ def pack_unit(number: int, unit: Unit, options: PackingOptions, out: Path, work:
     counts = {split: PackedSplit() for split in SPLITS}
     for batch in _batches(unit, options, packed):
         for split in SPLITS:
-            documents = [data for data, of_split in batch if of_split == split]
+            documents = [data for data, target in batch if target == split]
             if documents:
                 writers[split].add(_with_bos(documents, encoder))
                 counts[split].documents += len(documents)
@@ -155,7 +152,7 @@ def pack_unit(number: int, unit: Unit, options: PackingOptions, out: Path, work:
 
 
 def _batches(unit: Unit, options: PackingOptions, packed: PackedUnit) -> Iterator[list[tuple[bytes, str]]]:
-    """The unit's documents with their splits, about BATCH_BYTES at a time; counts what is left out."""
+    """The unit's documents with their splits, about BATCH_BYTES at a time; counts skipped ones in `packed`."""
     batch, size = [], 0
     for segment in unit.segments:
         for document in read_documents(segment, options.text_field, options.invalid_utf8):
@@ -188,10 +185,10 @@ def _append_held_out(path: Path, documents: list[bytes]) -> None:
 
 
 def _put_in_place(source: Path, target: Path) -> None:
-    """Rename a finished folder; what an earlier, killed attempt left there holds the same and goes away."""
+    """Rename a finished folder, replacing what a killed attempt may have left there."""
     if not any(source.iterdir()):
         return
-    for path in source.iterdir():  # a machine that crashes must not keep the marker and lose what it vouches for
+    for path in source.iterdir():  # so that a crash of the machine can't keep the marker and lose the shards
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     if target.exists():

@@ -1,16 +1,17 @@
-"""Preparing a data set: units of text over worker processes, then one index per split and the manifest, last.
+"""Preparing a data set: worker processes pack units of text, then index and manifest are written.
 
-OUT/manifest.json            written last: without it the folder is not a data set
+OUT/manifest.json            written last: a folder without it is not a data set
 OUT/tokenizer/               copy of the tokenizer, with bytes per token
-OUT/train/index.json         every shard of the split, in the order of the input
+OUT/train/index.json         all shards of the split, in the order of the input
 OUT/train/unit-000000/shard.00000.mds
-OUT/train/tails/             remainders of the units
+OUT/train/tails/             samples packed from the units' remainders
 OUT/val/…                    the held-out split
-OUT/.work/                   only while preparing: the plan, and a marker per finished unit
+OUT/.work/                   while preparing: the plan, and a marker per finished unit
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from bov_megatron.data.corpus import INVALID_UTF8_POLICIES, Unit, find_files, make_units
-from bov_megatron.data.files import json_bytes, sha256_hex, write_atomically
+from bov_megatron.data.files import json_bytes, write_atomically
 from bov_megatron.data.manifest import MANIFEST_NAME, SPLITS, Manifest, SplitManifest, read_manifest
 from bov_megatron.data.packing import (
     HELD_OUT_NAME,
@@ -46,31 +47,31 @@ from bov_megatron.errors import DataError
 WORK_NAME = ".work"
 LOCK_NAME = ".prepare.lock"
 LOCK_SECONDS = 3
-"""Longer than workers take to notice that their parent is gone."""
+"""Longer than workers take to notice that their parent has died."""
 SHOWN_INPUTS = 16
 OWN_NAMES = frozenset({MANIFEST_NAME, WORK_NAME, LOCK_NAME, "tokenizer", *SPLITS})
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Arguments of tools/prepare_data.py."""
+    """Arguments of `bov prepare-data`."""
 
     inputs: Sequence[str]
     tokenizer: str
     out: str
     sequence_length: int = 2048
     validation: Sequence[str] = field(default_factory=tuple)
-    """Inputs that are held out whole; then none is taken from `inputs` unless a fraction is given."""
+    """Inputs to hold out whole."""
     validation_fraction: float | None = None
-    """Share of the documents held out; None means 0.01, or 0 where `validation` is given."""
+    """Share of the documents of `inputs` to hold out; None means 0.01, or 0 if `validation` is given."""
     exclude: Sequence[str] = field(default_factory=tuple)
-    """Patterns of files and folders to leave out of input folders."""
+    """Patterns for names of files and folders to leave out of input folders."""
     text_field: str = "text"
     invalid_utf8: str = "error"
     seed: int = 0
-    """Of the choice of held-out documents."""
+    """For the choice of held-out documents."""
     workers: int | None = None
-    """Processes; None means one per core. Doesn't change the data set."""
+    """Processes; None means one per core. The data set doesn't depend on it."""
     unit_bytes: int | None = None
     shard_bytes: int = 1 << 26
     keep_held_out_text: bool = False
@@ -85,9 +86,8 @@ class PrepareOptions:
 def prepare_data(options: PrepareOptions, progress: bool = True) -> Manifest:
     """Write the data set `options.out`; see the head of this file for its layout.
 
-    Interrupted, the same call goes on after the units already finished, and the result is the one of an undisturbed
-    run. Raises DataError for bad options and inputs, a data set that is there already, or an unfinished one that was
-    begun with other options (`overwrite` clears both).
+    After an interruption the same call continues behind the finished units, with the same result. Raises DataError for
+    bad options and inputs, and without `overwrite` for an existing data set, or an unfinished one with other options.
     """
     _check_options(options)
     encoder = load_encoder(options.tokenizer)
@@ -133,10 +133,8 @@ def _check_options(options: PrepareOptions) -> None:
 
 @contextmanager
 def _sole_writer(out: Path) -> Iterator[None]:
-    """Hold the folder for this process and its workers; the lock dies with the last of them.
-
-    Workers inherit it on purpose: after the parent was killed, no new run starts while an old worker still writes.
-    """
+    """Lock the folder."""
+    # Forked workers inherit the lock, so no other run starts while a killed parent's workers still write.
     from filelock import FileLock, Timeout
 
     out.mkdir(parents=True, exist_ok=True)
@@ -157,7 +155,7 @@ def _clear_or_refuse(out: Path, overwrite: bool) -> None:
     if foreign:
         raise DataError(f"--out {out} holds other files ({', '.join(foreign[:5])}); choose an empty or new folder")
     if overwrite:
-        # The manifest goes first: from here on the folder is no data set.
+        # The manifest first: from here on the folder is not a data set.
         for name in (MANIFEST_NAME, WORK_NAME, "tokenizer", *SPLITS):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -166,17 +164,17 @@ def _clear_or_refuse(out: Path, overwrite: bool) -> None:
 
 
 def _open_work(out: Path, units: list[Unit], packing: PackingOptions) -> Path:
-    """The work folder of this very plan: a new one, or the one an interrupted run left."""
+    """The work folder: a new one, or that of an interrupted run with the same plan."""
     work = out / WORK_NAME
     sizes = [[s.path, os.stat(s.path).st_size, os.stat(s.path).st_mtime_ns] for u in units for s in u.segments]
     plan = json.loads(json_bytes({"options": asdict(packing), "units": [asdict(u) for u in units], "files": sizes}))
     path = work / "plan.json"
     if path.is_file():
-        found = json.loads(path.read_bytes())
-        if found != plan:
+        unfinished = json.loads(path.read_bytes())
+        if unfinished != plan:
             raise DataError(
-                f"--out {out} holds an unfinished data set begun with {_differences(found, plan)}; "
-                "run again with the arguments of then to finish it, or pass --overwrite to start anew"
+                f"--out {out} holds an unfinished data set begun with {_differences(unfinished, plan)}; "
+                "run again with those arguments to finish it, or pass --overwrite to start over"
             )
     else:
         strays = [name for name in ("tokenizer", *SPLITS) if (out / name).exists()]
@@ -188,10 +186,10 @@ def _open_work(out: Path, units: list[Unit], packing: PackingOptions) -> Path:
     return work
 
 
-def _differences(found: dict, plan: dict) -> str:
-    then, now = found.get("options", {}), plan["options"]
+def _differences(unfinished: dict, plan: dict) -> str:
+    then, now = unfinished.get("options", {}), plan["options"]
     different = [f"{key}={then.get(key)!r} (now {now[key]!r})" for key in now if then.get(key) != now[key]]
-    if found.get("files") != plan["files"] or found.get("units") != plan["units"]:
+    if unfinished.get("files") != plan["files"] or unfinished.get("units") != plan["units"]:
         different.append("other input files, or files changed since")
     return ", ".join(different)
 
@@ -200,13 +198,9 @@ def _run_units(
     units: list[Unit], packing: PackingOptions, out: Path, work: Path, workers: int | None, progress: bool
 ) -> None:
     """Pack the units that have no marker yet, over processes."""
-    from tqdm import tqdm
-
-    from bov_megatron.compat import register_missing_torchvision_ops
-
-    # Imported here once, so that forked workers find it loaded.
-    register_missing_torchvision_ops()
+    # Imported once here, so that forked workers don't each take seconds to.
     import streaming  # noqa: F401
+    from tqdm import tqdm
 
     todo = [number for number in range(len(units)) if not (work / f"{unit_name(number)}.json").is_file()]
     workers = min(workers or len(os.sched_getaffinity(0)), max(len(todo), 1))
@@ -230,7 +224,7 @@ def _run_units(
         except BrokenProcessPool:
             raise DataError(
                 "a worker process was killed, perhaps for memory; the finished units are kept: "
-                "run the same command again, with fewer --workers if it was memory"
+                "run the same command again, with fewer --workers if memory was short"
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -238,10 +232,10 @@ def _run_units(
 
 
 def _start_worker(parent: int) -> None:
-    """Worker's first act: end with the parent, whatever ended it. A killed parent can't tell its workers."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process per core already
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches workers too: end at once, without a traceback each
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches workers too: end without a traceback each
 
+    # A killed parent can't stop its workers, so they poll.
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.2)
@@ -251,13 +245,13 @@ def _start_worker(parent: int) -> None:
 
 
 def _finish(options: PrepareOptions, encoder: Encoder, out: Path, work: Path, num_units: int) -> Manifest:
-    """Write index files, tokenizer and, last, the manifest."""
+    """Write index files and tokenizer, then the manifest."""
     markers = [PackedUnit.read(work / f"{unit_name(number)}.json") for number in range(num_units)]
     splits = {split: _finish_split(split, markers, options, encoder, out, work) for split in SPLITS}
     empty = sum(marker.empty_documents for marker in markers)
     if not splits["train"].samples:
         raise DataError(
-            f"the input makes no training sample: {splits['train'].documents} documents with "
+            f"the input gives no training sample: {splits['train'].documents} documents with "
             f"{splits['train'].dropped_tokens} tokens ({empty} empty documents), and one sample takes "
             f"{options.sequence_length + 1}; give more text or a smaller --sequence-length, with --overwrite"
         )
@@ -288,7 +282,7 @@ def _finish(options: PrepareOptions, encoder: Encoder, out: Path, work: Path, nu
 
 
 def _shown(inputs: Sequence[str]) -> list[str]:
-    """The inputs as given; a shell's long expansion of a pattern is cut short."""
+    """The inputs as given, cut short where a shell has expanded a pattern to many."""
     shown = [str(text) for text in inputs[:SHOWN_INPUTS]]
     return shown if len(inputs) <= SHOWN_INPUTS else [*shown, f"and {len(inputs) - SHOWN_INPUTS} more"]
 
@@ -301,7 +295,7 @@ def _finish_split(
     bos = encoder.bos_token_id
     for part in parts:
         if part.tail:
-            # A tail that begins inside a document gets a border of its own.
+            # A tail that begins inside a document gets its own <|bos|>.
             tail = part.tail if part.tail[0] == bos else [bos, *part.tail]
             writer.add([np.array(tail, dtype=encoder.dtype)])
     shards = [shard for part in parts for shard in part.shards] + writer.finish("tails")
@@ -324,12 +318,12 @@ def _finish_split(
         dropped_tokens=len(writer.tail),
         samples=samples,
         shards=len(shards),
-        index_sha256=sha256_hex(index),
+        index_sha256=hashlib.sha256(index).hexdigest(),
     )
 
 
 def _join_held_out(folder: Path, num_units: int) -> None:
-    """One file of the held-out documents' text, in the order of the input."""
+    """Write one file with all held-out documents' text, in the order of the input."""
     temporary = folder / f".{HELD_OUT_NAME}.tmp"
     with open(temporary, "wb") as joined:
         for number in range(num_units):

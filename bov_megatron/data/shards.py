@@ -1,21 +1,20 @@
-"""Reading prepared data sets: by sample id, from this machine or through a local cache of a remote home.
+"""Reading prepared data sets by sample id, locally or through a cache of a remote one.
 
-Uses mosaicml-streaming's storage layer (its downloaders for s3://, gs:// and the rest, its MDS reader) and none of its
-StreamingDataset: no shared memory, no barriers, no notion of a world.
+Uses mosaicml-streaming's downloaders (s3://, gs://, …) and MDS reader, but not its StreamingDataset with its shared
+memory and barriers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from pathlib import Path
 
 import numpy as np
 
-from bov_megatron.data.cache import Cache, find_damage, import_streaming
-from bov_megatron.data.files import sha256_hex
+from bov_megatron.data.cache import Cache, find_damage
 from bov_megatron.data.manifest import COLUMN, MANIFEST_NAME, Manifest, read_manifest
-from bov_megatron.data.tokenizer import load_bytes_per_token
 from bov_megatron.errors import DataError
 from bov_megatron.recipe import DataConfig, StreamConfig
 
@@ -23,9 +22,9 @@ INDEX_NAME = "index.json"
 
 
 class DataSet:
-    """A prepared data set: `folder` itself, or the local cache of `remote`.
+    """A prepared data set in `folder`, which is the local cache of `remote` if that is given.
 
-    Raises DataError where it is missing, incomplete, or differs from its remote home.
+    Raises DataError if it is missing, incomplete or differs from `remote`.
     """
 
     def __init__(self, folder: str | Path, remote: str | None = None) -> None:
@@ -37,31 +36,24 @@ class DataSet:
         if self.cache:
             for name in self.manifest.tokenizer_files:
                 self.cache.get(f"tokenizer/{name}")
-        self._splits: dict[str, SplitReader] = {}
 
     @property
     def tokenizer_folder(self) -> Path:
-        """A Hugging Face tokenizer: AutoTokenizer.from_pretrained opens it offline."""
+        """A Hugging Face tokenizer."""
         return self.folder / "tokenizer"
 
-    def bytes_per_token(self) -> np.ndarray:
-        """UTF-8 bytes of every id, int64 `[vocab_size]`; 0 for special tokens."""
-        return load_bytes_per_token(self.tokenizer_folder)
-
     def split(self, name: str) -> SplitReader:
-        """`train` or `val`; raises DataError where the data set was prepared without it."""
+        """`train` or `val`. Raises DataError if the data set was prepared without it."""
         if name not in self.manifest.splits:
             raise DataError(
                 f"data set {self.folder} has no '{name}' split; prepare it again with --validation-fraction "
                 "or --validation"
             )
-        if name not in self._splits:
-            self._splits[name] = SplitReader(self, name)
-        return self._splits[name]
+        return SplitReader(self, name)
 
 
 class SplitReader:
-    """The samples of one split, by id: 0 up to `num_samples`, in the order of the index. Thread-safe."""
+    """The samples of one split, by id from 0 to `num_samples` - 1 in the order of the index. Thread-safe."""
 
     def __init__(self, data_set: DataSet, name: str) -> None:
         self.data_set, self.name = data_set, name
@@ -75,7 +67,7 @@ class SplitReader:
         self.num_samples = int(self.shard_sizes.sum())
         self._readers: dict[int, object] = {}
         self._lock = threading.Lock()
-        import_streaming()
+        import streaming  # noqa: F401  not at the top: it takes seconds
 
     def _read_index(self) -> list[dict]:
         split = self.data_set.manifest.splits[self.name]
@@ -85,23 +77,24 @@ class SplitReader:
         if not path.is_file():
             raise DataError(f"{path} is missing; copy the data set again, or prepare it again with --overwrite")
         data = path.read_bytes()
-        if sha256_hex(data) != split.index_sha256:
+        actual = hashlib.sha256(data).hexdigest()
+        if actual != split.index_sha256:
             raise DataError(
-                f"{path} is not the one that {MANIFEST_NAME} describes (SHA-256 {sha256_hex(data)[:12]}, "
-                f"expected {split.index_sha256[:12]}); copy the data set again"
+                f"{path} is not the one that {MANIFEST_NAME} describes (SHA-256 {actual[:12]}, expected "
+                f"{split.index_sha256[:12]}); copy the data set again"
             )
         return json.loads(data)["shards"]
 
     def read(self, samples: np.ndarray) -> np.ndarray:
-        """Tokens of these samples: int64 `[len(samples), sequence_length + 1]`.
+        """Tokens of the samples with these ids: int64 `[len(samples), sequence_length + 1]`.
 
-        A shard is compared with the index, every byte, when it is first read from. Raises DataError for one that is
-        missing or damaged and cannot be fetched again, and for ids beyond the vocabulary.
+        A shard's checksum is compared when it is first read. Raises DataError for a shard that is missing or damaged
+        and can't be fetched again, and for token ids beyond the vocabulary.
         """
         samples = np.asarray(samples, dtype=np.int64)
         tokens = np.empty((len(samples), self.length), dtype=np.int64)
         shards = np.searchsorted(self._ends, samples, side="right")
-        # Shard by shard and in stored order: kind to disks.
+        # Shard by shard, in stored order: sequential reads.
         for row in np.argsort(samples, kind="stable"):
             shard = int(shards[row])
             inside = int(samples[row] - self._ends[shard] + self.shard_sizes[shard])
@@ -119,15 +112,15 @@ class SplitReader:
             return self._reader(shard)[inside][COLUMN]
         except DataError:
             raise
-        except (OSError, ValueError, LookupError):  # gone or cut off since it was first read from
+        except (OSError, ValueError, LookupError):  # deleted or truncated since it was opened: check or fetch again
             self._readers.pop(shard, None)
         try:
             return self._reader(shard)[inside][COLUMN]
         except OSError as error:
-            raise DataError(f"shard {self._path(shard)} cannot be read: {error}; look at its file system") from error
+            raise DataError(f"shard {self._path(shard)} can't be read: {error}; check its file system") from error
 
     def ensure(self, shard: int) -> None:
-        """Have a shard on this machine, downloading it if need be, and compare it with the index."""
+        """Download a shard if it isn't on this machine, and compare its checksum."""
         self._reader(shard)
 
     def _path(self, shard: int) -> Path:
@@ -156,12 +149,12 @@ class SplitReader:
 
 
 def streams_of(data: DataConfig) -> list[StreamConfig]:
-    """The recipe's streams; `data.path` is short for one. Raises DataError where there is none, or both."""
+    """The recipe's streams; `data.path` is short for a single one. Raises DataError if none or both are set."""
     if data.path and data.streams:
         raise DataError("data.path and data.streams are both set; give one of them")
     streams = data.streams or ([StreamConfig(data.path, data.remote)] if data.path else [])
     if not streams:
-        raise DataError("data.path is not set; give the folder that tools/prepare_data.py wrote, e.g. data.path=DIR")
+        raise DataError("data.path is not set; give the folder that `bov prepare-data` wrote, e.g. data.path=DIR")
     for number, stream in enumerate(streams):
         if not stream.path:
             raise DataError(f"data.streams[{number}].path is not set; with a remote it is the local cache's folder")
@@ -171,10 +164,10 @@ def streams_of(data: DataConfig) -> list[StreamConfig]:
 def open_data_sets(
     data: DataConfig, sequence_length: int, vocab_size: int, tokenizer_hash: str | None = None
 ) -> list[DataSet]:
-    """Open a recipe's data sets and check that they fit it and each other.
+    """Open a recipe's data sets.
 
-    `tokenizer_hash` is the one a checkpoint was trained with, if there is one. Raises DataError for another tokenizer,
-    another sequence length, or a vocabulary larger than the model's.
+    `tokenizer_hash` is that of the checkpoint to resume from. Raises DataError for different tokenizers, another
+    sequence length or a vocabulary larger than the model's.
     """
     data_sets = [DataSet(stream.path, stream.remote) for stream in streams_of(data)]
     expected, whose = tokenizer_hash, "the checkpoint"

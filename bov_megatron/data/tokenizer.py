@@ -1,8 +1,9 @@
-"""The tokenizer: training a byte-level BPE, encoding documents, its identity, and bytes per token."""
+"""The tokenizer: training a byte-level BPE, encoding documents, hash, and bytes per token."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from bov_megatron.data.corpus import Unit, find_files, make_units, read_documents
-from bov_megatron.data.files import sha256_hex, write_atomically
+from bov_megatron.data.files import write_atomically
 from bov_megatron.errors import DataError
 
 BOS_TOKEN = "<|bos|>"
@@ -29,20 +30,20 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-# GPT-4's pattern, with numbers in groups of at most two digits instead of three: better for small vocabularies.
+# GPT-4's pattern, but with numbers in groups of at most two digits, which suits small vocabularies.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 PIECE_CHARACTERS = 1 << 18
-"""Longer documents are encoded in pieces of about this size."""
+"""Longer documents are encoded in pieces of about this length."""
 CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
-"""Before a single space between letters, or after a single line break between characters."""
+"""Before a single space between letters, or after a single line break between non-space characters."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A byte-level tokenizer as far as packing needs it. `fast` is a tokenizers.Tokenizer."""
+    """A byte-level tokenizer. `fast` is a tokenizers.Tokenizer."""
 
     folder: Path
     fast: object
@@ -53,26 +54,22 @@ class Encoder:
 
     @property
     def dtype(self) -> str:
-        """Smallest of the two storage types that holds every id."""
+        """`uint16` if it holds every id, else `uint32`."""
         return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, as 1-D arrays of `dtype`, without `<|bos|>`.
-
-        Text that spells a special token is encoded as the characters it is: a document can't forge a border.
-        """
+        """Token ids of each text, as 1-D arrays of `dtype`, without `<|bos|>`."""
+        # A document can't forge a border: `encode_special_tokens` is set, so text that spells `<|bos|>` is plain text.
         pieces = [split_at_words(text) for text in texts]
         encoded = self.fast.encode_batch_fast(list(itertools.chain(*pieces)), add_special_tokens=False)
         ids = iter(np.array(encoding.ids, dtype=self.dtype) for encoding in encoded)
-        return [np.concatenate(list(itertools.islice(ids, len(of_text)))) for of_text in pieces]
+        return [np.concatenate(list(itertools.islice(ids, len(parts)))) for parts in pieces]
 
 
 def split_at_words(text: str, size: int = PIECE_CHARACTERS) -> list[str]:
-    """Cut a long text at places where byte-level pre-tokenizers never join, every `size` characters or a little more.
-
-    Encoding the pieces gives the ids of the whole; encoding one huge text would take some hundred bytes of memory for
-    each of its own. Cutting after any line break would not do: what follows decides how a run of them is split.
-    """
+    """Cut a text every `size` characters or a little later, so that encoding the pieces gives the ids of the whole."""
+    # Encoding takes some hundred bytes of memory per byte of text. CUT matches only where byte-level pre-tokenizers
+    # always split; a line break followed by others isn't such a place.
     pieces, begin = [], 0
     while len(text) - begin > size and (cut := CUT.search(text, begin + size)):
         pieces.append(text[begin : cut.start()])
@@ -83,11 +80,11 @@ def split_at_words(text: str, size: int = PIECE_CHARACTERS) -> list[str]:
 def load_encoder(folder: str | Path) -> Encoder:
     """Open a tokenizer folder in Hugging Face's format (tokenizer.json); cached per process.
 
-    Raises DataError where the folder isn't one, has no beginning-of-sequence token or isn't byte-level.
+    Raises DataError if it isn't one, has neither bos nor eos token, or isn't byte-level.
     """
     path = Path(folder).expanduser() / "tokenizer.json"
     if not path.is_file():
-        raise DataError(f"--tokenizer {folder}: no tokenizer.json there; train one with tools/train_tokenizer.py")
+        raise DataError(f"--tokenizer {folder}: no tokenizer.json there; train one with `bov train-tokenizer`")
     return _load_encoder(str(path.parent), path.stat().st_mtime_ns)
 
 
@@ -98,7 +95,7 @@ def _load_encoder(folder: str, _modified: int) -> Encoder:
     path = Path(folder) / "tokenizer.json"
     try:
         fast = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises the base class
+    except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path} is not a valid tokenizer: {error}") from None
     fast.no_padding()
     fast.no_truncation()
@@ -109,7 +106,7 @@ def _load_encoder(folder: str, _modified: int) -> Encoder:
         raise DataError(f"{folder}: the tokenizer has no bos_token or eos_token to separate documents with")
     vocab_size = max(fast.get_vocab(with_added_tokens=True).values()) + 1
     encoder = Encoder(Path(folder), fast, vocab_size, bos_id, tokenizer_hash(folder))
-    bytes_per_token(encoder)
+    bytes_per_token(encoder)  # raises if it isn't byte-level
     return encoder
 
 
@@ -123,22 +120,20 @@ def _special_token(folder: Path, name: str) -> str | None:
 
 
 def tokenizer_hash(folder: str | Path) -> str:
-    """Identity of a tokenizer: SHA-256 of what decides the ids in tokenizer.json.
-
-    Formatting, padding and truncation settings don't count, so a copy saved again by another library is the same.
-    """
+    """SHA-256 of what determines the ids in tokenizer.json: not formatting, padding or truncation settings."""
     values = json.loads((Path(folder) / "tokenizer.json").read_bytes())
     for key in ("version", "padding", "truncation", "post_processor"):
         values.pop(key, None)
-    return sha256_hex(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def bytes_per_token(encoder: Encoder) -> np.ndarray:
-    """UTF-8 bytes of every id, int64 `[vocab_size]`; 0 for special tokens and for ids that aren't used.
+    """UTF-8 bytes of every id, int64 `[vocab_size]`; 0 for special tokens and unused ids.
 
-    Each character of a byte-level token stands for one byte, so the alphabet is inverted. Decoding single ids gives
-    wrong numbers: an id that is part of a character decodes to U+FFFD, three bytes.
+    Raises DataError for a token that isn't byte-level.
     """
+    # Each character of a byte-level token stands for one byte. Decoding single ids would miscount: an id that is part
+    # of a character decodes to U+FFFD, three bytes.
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = set(ByteLevel.alphabet())
@@ -152,13 +147,13 @@ def bytes_per_token(encoder: Encoder) -> np.ndarray:
         else:
             raise DataError(
                 f"{encoder.folder}: token {token!r} (id {index}) is not byte-level, so its bytes can't be counted; "
-                "use a byte-level BPE, e.g. from tools/train_tokenizer.py"
+                "use a byte-level BPE, e.g. from `bov train-tokenizer`"
             )
     return lengths
 
 
 def load_bytes_per_token(folder: str | Path) -> np.ndarray:
-    """Read `bytes_per_token.json` of a tokenizer folder: int64 `[vocab_size]`, see `bytes_per_token`."""
+    """`bytes_per_token` of a tokenizer folder, from its `bytes_per_token.json` if there is one."""
     path = Path(folder) / BYTES_PER_TOKEN_NAME
     if not path.is_file():
         return bytes_per_token(load_encoder(folder))
@@ -166,7 +161,7 @@ def load_bytes_per_token(folder: str | Path) -> np.ndarray:
 
 
 def copy_tokenizer(encoder: Encoder, out: Path) -> list[str]:
-    """Copy the tokenizer's own files, with its bytes per token, to `out`; returns their names."""
+    """Copy the tokenizer's files and bytes per token to `out`; returns their names."""
     out.mkdir(parents=True, exist_ok=True)
     names = [name for name in TOKENIZER_FILES if (encoder.folder / name).is_file()]
     for name in names:
@@ -192,9 +187,8 @@ def train_tokenizer(
 ) -> Encoder:
     """Train a byte-level BPE and save it as a PreTrainedTokenizerFast, with bytes per token.
 
-    Reads at most `max_bytes` of text, taken evenly over the inputs. The same inputs give the same tokenizer. `<|bos|>`
-    opens every document and so also ends the one before: it is the eos and pad token too, and id 0.
-    Raises DataError for bad inputs, and where the text is too small for `vocab_size`.
+    Reads at most `max_bytes` of text, spread evenly over the inputs. `<|bos|>`, id 0, is the eos and pad token too. The
+    same inputs give the same tokenizer. Raises DataError for bad inputs or too little text for `vocab_size`.
     """
     out = Path(out).expanduser()
     if vocab_size < 257:
@@ -203,14 +197,14 @@ def train_tokenizer(
         raise DataError(f"--out {out} holds a tokenizer already; pass --overwrite to replace it")
     units = make_units(find_files(inputs, exclude))
     texts = training_texts(units, max_bytes, text_field, invalid_utf8)
-    # A piece at a time: the trainer only counts words, and pieces keep every word whole.
+    # In pieces, to save memory: the trainer only counts words, and no word is cut.
     pieces = (piece for text in texts for piece in split_at_words(text))
     fast = _train_bpe(pieces, vocab_size, progress)
-    found = fast.get_vocab_size(with_added_tokens=True)
-    if found < vocab_size:
+    size = fast.get_vocab_size(with_added_tokens=True)
+    if size < vocab_size:
         raise DataError(
-            f"--vocab-size {vocab_size}: the text has only {found - 257} pairs worth merging, which makes {found}; "
-            f"give more text, or --vocab-size {found} or less"
+            f"--vocab-size {vocab_size}: the text has only {size - 257} pairs worth merging, which gives {size} ids; "
+            f"give more text, or --vocab-size {size} or less"
         )
     _save(fast, out)
     encoder = load_encoder(out)
@@ -219,7 +213,7 @@ def train_tokenizer(
 
 
 def training_texts(units: Sequence[Unit], max_bytes: int, text_field: str, invalid_utf8: str) -> Iterator[str]:
-    """Documents for training: of every unit of the input, the first share of `max_bytes` that falls to it."""
+    """The beginning of every unit's text, in proportion to its size and `max_bytes` in all."""
     total = sum(unit.text_bytes for unit in units)
     share = min(1.0, max_bytes / max(total, 1))
     empty = True
@@ -244,7 +238,7 @@ def training_texts(units: Sequence[Unit], max_bytes: int, text_field: str, inval
 def _train_bpe(texts: Iterator[str], vocab_size: int, progress: bool):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    # Other settings of the environment (e.g. after a fork) must not slow training down to one thread.
+    # Without it, training may use one thread only, e.g. after a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     fast = Tokenizer(models.BPE(byte_fallback=False, unk_token=None, fuse_unk=False))
     fast.pre_tokenizer = pre_tokenizers.Sequence(
@@ -266,9 +260,6 @@ def _train_bpe(texts: Iterator[str], vocab_size: int, progress: bool):
 
 
 def _save(fast, out: Path) -> None:
-    from bov_megatron.compat import register_missing_torchvision_ops
-
-    register_missing_torchvision_ops()
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(

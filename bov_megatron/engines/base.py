@@ -8,8 +8,7 @@ a stage that hosts a bank looks values up by token id. So is every context-paral
 from __future__ import annotations
 
 import abc
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,21 +18,20 @@ from torch import Tensor
 
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
-from bov_megatron.model.naming import LocalParameter, local_parameters
-from bov_megatron.parallel import device
+from bov_megatron.optim.optimizer import UpdateResult
+from bov_megatron.parallel.device import device
+from bov_megatron.parallel.parameter import LocalParameter
 from bov_megatron.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did; the same on every rank."""
+    """What one step did; the same on every rank."""
 
     loss: float
     """Mean cross-entropy of the global batch, nats per token, before the update."""
     gradient_norm: float
-    """`nan` where it was not finite or not needed."""
     updated: bool
-    """False if gradients were not finite or the loss was not accepted: weights and optimizer state are untouched."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,8 @@ class Engine(abc.ABC):
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.optimizer = None
-        self._chunks = _build_chunks(recipe)
-
-    @property
-    def chunks(self) -> list[BovModel]:
+        self.chunks = _build_chunks(recipe)
         """This pipeline stage's model: one chunk, or several of an interleaved pipeline."""
-        return self._chunks
 
     @property
     def gradient_seconds(self) -> float | None:
@@ -75,29 +69,48 @@ class Engine(abc.ABC):
         (chunk,) = self.chunks
         return chunk
 
-    def local_parameters(self) -> list[LocalParameter]:
-        """Every parameter of this rank."""
-        return [local for chunk in self.chunks for local in local_parameters(chunk)]
+    @abc.abstractmethod
+    def finish_gather(self) -> None:
+        """Wait until this rank has all weights of the last update. Call it before reading weights past a forward pass,
+        and before writing them."""
 
-    def train_step(
-        self, micro_batches: Sequence[Tensor], accept: Callable[[float], bool] = lambda loss: True
-    ) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one optimizer step.
+    def local_parameters(self) -> list[LocalParameter]:
+        """Every parameter of this rank, with the last update's weights (see `finish_gather`)."""
+        self.finish_gather()
+        return [local for chunk in self.chunks for local in chunk.local_parameters]
+
+    @abc.abstractmethod
+    def forward_backward(self, micro_batches: Sequence[Tensor]) -> Tensor:
+        """Leave the global batch's mean gradient for `update`.
 
         Args:
             micro_batches: this data-parallel rank's share of the global batch, each `[B, T+1]`.
-            accept: called with the loss before the update; False, on all ranks alike, leaves the update out.
+
+        Returns its mean loss in nats per token: one fp64 number on the device, which the host has not waited for.
         """
-        loss = self.forward_backward(micro_batches)
-        if not accept(loss):
-            self._discard_gradients()
-            return StepResult(loss, math.nan, False)
-        update = self.optimizer.step()
-        return StepResult(loss, update.grad_norm, update.applied)
 
     @abc.abstractmethod
-    def forward_backward(self, micro_batches: Sequence[Tensor]) -> float:
-        """Leave the global batch's mean gradient for the optimizer; return its mean loss in nats per token."""
+    def gradient_norm(self) -> Tensor | None:
+        """Global L2 norm of the gradients: one fp64 number on the device, `nan` if any element is not finite;
+        collective. None where only `update` computes it."""
+
+    @abc.abstractmethod
+    def update(self, gradient_norm: float | None = None) -> UpdateResult:
+        """One optimizer step from the gradients at hand, left out where they are not finite; collective.
+
+        Args:
+            gradient_norm: what `gradient_norm()` gave, if it has been read.
+        """
+
+    @abc.abstractmethod
+    def discard_gradients(self) -> None:
+        """Forget gradients that no update is made from; collective."""
+
+    def train_step(self, micro_batches: Sequence[Tensor]) -> StepResult:
+        """Forward, backward and update with nobody to ask: the trainer's step without its agreement."""
+        loss = self.forward_backward(micro_batches)
+        result = self.update()
+        return StepResult(float(loss), result.grad_norm, result.applied)
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[Tensor], bytes_per_token: Tensor, counted: Sequence[Tensor]) -> ScoreResult:
@@ -108,6 +121,7 @@ class Engine(abc.ABC):
             bytes_per_token: UTF-8 bytes of each token id, 0 for special tokens, `[vocab_size]`.
             counted: per micro-batch, True for the rows that count `[B]` (padding rows don't).
         """
+        self.finish_gather()
         for chunk in self.chunks:
             chunk.eval()
         micro_batches, counted = self._fill_groups(micro_batches, counted)
@@ -119,7 +133,7 @@ class Engine(abc.ABC):
             return loss_BT.mean(), torch.stack([nats, sizes.sum().double(), (sizes > 0).sum().double()])
 
         results = self._run(self.chunks, micro_batches, sums, forward_only=True)
-        nats, size, tokens = self._sum_over_data_parallel(results, 3)
+        nats, size, tokens = self._sum_over_data_parallel(results, 3).tolist()
         return ScoreResult(nats, int(size), int(tokens))
 
     @abc.abstractmethod
@@ -132,6 +146,7 @@ class Engine(abc.ABC):
 
         Megatron changes what it is given of `metadata`, and gets a copy.
         """
+        self.finish_gather()
         model = {
             str(number): chunk.sharded_state_dict(metadata=dict(metadata)) for number, chunk in enumerate(self.chunks)
         }
@@ -141,14 +156,11 @@ class Engine(abc.ABC):
 
     def load_state(self, model_state: dict, optimizer_state: dict | None) -> None:
         """Take loaded weights and, with an optimizer, its state (see training/checkpoint.py)."""
+        self.finish_gather()  # weights that arrive later would overwrite those loaded
         for number, chunk in enumerate(self.chunks):
             chunk.load_state_dict(model_state[str(number)])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(optimizer_state)
-
-    @abc.abstractmethod
-    def _discard_gradients(self) -> None:
-        """Forget gradients that no update is made of."""
 
     def _fill_groups(self, micro_batches: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[list, list]:
         """The micro-batches to score, and their rows that count, in as many as the schedule takes."""
@@ -158,16 +170,16 @@ class Engine(abc.ABC):
     def _run(self, chunks: list, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
         """The micro-batches through the model, and back; what `loss_function(labels, losses)` gave beside the loss."""
 
-    def _sum_over_data_parallel(self, results: list[Tensor], width: int) -> list[float]:
+    def _sum_over_data_parallel(self, results: list[Tensor], width: int) -> Tensor:
         """Sum of the last stage's results over micro-batches, data- and context-parallel ranks, on every rank."""
-        total = torch.zeros(width, dtype=torch.float64, device=device.device())
+        total = torch.zeros(width, dtype=torch.float64, device=device())
         if results:
             total += torch.stack(results).double().reshape(-1, width).sum(0)
             dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
-        return total.tolist()
+        return total
 
 
 def _build_chunks(recipe: Recipe) -> list[BovModel]:

@@ -16,9 +16,8 @@ from bov_megatron.engines.base import Engine
 from bov_megatron.model import context_parallel
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.model.bank.host_tables import HostGradients
-from bov_megatron.model.decoder import BovModel
-from bov_megatron.optim.optimizer import BovOptimizer
-from bov_megatron.parallel import device
+from bov_megatron.optim.optimizer import BovOptimizer, UpdateResult
+from bov_megatron.parallel.device import to_device
 from bov_megatron.parallel.timer import DeviceTimer
 from bov_megatron.recipe import Recipe
 from bov_megatron.recipe.quantities import total_steps
@@ -37,22 +36,20 @@ class MegatronEngine(Engine):
     def __init__(self, recipe: Recipe, with_optimizer: bool = True):
         super().__init__(recipe)
         self.wrapped = []
-        self.host_gradients = HostGradients(self.chunks)
+        self.host_gradients = HostGradients(self.local_parameters())
         self._gradient_timer = DeviceTimer()
         if with_optimizer:
             with self.host_gradients.kept_here():
                 self.wrapped = data_parallel.wrap(
-                    self._chunks, recipe.parallel.overlap_grad_reduce, self._finalize_gradients
+                    self.chunks, recipe.parallel.overlap_grad_reduce, self._finalize_gradients
                 )
-            self.optimizer = BovOptimizer(self.wrapped, recipe, total_steps(recipe))
+            self.optimizer = BovOptimizer(self.local_parameters(), recipe, total_steps(recipe), self.chunks)
 
-    @property
-    def chunks(self) -> list[BovModel]:
-        """See Engine. Ask each time that weights are read: updated ones may arrive in the course of the next forward
-        pass only (`parallel.overlap_param_gather`), and this waits for them."""
+    def finish_gather(self) -> None:
+        """See Engine: updated weights may arrive in the course of the next forward pass only
+        (`parallel.overlap_param_gather`)."""
         if self.optimizer is not None:
             self.optimizer.finish_gather()
-        return self._chunks
 
     @property
     def gradient_seconds(self) -> float | None:
@@ -61,8 +58,8 @@ class MegatronEngine(Engine):
             return None
         return self._gradient_timer.seconds()
 
-    def forward_backward(self, micro_batches: Sequence[Tensor]) -> float:
-        """Leave the global batch's mean gradient in `main_grad`; return its mean loss in nats per token."""
+    def forward_backward(self, micro_batches: Sequence[Tensor]) -> Tensor:
+        """See Engine; gradients are left in `main_grad`."""
         self._gradient_timer.start()
         for wrapped in self.wrapped:
             wrapped.train()
@@ -76,7 +73,7 @@ class MegatronEngine(Engine):
 
         losses = self._run(self.wrapped, micro_batches, mean_loss, forward_only=False)
         lookup_ahead.check_settled()
-        return self._sum_over_data_parallel(losses, 1)[0] / (
+        return self._sum_over_data_parallel(losses, 1).squeeze(0) / (
             len(micro_batches) * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         )
 
@@ -85,8 +82,14 @@ class MegatronEngine(Engine):
         touched = (table.main_grad[:rows] != 0).any(dim=1).sum()
         return float(table.detach()[:rows].double().square().sum()), int(touched)
 
-    def _discard_gradients(self) -> None:
-        """Nothing to do: the next `forward_backward` clears the buffers."""
+    def gradient_norm(self) -> Tensor:
+        return self.optimizer.gradient_norm()
+
+    def update(self, gradient_norm: float | None = None) -> UpdateResult:
+        return self.optimizer.step(gradient_norm)
+
+    def discard_gradients(self) -> None:
+        """See Engine. The next `forward_backward` clears the buffers."""
 
     def _finalize_gradients(self, *arguments, **options) -> None:
         """Megatron's reductions after the last backward pass, and those of tables in host memory."""
@@ -108,7 +111,7 @@ class MegatronEngine(Engine):
 
         def forward_step(iterator, chunk):
             ids = next(iterator)  # on the CPU: the model finds its distinct ids without waiting for a GPU
-            labels = device.to_device(context_parallel.take(ids[:, 1:], 1, group).contiguous())
+            labels = to_device(context_parallel.take(ids[:, 1:], 1, group).contiguous())
             return chunk(ids[:, :-1].contiguous(), labels), functools.partial(loss_function, labels)
 
         return get_forward_backward_func()(

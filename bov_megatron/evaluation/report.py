@@ -1,4 +1,4 @@
-"""Everything asked of one export, in one report."""
+"""All scores of an export in one report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.bits_per_byte import read_packed_samples, score_samples
+from bov_megatron.parallel.device import has_gpu
 
 
 def evaluate(
@@ -28,9 +29,9 @@ def evaluate(
     samples appear as the task `packed`. Other arguments as in `lm_eval_tasks.run_tasks`. Raises EvaluationError.
     """
     if not (Path(model_dir) / "config.json").is_file():
-        raise EvaluationError(f"{model_dir} has no config.json; give a folder written by tools/convert.py to-hf")
+        raise EvaluationError(f"{model_dir} has no config.json; give a folder written by `bov convert to-hf`")
     if packed is not None and limit is not None and limit != int(limit):
-        raise EvaluationError(f"--limit {limit} with --packed: packed samples are counted, give a whole number")
+        raise EvaluationError(f"--limit {limit} with --packed: packed samples need a whole number")
     report: dict = {"model": str(model_dir), "scores": {}, "samples": {}}
     if tasks:
         from bov_megatron.evaluation.lm_eval_tasks import run_tasks
@@ -41,31 +42,21 @@ def evaluate(
         )  # fmt: skip
     if packed is not None:
         count = None if limit is None else int(limit)
-        score = score_packed(model_dir, packed, limit=count, batch_size=batch_size, device=device, dtype=dtype)
+        score = _score_packed(model_dir, packed, count, batch_size, device, dtype)
         report["scores"]["packed"] = score
         report["samples"]["packed"] = score.pop("samples")
     return report
 
 
-def score_packed(
-    model_dir: str | Path,
-    folder: str | Path,
-    *,
-    limit: int | None = None,
-    batch_size: int = 8,
-    device: str | None = None,
-    dtype: str = "auto",
+def _score_packed(
+    model_dir: str | Path, folder: str | Path, limit: int | None, batch_size: int, device: str | None, dtype: str
 ) -> dict:
-    """Bits per byte of the export on the first `limit` samples of an MDS folder, with the totals it comes from."""
-    from bov_megatron.compat import register_missing_torchvision_ops
-
-    register_missing_torchvision_ops()
-    import torch
+    """Bits per byte of the export on the first `limit` samples of an MDS folder, with the totals behind it."""
     from transformers import AutoModelForCausalLM
 
     from bov_megatron.data.tokenizer import load_bytes_per_token
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if has_gpu() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(str(model_dir), trust_remote_code=True, dtype=dtype).to(device).eval()
     samples = list(read_packed_samples(folder, limit))
     total = score_samples(model, samples, load_bytes_per_token(model_dir), batch_size)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bov_megatron.model.context_parallel import gather_sequence, stretches
+from bov_megatron.parallel.device import has_gpu
 
 
 class SdpaCoreAttention(torch.nn.Module):
@@ -39,7 +40,7 @@ class SdpaCoreAttention(torch.nn.Module):
         super().__init__()
         self.window = window
         self.cp_group = pg_collection.cp
-        self.flex = kernel == "flex" or (kernel == "auto" and torch.cuda.is_available())
+        self.flex = kernel == "flex" or (kernel == "auto" and has_gpu())
 
     def forward(
         self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask=None, **megatron_options
@@ -112,7 +113,7 @@ def _band(block: int, window: int, dtype: torch.dtype, device: torch.device) -> 
 def _flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if torch.cuda.is_available() else flex_attention
+    return torch.compile(flex_attention, dynamic=False) if has_gpu() else flex_attention
 
 
 @functools.lru_cache(maxsize=8)

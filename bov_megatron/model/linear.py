@@ -38,7 +38,7 @@ def linear_layers(recipe: Recipe) -> tuple[type[nn.Module], type[nn.Module]]:
         raise RecipeError(
             "model.linear_layers=transformer_engine: Transformer Engine "
             + ("is installed but cannot be imported" if present else "is not installed")
-            + "; install it (docs/setup.md), or set model.linear_layers=megatron and train.fp8=none"
+            + "; install it (docs/use/setup.md), or set model.linear_layers=megatron and train.fp8=none"
         )
     oldest = FP8.get(recipe.train.fp8, (None, "2.1"))[1]
     if not is_te_min_version(oldest):

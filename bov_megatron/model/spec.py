@@ -18,6 +18,7 @@ from bov_megatron.model.attention import ValueSourceAttention, ValueSourceLayer
 from bov_megatron.model.core_attention import SdpaCoreAttention
 from bov_megatron.model.linear import fp8_settings, linear_layers
 from bov_megatron.model.norm import WeightlessRMSNorm
+from bov_megatron.parallel.device import has_gpu
 from bov_megatron.recipe import ParallelConfig, Recipe
 from bov_megatron.recipe.pipeline import megatron_layout
 
@@ -55,7 +56,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         **_recomputation(layout),
         **fp8_settings(recipe),
         perform_initialization=False,  # model/initialization.py does it, independent of the layout
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=not has_gpu(),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,

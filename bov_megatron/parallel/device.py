@@ -1,63 +1,40 @@
-"""Running Megatron-core where there is no GPU: the few places that assume CUDA, answered for the CPU.
-
-Nothing here is active on a machine with a GPU. Megatron-core 0.16.1 allocates on
-`torch.cuda.current_device()`, reads and writes the CUDA random state around recomputation, compiles small
-functions, and synchronises the device between pipeline messages. On a CPU those are, in turn: the CPU, the
-CPU's random state, the functions as they are, and nothing.
-"""
+"""The device of this rank. The only place that asks whether there is a GPU."""
 
 from __future__ import annotations
 
-import os
+import platform
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def device() -> torch.device:
-    """The device of this rank: its current GPU, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """Where this rank's tensors live: its current GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def device_name() -> str:
+    """The GPU's name as its driver gives it, or the CPU's architecture."""
+    return torch.cuda.get_device_name() if has_gpu() else f"CPU, {platform.machine()}"
+
+
+def select_gpu(local_rank: int) -> None:
+    """Make GPU `local_rank` of this node the current one. Does nothing without a GPU."""
+    if has_gpu():
+        # Slurm may show each task only its own GPU.
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` on this rank's device. Copied through pinned memory: from any other the host waits for the GPU."""
-    if tensor.is_cuda or not torch.cuda.is_available():
+    if tensor.is_cuda or not has_gpu():
         return tensor
     return tensor.pin_memory().to(device(), non_blocking=True)
 
 
 def backend() -> str:
     """The torch.distributed backend for this machine."""
-    return "nccl" if torch.cuda.is_available() else "gloo"
-
-
-class _CudaMeansCpu(TorchFunctionMode):
-    """Turns `device="cuda"` into `device="cpu"` in every torch function called inside."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
-
-
-def enable() -> None:
-    """Make Megatron-core run on this machine's CPU. Does nothing on a GPU, or when called again."""
-    if torch.cuda.is_available() or getattr(torch.cuda, "_bov_cpu_seam", False):
-        return
-    torch.cuda._bov_cpu_seam = True
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when imported
-    torch._dynamo.config.disable = True  # jit_fuser compiles: minutes on a CPU, for nothing
-    torch.cuda.current_device = lambda: "cpu"
-    torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # data-parallel ranks exchanging a checkpoint's tensors
-    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(
-        state
-    )
-
-    from megatron.core.tensor_parallel import random
-
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    mode = _CudaMeansCpu()
-    mode.__enter__()
+    return "nccl" if has_gpu() else "gloo"

@@ -6,13 +6,15 @@ import time
 
 import torch
 
+from bov_megatron.parallel.device import has_gpu
+
 
 class DeviceTimer:
     """Time between `start` and `stop` on this rank's device: on a GPU between two points of its stream, since the
     program itself runs ahead; on a CPU by the clock."""
 
     def __init__(self):
-        self._on_gpu = torch.cuda.is_available()
+        self._on_gpu = has_gpu()
         self._started = self._stopped = None
 
     def start(self) -> None:

@@ -54,6 +54,12 @@ class ValueConfig:
     def facts(self) -> ValueSourceFacts:
         return VALUE_SOURCES[self.source]
 
+    def rows_sent_ahead(self, tensor_model_parallel_size: int) -> bool:
+        """Whether the tables' distinct rows are sent ahead of the layers that read them."""
+        exchanged = tensor_model_parallel_size > 1 and self.table_partition == "vocab"
+        ahead = self.table_memory == "host" or (self.lookup == "distinct" and exchanged)
+        return self.facts.has_table and ahead
+
 
 @dataclass
 class ModelConfig:

@@ -10,20 +10,19 @@ from bov_megatron.data.loader import TrainBatch
 from bov_megatron.data.order import SkippedBatches
 from bov_megatron.errors import TrainingError
 from bov_megatron.recipe import HealthConfig
-from bov_megatron.training.callbacks.base import Callback
 from bov_megatron.training.spikes import SpikeDetector
 
 
-class Verdict(enum.IntEnum):
-    """On a step, before its update; of several ranks' verdicts the highest counts."""
+class Verdict(enum.Enum):
+    """On a step, before its update."""
 
-    TAKE = 0
-    SPIKE = 1
-    NOT_FINITE = 2
+    TAKE = enum.auto()
+    SPIKE = enum.auto()
+    NOT_FINITE = enum.auto()
 
 
-class Health(Callback):
-    """Judges each step's loss before the update, and ends a run that skips too many steps.
+class Health:
+    """Judges each step before its update, and ends a run that skips too many steps.
 
     Steps whose loss or gradients are not finite are skipped; those whose loss is a spike as `health.on_spike` says. A
     skipped step changes neither weights nor optimizer state. Its line of metrics says `skipped` and, as that of a
@@ -43,7 +42,7 @@ class Health(Callback):
         """Of the whole run: `number` (from 1), `reason`, `from_step`, `to_step`, `first_batch`, `last_batch`."""
         self._take(state or {})
         self.verdict = Verdict.TAKE
-        """What all ranks agreed on for the step at hand."""
+        """On the step at hand; the same on every rank, as all judge the same numbers."""
         self._deviations = 0.0
 
     def _take(self, state: dict[str, Any]) -> None:
@@ -66,12 +65,16 @@ class Health(Callback):
         """What roll backs have left out of the data's order: 0-based places (first, last) of batches."""
         return [(one["first_batch"], one["last_batch"]) for one in self.rollbacks]
 
-    def judge(self, loss: float) -> Verdict:
-        """This rank's verdict on the step with this loss."""
+    def judge(self, loss: float, gradient_norm: float = 0.0) -> Verdict:
+        """The verdict on a step, by numbers that all ranks have agreed on; `gradient_norm` only where it is known."""
         self._deviations = self.detector.deviations(loss)
-        if not math.isfinite(loss):
-            return Verdict.NOT_FINITE
-        return Verdict.SPIKE if self._is_spike() and self.config.on_spike != "warn" else Verdict.TAKE
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            self.verdict = Verdict.NOT_FINITE
+        elif self._is_spike() and self.config.on_spike != "warn":
+            self.verdict = Verdict.SPIKE
+        else:
+            self.verdict = Verdict.TAKE
+        return self.verdict
 
     def must_roll_back(self, record: dict[str, Any]) -> bool:
         """Whether the step that was just left out is one to go back for; the same on every rank."""
@@ -121,7 +124,11 @@ class Health(Callback):
         of_the_step |= {"spike_deviations": self._deviations, "sample_ids": batch.ids_B2.tolist()}
         return {"step": to_step, "rollback": {**told, **of_the_step}}
 
-    def after_step(self, trainer, record):
+    def note(self, record: dict[str, Any], batch: TrainBatch) -> None:
+        """Remember a step, and add to its line of metrics what was wrong with it.
+
+        Raises TrainingError where that has happened too often.
+        """
         spike = self._is_spike() or self.verdict is Verdict.SPIKE
         if spike:
             record["spike_deviations"] = self._deviations
@@ -130,7 +137,7 @@ class Health(Callback):
         else:  # where the verdict was to take it, the optimizer found gradients that are not finite
             record["skipped"] = "spike" if self.verdict is Verdict.SPIKE else "not finite"
         if spike or not record["updated"]:
-            record["sample_ids"] = trainer.batch.ids_B2.tolist()
+            record["sample_ids"] = batch.ids_B2.tolist()
         self._check_patience(record)
         self._check_limit(record)
 

@@ -1,24 +1,21 @@
-"""Loss curves of finished or running runs, from their metrics files."""
+"""Plots of loss curves from runs' metrics files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from bov_megatron.training.callbacks.metrics_file import METRICS_FILE, read_lines
+from bov_megatron.lifecycle import run_folder
+from bov_megatron.training.callbacks.metrics_file import read_lines
 
 COLOURS = ("#1f6f8b", "#d1603d", "#5b8c5a", "#7a5c99", "#b8860b", "#555555")
-"""One per run, in order; distinguishable without red against green."""
+"""One per run, in order; distinguishable with red-green blindness."""
 
 
 def plot_runs(runs: Mapping[str, Path], out: Path, title: str) -> Path:
-    """Training loss and validation bits per byte of several runs against tokens seen, as one PNG.
+    """Plot training loss and validation bits per byte against tokens, of several runs, to the PNG `out`.
 
-    Args:
-        runs: label -> run folder with a metrics.jsonl.
-        out: the PNG to write.
-
-    Raises ValueError for a run without metrics.
+    `runs` maps labels to run folders. Raises ValueError for a run without metrics.
     """
     import matplotlib
 
@@ -27,15 +24,16 @@ def plot_runs(runs: Mapping[str, Path], out: Path, title: str) -> Path:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for colour, (label, run_dir) in zip(COLOURS, runs.items(), strict=False):
-        # A loss that was not finite is stored as null; a roll back has none.
-        lines = [line for line in read_lines(run_dir / METRICS_FILE) if line.get("loss") is not None]
+        recorded = read_lines(run_dir / run_folder.METRICS)
+        # A loss that was not finite is stored as null; lines that are no step's have none.
+        lines = [line for line in recorded if line.get("loss") is not None]
         if not lines:
-            raise ValueError(f"{run_dir} has no {METRICS_FILE} with a complete line")
+            raise ValueError(f"{run_dir} has no {run_folder.METRICS} with a complete line")
         tokens = [line["tokens"] for line in lines]
         losses = [line["loss"] for line in lines]
         left.plot(tokens, losses, color=colour, alpha=0.35, linewidth=0.8)
         left.plot(tokens, _smooth(losses), color=colour, linewidth=1.8, label=label)
-        scored = [line for line in lines if "validation_bits_per_byte" in line]
+        scored = [line for line in recorded if "validation_bits_per_byte" in line]
         bits = [line["validation_bits_per_byte"] for line in scored]
         right.plot([line["tokens"] for line in scored], bits, color=colour, marker="o", markersize=4, label=label)
         if bits:
@@ -57,7 +55,7 @@ def plot_runs(runs: Mapping[str, Path], out: Path, title: str) -> Path:
 
 
 def _smooth(values: list[float], width: int = 9) -> list[float]:
-    """Mean over `width` neighbouring steps, fewer at both ends: a running average would lag behind the curve."""
+    """Centred moving average over `width` steps, fewer at both ends."""
     half = width // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]

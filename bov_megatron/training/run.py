@@ -6,8 +6,6 @@ import contextlib
 import functools
 import shutil
 import sys
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,25 +17,24 @@ from bov_megatron.checkpoint import compatibility
 from bov_megatron.data.loader import TrainLoader, ValidationLoader
 from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
-from bov_megatron.errors import DataError, RecipeError, RunFolderError
-from bov_megatron.lifecycle import exit_status
+from bov_megatron.errors import DataError, ThisRankError
+from bov_megatron.lifecycle import exit_status, run_folder
 from bov_megatron.lifecycle.interruption import StopReason, StopRequest, StopSignals
 from bov_megatron.lifecycle.lease import Lease
 from bov_megatron.lifecycle.watchdog import Watchdog
 from bov_megatron.parallel import process_groups
+from bov_megatron.parallel.agreement import on_all_ranks
 from bov_megatron.parallel.launch import World
 from bov_megatron.recipe import Recipe
 from bov_megatron.training.callbacks.checkpoints import Checkpoints
 from bov_megatron.training.callbacks.metrics_file import MetricsFile
 from bov_megatron.training.callbacks.progress import Progress
+from bov_megatron.training.callbacks.slowest_rank import SlowestRank
 from bov_megatron.training.callbacks.validation import Validation
 from bov_megatron.training.callbacks.value_statistics import ValueStatistics
 from bov_megatron.training.callbacks.wandb import Wandb
 from bov_megatron.training.health import Health
 from bov_megatron.training.trainer import Trainer
-
-RECIPE_FILE, TOKENIZER_FOLDER = "recipe.yaml", "tokenizer"
-T = TypeVar("T")
 
 
 def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
@@ -45,14 +42,17 @@ def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
 
     Returns NONE where all is done, else what ended the run early, after a checkpoint of the steps done.
 
-    Raises RecipeError, DataError, CheckpointError or RunFolderError with the remedy where the run cannot start.
+    Raises BovError with the remedy: the same on every rank, or a ThisRankError.
     """
     stop_request = StopRequest(signals, recipe.train.max_minutes)
     process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
     watchdog = Watchdog(recipe.run_dir, world.rank, recipe.health.hang_minutes)
     with _run_folder(recipe) as lease, watchdog, _trainer(recipe, stop_request, watchdog) as trainer:
         stop_request.watch(lease)
-        trainer.fit()
+        try:
+            trainer.fit()
+        except DataError as error:  # a shard, which other ranks need not read
+            raise ThisRankError(str(error)) from error
     reason = StopReason.NONE if trainer.done else trainer.stop_reason
     if world.rank == 0:
         exit_status.report(errors.INTERRUPTED if reason else errors.DONE)
@@ -68,7 +68,7 @@ def _run_folder(recipe: Recipe):
     """The run folder, held by rank 0 for all; collective."""
     lease = Lease(recipe.run_dir)
     with contextlib.ExitStack() as stack:
-        _on_all_ranks(lambda: stack.enter_context(lease) if dist.get_rank() == 0 else None)
+        on_all_ranks(lambda: stack.enter_context(lease) if dist.get_rank() == 0 else None)
         yield lease
 
 
@@ -78,7 +78,7 @@ def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
     engine = build_engine(recipe)
     start = _resume(engine)
     health = Health(recipe.health, start.extra.get("health") if start else None)
-    train_loader, validation_loader = _on_all_ranks(lambda: _open_data(recipe, start, health))
+    train_loader, validation_loader = on_all_ranks(lambda: _open_data(recipe, start, health))
     with train_loader:
         _announce(recipe, start, train_loader)
         yield Trainer(
@@ -87,7 +87,7 @@ def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
             [
                 Validation(validation_loader, recipe.validation.interval),
                 ValueStatistics(recipe.logging.table_interval),
-                health,
+                SlowestRank(recipe.logging.interval),
                 Progress(recipe.logging.print_interval),
                 Wandb(recipe.run_dir, recipe.logging.wandb, recipe.logging.wandb_project),
                 MetricsFile(recipe.run_dir, recipe.logging.interval),
@@ -100,7 +100,7 @@ def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
             reload=functools.partial(_resume, engine),
             stop_request=stop_request,
             alive=watchdog.alive,
-            unfinished=start.extra.get("unfinished") if start else None,
+            validation_owed=_validation_owed(start),
         )
 
 
@@ -109,28 +109,14 @@ def _resume(engine: Engine) -> checkpoint.Loaded | None:
     path = checkpoint.newest_valid(engine.recipe.run_dir)
     if path is None:
         return None
-    stored = _on_all_ranks(lambda: checkpoint.read_run(path))
+    stored = on_all_ranks(lambda: checkpoint.read_run(path))
     compatibility.check_same_data_order(stored["recipe"], engine.recipe, path)
-    return _on_all_ranks(lambda: checkpoint.load(engine, path))
+    return on_all_ranks(lambda: checkpoint.load(engine, path))
 
 
-def _on_all_ranks(function: Callable[[], T]) -> T:
-    """`function()` on every rank; collective. Where it raises on any, all raise the first such rank's error, so that
-    none is left waiting for the others and the reason is said once, whichever node it is on."""
-    result, error = None, None
-    try:
-        result = function()
-    except (RecipeError, DataError, checkpoint.CheckpointError, RunFolderError) as raised:
-        error = raised
-    errors: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for rank, raised in enumerate(errors):
-        if raised is not None:
-            where = f" (on rank {rank})" if rank else ""
-            same = type(raised)(f"{raised}{where}")
-            same.on_all_ranks = True
-            raise same from error
-    return result
+def _validation_owed(start: checkpoint.Loaded | None) -> bool:
+    # Before version 0.2 the line of the step was stored instead.
+    return start is not None and bool(start.extra.get("validation_owed") or start.extra.get("unfinished"))
 
 
 def _open_data(recipe: Recipe, start: checkpoint.Loaded | None, health: Health) -> tuple[TrainLoader, ValidationLoader]:
@@ -175,8 +161,8 @@ def _announce(recipe: Recipe, start: checkpoint.Loaded | None, loader: TrainLoad
         return
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
     # The run folder is enough to convert it, wherever the data goes.
-    shutil.copytree(loader.data_sets[0].tokenizer_folder, recipe.run_dir / TOKENIZER_FOLDER, dirs_exist_ok=True)
-    (recipe.run_dir / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    shutil.copytree(loader.data_sets[0].tokenizer_folder, recipe.run_dir / run_folder.TOKENIZER, dirs_exist_ok=True)
+    (recipe.run_dir / run_folder.RECIPE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     layout = recipe.parallel
     ranks = (
         f"{dist.get_world_size()} ranks: tensor {layout.tensor_model_parallel_size} × pipeline "

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
-import torch
-
+from bov_megatron.parallel.device import device_name
 from bov_megatron.recipe import Recipe
 from bov_megatron.recipe.quantities import flops_per_token
 
@@ -22,10 +21,8 @@ PEAK_BF16_FLOPS = {
 
 def peak_flops(recipe: Recipe) -> float | None:
     """Peak FLOP/s of this rank's device: `logging.peak_flops`, or the table's, or None where unknown (a CPU)."""
-    if recipe.logging.peak_flops or not torch.cuda.is_available():
-        return recipe.logging.peak_flops
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    name = device_name()
+    return recipe.logging.peak_flops or next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
 
 
 class Throughput:

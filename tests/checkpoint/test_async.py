@@ -121,7 +121,7 @@ def continuing_rank(rank, world_size, folder):
 def losing_writers_rank(rank, world_size, arguments):
     """The run, one of whose second rank's writers is killed."""
     from bov_megatron import train as command
-    from bov_megatron.checkpoint import background
+    from bov_megatron.checkpoint import background, saving
 
     writers = []
 
@@ -133,10 +133,8 @@ def losing_writers_rank(rank, world_size, arguments):
                 os.kill(self.pid, signal.SIGTERM)  # which is not for it
                 os.kill(self.pid, signal.SIGKILL)
 
-    from bov_megatron import checkpoint
-
     slow_writes(0.2)
-    checkpoint.BackgroundWriter = Killed
+    saving.BackgroundWriter = Killed
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         code = command.main([SMOKE, *arguments])
     return code, stderr.getvalue()
@@ -155,12 +153,13 @@ def test_a_writer_that_dies_fails_its_save_alone(prepared_data, tmp_path):
 
 def pruning_rank(rank, world_size, folder):
     from bov_megatron import checkpoint
+    from bov_megatron.lifecycle import run_folder
 
     engine = start_engine(rank, world_size)
     for step in range(1, 5):
         checkpoint.begin_save(engine, folder, step, keep_last=1, extra={}, keep_every=2).finish()
-        assert checkpoint.list_checkpoints(folder)[-1][0] == step
-    return [step for step, _ in checkpoint.list_checkpoints(folder)]
+        assert run_folder.list_checkpoints(folder)[-1][0] == step
+    return [step for step, _ in run_folder.list_checkpoints(folder)]
 
 
 def test_old_ones_are_removed(tmp_path):

@@ -28,11 +28,11 @@ def names(run_dir):
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
-# Where a save is cut short: (function of the checkpoint module, whether after it instead of before, survivor's step)
+# Where a save is cut short: (function of checkpoint.saving, whether after it instead of before, survivor's step)
 CRASHES = {
-    "nothing written yet": ("_sharded_state", False, 1),
+    "nothing written yet": ("sharded_state", False, 1),
     "written, not flushed": ("_publish", False, 1),
-    "half flushed": ("_flush", True, 1),
+    "half flushed": ("flush", True, 1),
     "renamed, old ones not removed": ("_publish", True, 2),
     "removing old ones": ("shutil.rmtree", False, 2),
 }
@@ -43,10 +43,11 @@ def crashing_rank(rank, world_size, run_dir, function, after):
     import signal
 
     from bov_megatron import checkpoint
+    from bov_megatron.checkpoint import saving
 
     engine = start_engine(rank, world_size)
     checkpoint.save(engine, run_dir, 1, keep_last=1, extra={})
-    owner = checkpoint
+    owner = saving
     for part in function.split(".")[:-1]:
         owner = getattr(owner, part)
     name = function.split(".")[-1]
@@ -64,9 +65,10 @@ def crashing_rank(rank, world_size, run_dir, function, after):
 def continuing_rank(rank, world_size, run_dir):
     """What is found after the crash, and what there is after one more save."""
     from bov_megatron import checkpoint
+    from bov_megatron.lifecycle import run_folder
 
     engine = start_engine(rank, world_size)
-    found = checkpoint.load(engine, checkpoint.latest_checkpoint(run_dir)).step
+    found = checkpoint.load(engine, run_folder.latest_checkpoint(run_dir)).step
     checkpoint.save(engine, run_dir, 3, keep_last=1, extra={})
     return found
 
@@ -83,12 +85,13 @@ def test_a_crash_while_saving_hides_no_checkpoint(tmp_path, crash):
 
 def keeping_rank(rank, world_size, run_dir, keep_every):
     from bov_megatron import checkpoint
+    from bov_megatron.lifecycle import run_folder
 
     engine = start_engine(rank, world_size)
     listed = []
     for step in (5, 10, 15, 15, 20, 25):
         checkpoint.save(engine, run_dir, step, keep_last=2, extra={}, keep_every=keep_every)
-        listed.append([step for step, _ in checkpoint.list_checkpoints(run_dir)])
+        listed.append([step for step, _ in run_folder.list_checkpoints(run_dir)])
     return listed
 
 
@@ -119,6 +122,8 @@ DAMAGES = {
 def refusing_rank(rank, world_size, run_dir):
     """Error of each kind of damage, of another model, another optimizer, another format."""
     from bov_megatron import checkpoint
+    from bov_megatron.checkpoint import writing
+    from bov_megatron.errors import CheckpointError
 
     engine = start_engine(rank, world_size)
     engine.train_step(my_micro_batches(engine.recipe, batch(0)))
@@ -135,10 +140,10 @@ def refusing_rank(rank, world_size, run_dir):
         path = run_dir / name
         shutil.copytree(whole, path)
         damage(path)
-        note(name, checkpoint.CheckpointError, path)
-    checkpoint.FORMAT_VERSION = 3
-    note("another format", checkpoint.CheckpointError, whole)
-    checkpoint.FORMAT_VERSION = 2
+        note(name, CheckpointError, path)
+    writing.FORMAT_VERSION = 3
+    note("another format", CheckpointError, whole)
+    writing.FORMAT_VERSION = 2
     recipe = engine.recipe
     for name, changed in {
         "another model": tiny_recipe(rotary_base=5.0),

@@ -60,10 +60,11 @@ def save_and_go_on(recipe: Recipe, folder: Path) -> list[float]:
 
 def go_on(recipe: Recipe, folder: Path) -> list[float]:
     from bov_megatron import checkpoint
+    from bov_megatron.lifecycle import run_folder
 
     engine = build(recipe)
     step(engine, 7)  # the state that is loaded replaces another
-    assert checkpoint.load(engine, checkpoint.latest_checkpoint(folder)).step == SAVED_AT
+    assert checkpoint.load(engine, run_folder.latest_checkpoint(folder)).step == SAVED_AT
     assert engine.optimizer.step_count == SAVED_AT
     return more_steps(engine)
 

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,7 +94,7 @@ def test_metrics_wait_for_space(small_disk, monkeypatch, capsys):
     monkeypatch.setattr(metrics_file.dist, "get_rank", lambda: 0)
 
     class Trainer:
-        step, unfinished, rollbacks = 4, None, 0
+        step, validation_owed, health = 4, False, SimpleNamespace(rollbacks=[])
 
         def is_due(self, interval):
             return True

@@ -53,12 +53,13 @@ def saving_rank(rank, world_size, recipe_dict, folder):
 def loading_rank(rank, world_size, recipe_dict, folder):
     from bov_megatron import checkpoint
     from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.lifecycle import run_folder
     from bov_megatron.parallel import process_groups
 
     recipe = recipe_from_dict(recipe_dict)
     process_groups.initialize(recipe, rank, world_size)
     engine = MegatronEngine(recipe)
-    loaded = checkpoint.load(engine, checkpoint.latest_checkpoint(folder))
+    loaded = checkpoint.load(engine, run_folder.latest_checkpoint(folder))
     assert (loaded.step, loaded.extra) == (SAVED_AT, {"note": "kept"})
     return train(engine, SAVED_AT, MORE_STEPS)
 

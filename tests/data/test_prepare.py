@@ -137,7 +137,7 @@ def test_killed_in_the_middle_then_run_again_equals_undisturbed(library, tokeniz
     process.join()
     time.sleep(0.5)  # workers notice that their parent is gone
     assert not (killed / "manifest.json").exists(), "must be killed in the middle"
-    with pytest.raises(DataError, match=r"no manifest\.json, so it is not complete; run tools/prepare_data.py again"):
+    with pytest.raises(DataError, match=r"no manifest\.json, so it is not complete; run `bov prepare-data` again"):
         read_manifest(killed)
     with pytest.raises(DataError, match=r"unfinished data set begun with sequence_length=128 \(now 64\)"):
         prepare(inputs, tokenizer_folder, killed, **options, sequence_length=64)
@@ -246,7 +246,7 @@ def test_large_vocabularies_are_stored_as_uint32(library, tmp_path):
         ({"invalid_utf8": "ignore"}, "--invalid-utf8 ignore: choose"),
         ({"tokenizer": "/nowhere"}, "--tokenizer /nowhere: no tokenizer.json"),
         ({"inputs": ["/nowhere/*.txt"]}, r"/nowhere/\*.txt does not exist"),
-        ({"sequence_length": 10**7, "shard_bytes": 1 << 31}, "makes no training sample: .* smaller --sequence-length"),
+        ({"sequence_length": 10**7, "shard_bytes": 1 << 31}, "gives no training sample: .* smaller --sequence-length"),
         ({"validation_fraction": 1e-9}, "held-out split has no sample: 0 documents.*raise --validation-fraction"),
     ],
 )
@@ -259,5 +259,5 @@ def test_bad_options_are_refused(library, tokenizer_folder, tmp_path, options, m
 
 def test_empty_corpus_is_refused(tokenizer_folder, tmp_path):
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(DataError, match=r"makes no training sample: 0 documents.*\(1 empty documents\)"):
+    with pytest.raises(DataError, match=r"gives no training sample: 0 documents.*\(1 empty documents\)"):
         prepare([tmp_path / "a.txt"], tokenizer_folder, tmp_path / "d")

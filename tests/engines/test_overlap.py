@@ -27,9 +27,9 @@ def weights(engine):
 
 
 def sharded_state(engine):
-    from bov_megatron.checkpoint import _sharded_state
+    from bov_megatron.checkpoint import writing
 
-    state = _sharded_state(engine)["model"]
+    state = writing.sharded_state(engine)["model"]
     return [parameter.detach().clone() for chunk in state.values() for parameter in _tensors(chunk)]
 
 
@@ -82,6 +82,7 @@ def seen_in_run(recipe: Recipe, folder) -> dict:
     """Losses, gradients of every step, what the readers read, and the same of steps after a resume."""
     from bov_megatron import checkpoint
     from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.lifecycle import run_folder
 
     engine, seen = MegatronEngine(recipe), {}
     load_weights(engine, random_weights(recipe.model))
@@ -91,10 +92,10 @@ def seen_in_run(recipe: Recipe, folder) -> dict:
     take_step(engine, len(READERS), seen)
     checkpoint.save(engine, folder, 1, keep_last=1, extra={})
     resumed = MegatronEngine(recipe)
-    checkpoint.load(resumed, checkpoint.latest_checkpoint(folder))
+    checkpoint.load(resumed, run_folder.latest_checkpoint(folder))
     for step in range(2):
         take_step(resumed, 10 + step, seen)
-    checkpoint.load(resumed, checkpoint.latest_checkpoint(folder))  # as a roll back does, over weights under way
+    checkpoint.load(resumed, run_folder.latest_checkpoint(folder))  # as a roll back does, over weights under way
     take_step(resumed, 20, seen)
     seen["weights"] = weights(resumed)
     return seen
@@ -187,7 +188,7 @@ def rows_sent_before_they_are_there():
 def readers_do_not_wait():
     from bov_megatron.engines.megatron import MegatronEngine
 
-    MegatronEngine.chunks = property(lambda self: self._chunks)
+    MegatronEngine.finish_gather = lambda self: None
 
 
 @pytest.mark.parametrize(

@@ -176,5 +176,5 @@ def test_bad_inputs_are_refused():
         model(inputs_embeds=torch.zeros(1, 2, 32))
     with pytest.raises(ValueError, match="attention_mask must be"):
         model(random_ids(1, 4), attention_mask=torch.ones(1, 1, 4, 4))
-    with pytest.raises(ValueError, match="must cover those too"):
+    with pytest.raises(ValueError, match="including cached ones, which it must cover too"):
         model(random_ids(1, 4), attention_mask=torch.ones(1, 3))

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bov_megatron.data.cache import LOCK_FOLDER, import_streaming
+from bov_megatron.data.cache import LOCK_FOLDER
 from tests.support.launcher import Launch
 from tests.support.runs import overrides
 
@@ -34,7 +34,6 @@ def segments_of(processes: set[int]) -> list[str]:
 @pytest.fixture
 def stale_segments():
     """Shared memory as a killed run of StreamingDataset leaves it, which stops that program's next start."""
-    import_streaming()
     from streaming.base.constant import SHM_TO_CLEAN
 
     paths = [Path(f"/dev/shm/{prefix:06}_{name}") for prefix in (0, 1) for name in SHM_TO_CLEAN]

@@ -28,6 +28,7 @@ def poisoned_rank(rank, world_size, arguments, victim, numbers):
 
     from bov_megatron import train as command
     from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.training.trainer import Trainer
 
     poisoned, changed = {}, []
 
@@ -49,16 +50,16 @@ def poisoned_rank(rank, world_size, arguments, victim, numbers):
         config.finalize_model_grads_func = finalize_poisoned
         loss = original(self, micro_batches)
         config.finalize_model_grads_func = finalize
-        return float("nan") if rank == victim and bad_loss else loss
+        return loss * float("nan") if rank == victim and bad_loss else loss
 
     def train_step(self, *positional):
-        before = state(self)
+        before = state(self.engine)
         result = whole_step(self, *positional)
-        changed.append(not all(torch.equal(a, b) for a, b in zip(before, state(self), strict=True)))
+        changed.append(not all(torch.equal(a, b) for a, b in zip(before, state(self.engine), strict=True)))
         return result
 
     original, MegatronEngine.forward_backward = MegatronEngine.forward_backward, forward_backward
-    whole_step, MegatronEngine.train_step = MegatronEngine.train_step, train_step
+    whole_step, Trainer.train_step = Trainer.train_step, train_step
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         code = command.main([SMOKE, *arguments])
     return code, stderr.getvalue(), poisoned, changed

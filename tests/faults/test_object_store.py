@@ -129,10 +129,10 @@ def test_killed_while_downloading(start, store, tmp_path, undisturbed, say):
 @pytest.mark.parametrize(
     "changes, environ, reason",
     [
-        ([], {"AWS_SECRET_ACCESS_KEY": "wrong"}, "HTTP status 403 (credentials are wrong"),
+        ([], {"AWS_SECRET_ACCESS_KEY": "wrong"}, "HTTP status 403 (wrong credentials"),
         ([], {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "NoCredentialsError"),
-        (["data.remote=s3://no-such-bucket/set"], {}, "HTTP status 404 (not there)"),
-        ([f"data.remote=s3://{BUCKET}/no/such/folder"], {}, "HTTP status 404 (not there)"),
+        (["data.remote=s3://no-such-bucket/set"], {}, "HTTP status 404 (not found)"),
+        ([f"data.remote=s3://{BUCKET}/no/such/folder"], {}, "HTTP status 404 (not found)"),
     ],
     ids=["wrong key", "no key", "no bucket", "no folder"],
 )
@@ -148,15 +148,15 @@ def test_refused_at_the_start(start, tmp_path, say, changes, environ, reason):
 
 
 def slow_steps(rank: int) -> None:
-    from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.training.trainer import Trainer
 
-    train_step = MegatronEngine.train_step
+    train_step = Trainer.train_step
 
     def slowly(*positional):
         time.sleep(0.3)
         return train_step(*positional)
 
-    MegatronEngine.train_step = slowly
+    Trainer.train_step = slowly
 
 
 def test_told_to_end_while_it_is_away(start, store, tmp_path, undisturbed, say):

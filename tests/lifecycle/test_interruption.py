@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from bov_megatron import checkpoint
+from bov_megatron.lifecycle import run_folder
 from bov_megatron.lifecycle.interruption import StopReason, StopRequest, StopSignals
 from tests.support.distributed import run_ranks
 from tests.support.runs import SMOKE, metrics, overrides, train
@@ -74,17 +74,23 @@ def test_validation_is_abandoned_and_made_good(prepared_data, tmp_path, undistur
     results = run_ranks(stopped_rank, 2, arguments, "score", at_call)
     assert [(code, calls) for code, _, calls in results] == [(143, at_call)] * 2, "no more is scored"
     assert "stopped by SIGUSR1, all steps done are saved" in results[0][1]
-    assert checkpoint.latest_checkpoint(tmp_path).name == f"step_{at_step:08d}"
+    assert run_folder.latest_checkpoint(tmp_path).name == f"step_{at_step:08d}"
     lines = metrics(tmp_path)
     assert len(lines) == at_step and "validation_bits_per_byte" not in lines[-1]
     assert f"resuming after step {at_step}" in train(2, arguments)
-    assert metrics(tmp_path) == undisturbed
+    made_good = metrics(tmp_path)[at_step]
+    assert made_good["step"] == at_step and "loss" not in made_good, "a line of its own"
+    lines = metrics(tmp_path)
+    lines[at_step - 1] |= lines.pop(at_step)
+    assert lines == undisturbed
+    train(2, arguments)
+    assert len(metrics(tmp_path)) == len(undisturbed) + 1, "owed once"
 
 
 def test_before_the_first_step_there_is_nothing_to_save(prepared_data, tmp_path, undisturbed):
     arguments = overrides(prepared_data, tmp_path, "checkpoint.interval=0")
     assert [code for code, *_ in run_ranks(stopped_rank, 2, arguments, "__init__", 1)] == [143, 143]
-    assert checkpoint.latest_checkpoint(tmp_path) is None
+    assert run_folder.latest_checkpoint(tmp_path) is None
     assert "from the beginning" in train(2, arguments)
     assert metrics(tmp_path) == undisturbed
 

@@ -11,14 +11,15 @@ import pytest
 
 from bov_megatron.errors import RunFolderError
 from bov_megatron.lifecycle import lease as module
-from bov_megatron.lifecycle.lease import LEASE_FILE, Lease, read_holder
+from bov_megatron.lifecycle import run_folder
+from bov_megatron.lifecycle.lease import Lease, read_holder
 from tests.support.runs import launch, overrides, train
 
 FAST = {"beat_seconds": 0.1, "stale_seconds": 1.0, "environ": {}}
 HOLDING = """
 import sys, time
 from pathlib import Path
-from bov_megatron.training.lease import Lease
+from bov_megatron.lifecycle.lease import Lease
 with Lease(Path(sys.argv[1]), beat_seconds=0.1, environ={}):
     print("held", flush=True)
     time.sleep(60)
@@ -46,10 +47,10 @@ def test_refused_at_once_while_the_holder_lives(tmp_path, other):
     with pytest.raises(RunFolderError) as refused, Lease(tmp_path, environ={}):
         pass
     assert time.monotonic() - started < 2
-    holder = read_holder(tmp_path / LEASE_FILE)
+    holder = read_holder(tmp_path / run_folder.LEASE)
     for part in (str(tmp_path), f"process {other.pid}", holder.host, f"since {holder.since}", "name=…"):
         assert part in str(refused.value)
-    assert read_holder(tmp_path / LEASE_FILE).process == other.pid, "the refused one leaves it alone"
+    assert read_holder(tmp_path / run_folder.LEASE).process == other.pid, "the refused one leaves it alone"
 
 
 def test_taken_over_at_once_from_a_killed_process(tmp_path, other, capsys):
@@ -58,16 +59,16 @@ def test_taken_over_at_once_from_a_killed_process(tmp_path, other, capsys):
     os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
     started = time.monotonic()
     with Lease(tmp_path, beat_seconds=0.1, environ={}):
-        assert read_holder(tmp_path / LEASE_FILE).process == os.getpid()
+        assert read_holder(tmp_path / run_folder.LEASE).process == os.getpid()
     assert time.monotonic() - started < 2
     assert f"taking over from host {module.socket.gethostname()}, process {other.pid}" in capsys.readouterr().err
 
 
 def test_another_process_of_the_same_number_is_not_the_holder(tmp_path):
     with Lease(tmp_path, **FAST):
-        holder = dataclasses.asdict(read_holder(tmp_path / LEASE_FILE))
+        holder = dataclasses.asdict(read_holder(tmp_path / run_folder.LEASE))
     tmp_path.mkdir(exist_ok=True)
-    (tmp_path / LEASE_FILE).write_text(json.dumps(holder | {"process_started": holder["process_started"] - 1}))
+    (tmp_path / run_folder.LEASE).write_text(json.dumps(holder | {"process_started": holder["process_started"] - 1}))
     with Lease(tmp_path, **FAST):
         pass
 
@@ -131,7 +132,7 @@ def test_half_a_lease_does_not_end_the_renewals(tmp_path, capsys):
 
 def test_a_folder_with_nothing_in_it_goes_again(tmp_path):
     with Lease(tmp_path / "run", **FAST):
-        assert (tmp_path / "run" / LEASE_FILE).exists()
+        assert (tmp_path / "run" / run_folder.LEASE).exists()
     assert not (tmp_path / "run").exists()
 
 
@@ -142,8 +143,8 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_a_strange_file_is_named(tmp_path):
-    (tmp_path / LEASE_FILE).write_text("{}")
-    with pytest.raises(RunFolderError, match="no lease of this version.*remove it once no run uses the folder"):
+    (tmp_path / run_folder.LEASE).write_text("{}")
+    with pytest.raises(RunFolderError, match="not a lease of this version.*remove it if no run uses the folder"):
         Lease(tmp_path, **FAST).__enter__()
 
 
@@ -156,4 +157,4 @@ def test_a_second_start_is_refused_on_all_ranks(prepared_data, tmp_path, other):
     other.kill()
     other.wait()
     assert "taking over from" in train(2, arguments)
-    assert not (tmp_path / LEASE_FILE).exists()
+    assert not (tmp_path / run_folder.LEASE).exists()

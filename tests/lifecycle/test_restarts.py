@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bov_megatron import errors
-from bov_megatron.lifecycle.restarts import RESTARTS_FILE, decide
+from bov_megatron.lifecycle import run_folder
+from bov_megatron.lifecycle.restarts import decide
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +35,7 @@ def test_given_up_without_progress(tmp_path, status):
     assert [decide(run_dir, status).again for _ in range(2)] == [True, True]
     decision = decide(run_dir, status)
     assert not decision.again
-    for part in ("3 starts on end brought no new checkpoint", "of step 10", f"status {status}", "submit again"):
+    for part in ("3 starts in a row made no new checkpoint", "of step 10", f"status {status}", "submit again"):
         assert part in decision.reason
     assert decide(run_dir, status).again, "who submits again has seen to it"
 
@@ -51,13 +52,13 @@ def test_progress_forgets_what_was_before(tmp_path):
 def test_final_statuses(tmp_path, status):
     save(tmp_path, 10)
     decide(tmp_path, 1)
-    assert (tmp_path / RESTARTS_FILE).exists()
+    assert (tmp_path / run_folder.RESTARTS).exists()
     assert not decide(tmp_path, status).again
-    assert not (tmp_path / RESTARTS_FILE).exists()
+    assert not (tmp_path / run_folder.RESTARTS).exists()
 
 
 def test_a_damaged_count_is_none(tmp_path):
-    (tmp_path / RESTARTS_FILE).write_text('{"step": 1')
+    (tmp_path / run_folder.RESTARTS).write_text('{"step": 1')
     assert decide(tmp_path, 1).again
 
 
@@ -69,6 +70,6 @@ def test_tool(tmp_path):
 
     assert ask("--status", "143", "--limit", "2")[0] == 0
     code, text = ask("--status", "143", "--limit", "2")
-    assert code == 1 and "2 starts on end brought no new checkpoint" in text
+    assert code == 1 and "2 starts in a row made no new checkpoint" in text
     assert ask("--status", "0") == (1, "all steps are done\n")
     assert ask("--status", "1", "trian.steps=1")[0] == 1

@@ -52,7 +52,7 @@ def megatron_rank(rank: int, world_size: int, source: str, option: dict):
     process_groups.initialize(recipe, rank, world_size)
     engine = MegatronEngine(recipe)
     load_weights(engine, random_weights(recipe.model))
-    loss = engine.forward_backward(list(batch(0).split(2)))
+    loss = float(engine.forward_backward(list(batch(0).split(2))))
     return loss, gather_gradients(engine)
 
 

@@ -135,7 +135,6 @@ def _rank(rank, world_size, port, arguments, folder, prepare, prepare_arguments,
 
 def _keep_board(rank: int, file: Path, world_size: int) -> None:
     from bov_megatron import checkpoint
-    from bov_megatron.engines.megatron import MegatronEngine
     from bov_megatron.training.trainer import Trainer
     from tests.checkpoint.test_async import slow_writes
 
@@ -157,6 +156,6 @@ def _keep_board(rank: int, file: Path, world_size: int) -> None:
         setattr(owner, name, noting)
 
     slow_writes(WRITING_SECONDS)
-    note(MegatronEngine, "train_step", "step")
+    note(Trainer, "train_step", "step")
     note(Trainer, "validate", "validation")
     note(checkpoint, "begin_save", "save")

@@ -75,7 +75,7 @@ def train_rank(
     load_weights(engine, random_weights(recipe.model))
     if recipe.parallel.overlap_grad_reduce:  # the first backward pass counts, and reduces at its end
         engine.forward_backward(my_micro_batches(recipe, batch(1)))
-    losses = [engine.forward_backward(my_micro_batches(recipe, batch(0)))]
+    losses = [float(engine.forward_backward(my_micro_batches(recipe, batch(0))))]
     gradients = gather_gradients(engine)
     assert engine.optimizer.step().applied
     losses += [engine.train_step(my_micro_batches(recipe, batch(step))).loss for step in range(1, steps)]

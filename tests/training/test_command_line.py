@@ -24,7 +24,7 @@ def test_help_suffices(capsys):
         command.main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for part in ("recipe", "section.field=value", "torchrun", "srun", "docs/recipes.md", "continued"):
+    for part in ("recipe", "section.field=value", "torchrun", "srun", "docs/use/recipes.md", "continued"):
         assert part in text
 
 

@@ -22,7 +22,7 @@ def poisoned_rank(rank, world_size, arguments, poisoned_steps):
         if len(done) in poisoned_steps:
             if rank == world_size - 1:
                 next(iter(self.model.parameters())).main_grad[0, 0] = float("nan")
-            return float("nan")
+            return loss * float("nan")
         return loss
 
     original, MegatronEngine.forward_backward = MegatronEngine.forward_backward, forward_backward

@@ -52,12 +52,13 @@ def test_digests_and_touched_rows_equal_a_direct_count(run):
 def final_weights(rank, world_size, arguments):
     from bov_megatron import checkpoint
     from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.lifecycle import run_folder
     from bov_megatron.parallel import process_groups
 
     recipe = load_recipe(SMOKE, arguments)
     process_groups.initialize(recipe, rank, world_size)
     engine = MegatronEngine(recipe, with_optimizer=False)
-    checkpoint.load(engine, checkpoint.latest_checkpoint(recipe.run_dir))
+    checkpoint.load(engine, run_folder.latest_checkpoint(recipe.run_dir))
     return gather_full(engine, lambda parameter: parameter)
 
 

@@ -57,14 +57,15 @@ def weights_rank(rank, world_size, arguments):
     """Weights and optimizer state of the newest checkpoint, by name, on one rank whatever the layout that saved it."""
     from bov_megatron import checkpoint
     from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.lifecycle import run_folder
     from bov_megatron.parallel import process_groups
 
     recipe = load_recipe(SMOKE, arguments)
     process_groups.initialize(recipe, rank, world_size)
     engine = MegatronEngine(recipe)
-    checkpoint.load(engine, checkpoint.latest_checkpoint(recipe.run_dir))
+    checkpoint.load(engine, run_folder.latest_checkpoint(recipe.run_dir))
     state = {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
-    state |= {f"{name}/{managed.qualified_name}": t.clone() for name, managed, t in engine.optimizer.state_tensors()}
+    state |= {f"{name}/{shard.local.qualified_name}": t.clone() for name, shard, t in engine.optimizer.state_tensors()}
     return state
 
 

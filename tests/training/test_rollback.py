@@ -190,7 +190,8 @@ def test_lines_that_a_full_disk_has_not_taken_are_dropped_too(tmp_path, monkeypa
     from bov_megatron.training.callbacks import metrics_file
 
     monkeypatch.setattr(metrics_file.dist, "get_rank", lambda: 0)
-    trainer = SimpleNamespace(step=0, unfinished=None, rollbacks=1, is_due=lambda interval: True)
+    health = SimpleNamespace(rollbacks=[{}])
+    trainer = SimpleNamespace(step=0, validation_owed=False, health=health, is_due=lambda interval: True)
     file = metrics_file.MetricsFile(tmp_path, 1)
     file.start(trainer)
     earlier = {"step": 3, "rollback": {"number": 1}}
@@ -200,8 +201,8 @@ def test_lines_that_a_full_disk_has_not_taken_are_dropped_too(tmp_path, monkeypa
     taken = whole.index(b'{"step": 5}') + 4
     file.file.truncate(taken)
     file.unwritten = whole[taken:]
-    trainer.step, trainer.rollbacks = to_step, 2
-    file.rolled_back(trainer, {"step": to_step, "rollback": {"number": 2}})
+    trainer.step, health.rollbacks = to_step, [{}, {}]
+    file.after_line(trainer, {"step": to_step, "rollback": {"number": 2}})
     file.finish(trainer)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines if "rollback" not in line] == list(range(1, to_step + 1))

@@ -23,6 +23,7 @@ def spiking_rank(rank, world_size, arguments, spikes, seen_by):
     each step whether weights and optimizer state changed."""
     from bov_megatron import train as command
     from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.training.trainer import Trainer
 
     changed = []
 
@@ -31,9 +32,9 @@ def spiking_rank(rank, world_size, arguments, spikes, seen_by):
         return original(self, micro_batches) + (100.0 if step in spikes and rank in seen_by else 0.0)
 
     def train_step(self, *positional):
-        before = state(self)
+        before = state(self.engine)
         result = whole_step(self, *positional)
-        changed.append(not all(torch.equal(a, b) for a, b in zip(before, state(self), strict=True)))
+        changed.append(not all(torch.equal(a, b) for a, b in zip(before, state(self.engine), strict=True)))
         return result
 
     def next_step(self):
@@ -45,7 +46,7 @@ def spiking_rank(rank, world_size, arguments, spikes, seen_by):
     counter = iter(lambda: steps[-1], None)
     drawn, TrainLoader.__next__ = TrainLoader.__next__, next_step
     original, MegatronEngine.forward_backward = MegatronEngine.forward_backward, forward_backward
-    whole_step, MegatronEngine.train_step = MegatronEngine.train_step, train_step
+    whole_step, Trainer.train_step = Trainer.train_step, train_step
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         code = command.main([SMOKE, *arguments])
     return code, stderr.getvalue(), changed

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bov_megatron.optim.sharding import RowAssignment, group_rank, group_size, split_rows
-from bov_megatron.parallel import device
+from bov_megatron.parallel.device import device
+from bov_megatron.parallel.parameter import LocalParameter
 
 Ranges = Sequence[tuple[int, int]]
 """Elements `[start, stop)` of a flattened tensor that each data-parallel rank has, ascending by rank."""
@@ -38,14 +39,11 @@ class Stretch:
 
 
 class ZeroParameter:
-    """A parameter, this rank's stretch of it, and the rows of it that this rank writes into checkpoints.
+    """A parameter, this rank's stretch of it, and the rows of it that this rank writes into checkpoints."""
 
-    Make it before DeepSpeed takes the model: ZeRO 3 leaves parameters without a shape of their own.
-    """
-
-    def __init__(self, qualified_name: str, parameter: torch.nn.Parameter, group: dist.ProcessGroup):
-        self.qualified_name, self.parameter, self.group = qualified_name, parameter, group
-        self.shape, self.dtype = parameter.shape, parameter.dtype
+    def __init__(self, local: LocalParameter, group: dist.ProcessGroup):
+        self.local, self.group = local, group
+        self.shape, self.dtype = local.shape, local.parameter.dtype
         self.assignment: RowAssignment = split_rows(self.shape[0], group_size(group))
         self.rows = self.assignment.ranges[group_rank(group)]
         self.stretch: Stretch | None = None
@@ -71,13 +69,13 @@ class ZeroParameter:
     def to_rows(self, read: Callable[[Stretch], Tensor], dtype: torch.dtype) -> Tensor:
         """This rank's rows, in host memory, of what `read` gives of each rank's stretch; collective."""
         mine = torch.empty(0, dtype=dtype) if self.stretch is None else read(self.stretch)
-        rows = exchange(mine.to(device.device(), dtype), self.ranges, self.row_ranges, self.group)
+        rows = exchange(mine.to(device(), dtype), self.ranges, self.row_ranges, self.group)
         return rows.view(-1, *self.shape[1:]).cpu()
 
     def from_rows(self, rows: Tensor | None, read: Callable[[Stretch], Tensor], dtype: torch.dtype) -> None:
         """The way back: all ranks' rows into what `read` gives of this rank's stretch; collective."""
         mine = torch.empty(0, dtype=dtype) if rows is None else rows.reshape(-1)
-        elements = exchange(mine.to(device.device(), dtype), self.row_ranges, self.ranges, self.group)
+        elements = exchange(mine.to(device(), dtype), self.row_ranges, self.ranges, self.group)
         if self.stretch is not None:
             read(self.stretch).copy_(elements)
 
@@ -85,11 +83,11 @@ class ZeroParameter:
 def gather_ranges(parameters: Sequence[ZeroParameter], group: dist.ProcessGroup) -> None:
     """Tell every rank which elements of which parameter each has; collective, once."""
     mine = [(p.stretch.start, p.stretch.stop) if p.stretch else (0, 0) for p in parameters]
-    sent = torch.tensor(mine, device=device.device())
+    sent = torch.tensor(mine, device=device())
     received = sent.new_empty(group_size(group), *sent.shape)
     dist.all_gather_into_tensor(received.flatten(0, 1), sent, group=group)
     for parameter, ranges in zip(parameters, received.transpose(0, 1).tolist(), strict=True):
-        parameter.ranges = _ascending(ranges, parameter.shape.numel(), parameter.qualified_name)
+        parameter.ranges = _ascending(ranges, parameter.shape.numel(), parameter.local.qualified_name)
 
 
 def _ascending(ranges: list[list[int]], total: int, name: str) -> Ranges:

@@ -18,15 +18,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bov_megatron.parallel import device, process_groups
+from bov_megatron.parallel import process_groups
+from bov_megatron.parallel.device import device, has_gpu
+from bov_megatron.parallel.parameter import LocalParameter
 
+# Global, as the thread and the stream below are: autograd's backward functions hand gradients in, the engine waits for
+# them, and the two share no object.
 _additions: list[Future] = []
 """Gradients that have not been added yet, in order."""
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     """Host memory that a GPU can copy from and to without making the host wait."""
-    return torch.empty(*shape, dtype=dtype, device="cpu", pin_memory=torch.cuda.is_available())
+    return torch.empty(*shape, dtype=dtype, device="cpu", pin_memory=has_gpu())
 
 
 class BesideCompute:
@@ -41,7 +45,7 @@ class BesideCompute:
 
     def __enter__(self) -> BesideCompute:
         self._event, self._block = None, contextlib.nullcontext()
-        if torch.cuda.is_available():
+        if has_gpu():
             stream = _copy_stream()
             if self.after_compute:
                 stream.wait_stream(torch.cuda.current_stream())
@@ -69,7 +73,7 @@ def rows_on_device(table_RK: Tensor, index: Tensor) -> Tensor:
     """`table[index]` of a host table, copied to the device on the current stream."""
     rows = empty(index.numel(), table_RK.size(1), dtype=table_RK.dtype)
     torch.index_select(table_RK, 0, index, out=rows)
-    return rows.to(device.device(), non_blocking=True)
+    return rows.to(device(), non_blocking=True)
 
 
 def add_later(target_RK: Tensor, index: Tensor, rows: Tensor) -> None:
@@ -97,9 +101,8 @@ def wait_for_additions() -> None:
 class HostGradients:
     """Gradients of one rank's host tables: kept beside Megatron's buffers, which are on the device."""
 
-    def __init__(self, modules: Iterable[torch.nn.Module]):
-        parameters = (parameter for module in modules for parameter in module.parameters())
-        self.weights = [p for p in parameters if getattr(p, "on_host", False) and p.requires_grad]
+    def __init__(self, parameters: Iterable[LocalParameter]):
+        self.weights = [p.parameter for p in parameters if p.on_host and p.parameter.requires_grad]
 
     @contextlib.contextmanager
     def kept_here(self) -> Iterator[None]:

@@ -8,8 +8,10 @@ import torch.distributed as dist
 
 from bov_megatron import checkpoint
 from bov_megatron.errors import TrainingError
+from bov_megatron.lifecycle import run_folder
+from bov_megatron.lifecycle.terminal import warn
 from bov_megatron.recipe import CheckpointConfig
-from bov_megatron.training.callbacks.base import Callback
+from bov_megatron.training.trainer import Callback
 
 
 class Checkpoints(Callback):
@@ -47,8 +49,9 @@ class Checkpoints(Callback):
         if self.pending is not None:
             self._finish(last=False)
 
-    def rolled_back(self, trainer, line):
-        self._save(trainer, trainer.stopping)
+    def after_line(self, trainer, line):
+        """Save once more: which samples a roll back leaves out, and that no validation is owed, is in a checkpoint."""
+        self._save(trainer, last=trainer.stopping or trainer.step == trainer.total_steps)
 
     def _save(self, trainer, last: bool) -> None:
         self._begin(trainer, last)
@@ -58,7 +61,7 @@ class Checkpoints(Callback):
     def finish(self, trainer):
         if self.failure is None:
             return
-        newest = checkpoint.latest_checkpoint(self.run_dir)
+        newest = run_folder.latest_checkpoint(self.run_dir)
         kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
         raise TrainingError(f"{self.failure}; {kept}. Start again to repeat the steps after it")
 
@@ -88,7 +91,4 @@ class Checkpoints(Callback):
     def _note(self, step: int, error: checkpoint.SaveError, last: bool) -> None:
         self.failure = f"the checkpoint of step {step} was NOT saved: {error}"
         if dist.get_rank() == 0 and not last:
-            checkpoint.warn(f"{self.failure}; training goes on, the next save tries again")
-
-    def finish_step(self, trainer, record):
-        self.after_step(trainer, record)
+            warn(f"{self.failure}; training goes on, the next save tries again")

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bov_megatron import checkpoint
-from bov_megatron.training.callbacks.base import Callback
-
-METRICS_FILE = "metrics.jsonl"
+from bov_megatron.lifecycle import run_folder
+from bov_megatron.lifecycle.terminal import warn
+from bov_megatron.training.trainer import Callback
 
 
 class MetricsFile(Callback):
@@ -26,7 +25,7 @@ class MetricsFile(Callback):
     """A line with one of these is written whatever the interval."""
 
     def __init__(self, run_dir: Path, interval: int):
-        self.path, self.interval, self.file = run_dir / METRICS_FILE, interval, None
+        self.path, self.interval, self.file = run_dir / run_folder.METRICS, interval, None
         self.unwritten = b""
 
     def start(self, trainer):
@@ -42,10 +41,7 @@ class MetricsFile(Callback):
         if self.file and (trainer.is_due(self.interval) or self.ALWAYS & record.keys()):
             self._write(json.dumps(record).encode() + b"\n")
 
-    def finish_step(self, trainer, record):
-        self.after_step(trainer, record)
-
-    def rolled_back(self, trainer, line):
+    def after_line(self, trainer, line):
         if not self.file:
             return
         # In place: a full disk has no room for a second file.
@@ -71,7 +67,7 @@ class MetricsFile(Callback):
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:
             if not failed_before:
-                checkpoint.warn(f"cannot write {self.path}: {error.strerror}; its lines are kept until it can be")
+                warn(f"cannot write {self.path}: {error.strerror}; its lines are kept until it can be")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -90,5 +86,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _is_true_of(trainer, line: dict[str, Any]) -> bool:
     """Whether a line tells of what the trainer's weights have been through: steps done, roll backs it knows of."""
     if "rollback" in line:
-        return line["rollback"]["number"] <= trainer.rollbacks
-    return line["step"] <= trainer.step - (trainer.unfinished is not None)
+        return line["rollback"]["number"] <= len(trainer.health.rollbacks)
+    if "loss" not in line and trainer.validation_owed:  # made up for, and lost with the checkpoint that knew of it
+        return line["step"] < trainer.step
+    return line["step"] <= trainer.step

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from bov_megatron.training.callbacks.base import Callback
+from bov_megatron.training.trainer import Callback
 
 
 class Progress(Callback):
@@ -38,7 +39,7 @@ class Progress(Callback):
             rates += f" · MFU {record['mfu']:.1%}"
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         text = f"loss {loss} · {rates} · {_clock(left)} left"
-        self.finish_step(trainer, record)
+        self._print_validation(record)
         if "spike_deviations" in record:
             what = "weights left as they were" if "skipped" in record else "taken all the same (health.on_spike=warn)"
             above = f"{record['spike_deviations']:.0f} deviations above those before"
@@ -51,22 +52,27 @@ class Progress(Callback):
         elif trainer.is_due(self.plain_interval) or record["step"] == 1:
             self._print(f"step {record['step']}/{trainer.total_steps} · {text}")
 
-    def finish_step(self, trainer, record):
-        if dist.get_rank() == 0 and "validation_bits_per_byte" in record:
-            self._print(f"step {record['step']}: validation {record['validation_bits_per_byte']:.4f} bits per byte")
-
-    def rolled_back(self, trainer, line):
+    def after_line(self, trainer, line):
         if dist.get_rank() != 0:
             return
-        told = line["rollback"]
-        loss = "" if told["loss"] is None else f" (loss {told['loss']:.4f})"
-        self._print(
-            f"step {told['from_step']}: {told['reason']}{loss}; back to step {told['to_step']}, without batches "
-            f"{told['first_batch']} to {told['last_batch']} of the data's order (health.on_spike=rollback)"
-        )
+        self._print_validation(line)
+        if "rollback" in line:
+            self._print_roll_back(line["rollback"])
         if self.bar is not None:
             self.bar.n = trainer.step
             self.bar.refresh()
+
+    def _print_validation(self, line: dict[str, Any]) -> None:
+        if "validation_bits_per_byte" in line:
+            self._print(f"step {line['step']}: validation {line['validation_bits_per_byte']:.4f} bits per byte")
+
+    def _print_roll_back(self, rollback: dict[str, Any]) -> None:
+        loss = "" if rollback["loss"] is None else f" (loss {rollback['loss']:.4f})"
+        self._print(
+            f"step {rollback['from_step']}: {rollback['reason']}{loss}; back to step {rollback['to_step']}, without "
+            f"batches {rollback['first_batch']} to {rollback['last_batch']} of the data's order "
+            "(health.on_spike=rollback)"
+        )
 
     def finish(self, trainer):
         if self.bar is not None:

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
-from bov_megatron.training.callbacks.base import Callback
+from bov_megatron.training.trainer import Callback
 
 
 class Validation(Callback):
     """Adds `validation_bits_per_byte` every `validation.interval` steps and at the end.
 
-    A run that is told to stop meanwhile abandons it: the next start validates with the same weights.
+    A run that is told to stop meanwhile abandons it. The next start makes up for it, with the same weights, and logs
+    it in a line of its own.
     """
 
     def __init__(self, loader, interval: int):
         self.loader, self.interval = loader, interval
 
+    def before_first_step(self, trainer):
+        if trainer.validation_owed and not trainer.stopping:
+            line = {"step": trainer.step, "tokens": trainer.step * trainer.recipe.batch_tokens}
+            self._validate(trainer, line)
+            if not trainer.validation_owed:
+                trainer.log(line)
+
     def after_step(self, trainer, record):
         if trainer.is_due(self.interval):
-            self.finish_step(trainer, record)
+            self._validate(trainer, record)
 
-    def finish_step(self, trainer, record):
+    def _validate(self, trainer, record: dict[str, Any]) -> None:
         started = time.perf_counter()
         bits = trainer.validate(self.loader)
-        trainer.unfinished = record if bits is None else None
+        trainer.validation_owed = bits is None
         if bits is not None:
             record["validation_bits_per_byte"] = bits
             record["validation_seconds"] = time.perf_counter() - started

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from bov_megatron.training.callbacks.base import Callback
+from bov_megatron.lifecycle.run_folder import WANDB_ID
+from bov_megatron.training.trainer import Callback
 
 
 class Wandb(Callback):
-    """Weights & Biases, offline unless told otherwise; rank 0 only. It takes nothing back: of steps that are done a
-    second time, after a roll back, it keeps the first."""
+    """Weights & Biases, offline unless told otherwise; rank 0 only. Of steps that a roll back repeats, it keeps the
+    first."""
 
     def __init__(self, run_dir: Path, mode: str, project: str):
         self.run_dir, self.mode, self.project, self.run = run_dir, mode, project, None
@@ -43,8 +44,8 @@ class Wandb(Callback):
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
             self.run.log(numbers, step=record["step"])
 
-    def finish_step(self, trainer, record):
-        self.after_step(trainer, record)
+    def after_line(self, trainer, line):
+        self.after_step(trainer, line)
 
     def finish(self, trainer):
         if self.run is not None:
@@ -53,7 +54,7 @@ class Wandb(Callback):
 
 def _run_id(run_dir: Path) -> str:
     """The same wandb run for every start of a run folder."""
-    path = run_dir / "wandb_id"
+    path = run_dir / WANDB_ID
     if not path.exists():
         path.write_text(os.urandom(4).hex())
     return path.read_text()

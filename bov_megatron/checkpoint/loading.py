@@ -1,0 +1,171 @@
+"""Reading checkpoints: any layout of ranks reads what any other has written.
+
+What is damaged is noticed by the manifest, reported and set aside, and the checkpoint before it is used.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from torch.distributed.checkpoint.api import CheckpointException
+
+from bov_megatron.checkpoint import compatibility, manifest, writing
+from bov_megatron.checkpoint.manifest import Damage
+from bov_megatron.checkpoint.writing import flush, sharded_state
+from bov_megatron.engines.base import Engine
+from bov_megatron.errors import CheckpointError
+from bov_megatron.lifecycle.run_folder import CHECKPOINTS, DAMAGED, latest_checkpoint
+from bov_megatron.lifecycle.terminal import warn
+from bov_megatron.parallel.agreement import gather_items, on_all_ranks, on_first_rank
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint says besides weights and optimizer state."""
+
+    step: int
+    """Optimizer steps done."""
+    recipe: dict
+    """The resolved recipe of the run that saved it."""
+    extra: dict[str, Any]
+    """Whatever `save` was given, e.g. the data's fingerprint."""
+
+
+def load(engine: Engine, path: Path, contents: bool = False) -> Loaded:
+    """Read weights, and optimizer state if the engine has an optimizer, into this layout; collective.
+
+    Args:
+        contents: compare the checksums of all files first, not only their sizes.
+
+    Raises CheckpointError where `path` is no complete checkpoint, RecipeError where it has another model or another
+    optimizer's state.
+    """
+    if damage := verify(path, contents):
+        raise _damaged(path, damage[0])
+    stored = read_run(path)
+    compatibility.check_same_model(stored["recipe"], engine.recipe, path)
+    if engine.optimizer is not None:
+        compatibility.check_same_optimizer(stored["recipe"], engine.recipe, path)
+    state = sharded_state(engine)
+    strategy = FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(path)),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    try:
+        with warnings.catch_warnings():  # Megatron-core 0.16.1 calls torch under a name that is deprecated
+            warnings.simplefilter("ignore", FutureWarning)
+            loaded = dist_checkpointing.load(state, str(path), strategy)
+    except CheckpointException as error:  # torch's, of all ranks; no Exception, so that only this catches it
+        raise _damaged(path, next(iter(error.failures.values()))[0]) from error
+    except Exception as error:  # Megatron's own types, and the operating system's
+        raise _damaged(path, error) from error
+    engine.load_state(loaded["model"], loaded.get("optimizer"))
+    return Loaded(stored["step"], stored["recipe"], stored["extra"])
+
+
+def newest_valid(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run whose every byte is as it was written, or None where the run has none;
+    collective, the same on every rank.
+
+    Damaged ones that are newer are reported and renamed to `step_….damaged`, never deleted. Raises CheckpointError
+    where only damaged ones are left: starting from the beginning is for a person to decide.
+    """
+    while path := on_first_rank(lambda: latest_checkpoint(run_dir)):
+        damage = verify(path, contents=True)
+        if not damage:
+            return path
+        on_first_rank(lambda path=path, damage=damage: _set_aside(path, damage))
+    aside = on_first_rank(lambda: sorted(str(path) for path in (run_dir / CHECKPOINTS).glob(f"*{DAMAGED}")))
+    if aside:
+        raise CheckpointError(
+            f"{run_dir} has no valid checkpoint: {len(aside)} damaged set aside, the newest is {aside[-1]}. Restore "
+            f"one from a copy (under its name without {DAMAGED}); to begin again from step 0, start another run with "
+            f"name=… or move the {DAMAGED} folders away"
+        )
+    return None
+
+
+def verify(path: Path, contents: bool) -> list[Damage]:
+    """What is wrong with a checkpoint's files, the same on every rank: each looks at its share; collective.
+
+    Args:
+        contents: compare checksums, not only sizes.
+
+    Raises CheckpointError where a rank doesn't see the folder or may not read it: that is no damage.
+    """
+    found = gather_items(on_all_ranks(lambda: _damage_of_share(path, contents)))
+    found = list(dict.fromkeys(found))  # every rank reads the manifest
+    manifest_alone = [one.file for one in found] == [manifest.MANIFEST_FILE]
+    if manifest_alone and on_first_rank(lambda: is_without_manifest(path)):
+        if contents and dist.get_rank() == 0:
+            warn(f"checkpoint {path} has no manifest, an earlier version wrote it: its files are not verified")
+        return []
+    return found
+
+
+def _damage_of_share(path: Path, contents: bool) -> list[Damage]:
+    problem = None if path.is_dir() else f"{path} does not exist"
+    try:
+        if problem is None:
+            return manifest.find_damage(path, contents, dist.get_rank(), dist.get_world_size())
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}"
+    raise CheckpointError(
+        f"{problem} (host {socket.gethostname()}): the run folder must be on a file system that all nodes share, and "
+        "readable there"
+    )
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Step, recipe and extra of a checkpoint, without its tensors and without process groups."""
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+    except Exception as error:  # Megatron raises its own types here, and torch's for a damaged file
+        raise _damaged(path, error) from error
+    if "run" not in common:
+        raise CheckpointError(f"{path} is a Megatron checkpoint, but no run of bov_megatron wrote it")
+    version = common["run"]["version"]
+    if version not in (1, writing.FORMAT_VERSION):
+        raise CheckpointError(
+            f"{path} has format version {version}, this code reads {writing.FORMAT_VERSION}; use the code that wrote it"
+        )
+    return common["run"]
+
+
+def is_without_manifest(path: Path) -> bool:
+    """Whether a checkpoint is so old that it has none, rather than having lost it."""
+    if (path / manifest.MANIFEST_FILE).exists():
+        return False
+    try:
+        return read_run(path)["version"] == 1
+    except CheckpointError:
+        return False
+
+
+def _damaged(path: Path, error: BaseException | Damage) -> CheckpointError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, BaseException):
+        reason = f"{type(error).__name__}: {reason}"
+    return CheckpointError(
+        f"checkpoint {path} is damaged or incomplete ({reason}); restore it from a copy, or use the one before"
+    )
+
+
+def _set_aside(path: Path, damage: list[Damage]) -> None:
+    """Report what is wrong with a checkpoint, and take its name away."""
+    aside = path.with_name(path.name + DAMAGED)
+    if aside.exists():
+        aside = path.with_name(f"{path.name}.{os.urandom(2).hex()}{DAMAGED}")
+    path.rename(aside)
+    flush(path.parent)
+    more = f" and {len(damage) - 1} more files" if len(damage) > 1 else ""
+    warn(f"checkpoint {path} is damaged: {damage[0]}{more}; it is now {aside.name}, and the one before is used")

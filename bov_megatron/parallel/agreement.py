@@ -1,0 +1,67 @@
+"""Errors and answers that all ranks share: where one rank fails, all raise the same error, and none is left waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from bov_megatron.errors import BovError, RunFolderError
+from bov_megatron.parallel.device import device
+
+T = TypeVar("T")
+
+
+def on_all_ranks(function: Callable[[], T]) -> T:
+    """`function()` on every rank; collective.
+
+    Where it raises a BovError (or an OSError) on any, all ranks raise the error of the first such rank.
+    """
+    result, error = _attempt(function)
+    _raise_together(error)
+    return result
+
+
+def on_first_rank(function: Callable[[], T]) -> T:
+    """What `function()` returns on rank 0, on every rank; collective. Where it raises, as in `on_all_ranks`, all do."""
+    result, error = _attempt(function) if dist.get_rank() == 0 else (None, None)
+    answer = [result, error]
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1] from error
+    return answer[0]
+
+
+def _attempt(function: Callable[[], Any]) -> tuple[Any, BovError | None]:
+    try:
+        return function(), None
+    except BovError as error:
+        return None, error
+    except OSError as error:
+        return None, RunFolderError(f"{error.filename}: {error.strerror}; check the file system and its permissions")
+
+
+def _raise_together(error: BovError | None) -> None:
+    # One number, whatever the size of the world; the error itself travels only where there is one.
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    first = torch.tensor(world_size if error is None else rank, device=device())
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    if (source := int(first)) == world_size:
+        return
+    shared = [error if source == rank else None]
+    dist.broadcast_object_list(shared, src=source)
+    where = f" (on rank {source})" if source else ""
+    raise type(shared[0])(f"{shared[0]}{where}") from error
+
+
+def gather_items(items: list[T]) -> list[T]:
+    """Every rank's items, in the order of ranks, on every rank; collective, and one number where there are none."""
+    count = torch.tensor(len(items), device=device())
+    dist.all_reduce(count)
+    if not int(count):
+        return []
+    gathered: list[list[T]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
