@@ -89,8 +89,9 @@ class BovAttention(nn.Module):
         kv_dim = self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.caches_values = self.projects or self.reads == "embedding"
-        if self.caches_values:
+        has_value_matrix = self.projects or self.reads == "embedding"
+        self.caches_values = has_value_matrix or facts["gated"]
+        if has_value_matrix:
             self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
         if self.reads == "table" and config.value_table == "per_layer":
             self.value_table = nn.Embedding(config.vocab_size, kv_dim)
