@@ -1,8 +1,7 @@
-"""How long a save keeps training waiting: written before training goes on, and beside it."""
+"""How long a save stalls training, if training waits for it and if it is written in the background."""
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -18,39 +17,34 @@ from bov_megatron.parallel.device import has_gpu
 CPU_VOCABULARY = 32768
 
 
-def bench_checkpoint(turns: int, quick: bool, folder: Path | None = None) -> dict:
-    """Seconds that a save of the step benchmark's model stalls training: one rank, on a CPU a vocabulary of 32,768.
+def bench_checkpoint(turns: int, quick: bool) -> dict:
+    """Seconds for which a save of the step benchmark's model (on a CPU with 32,768 ids) stalls training on one rank.
 
-    A turn saves once each way, the first turn doesn't count. `waiting`: until the checkpoint has its name. `beside`
-    (checkpoint.asynchronous): the copy, the polls at step boundaries and the naming; `steps_while_writing` is how much
-    longer than otherwise the steps meanwhile took, all in all: on a CPU the writer competes with them for cores.
-
-    Args:
-        folder: on the file system to measure; default: the one for temporary files.
+    `waiting`: until the checkpoint is complete. `beside` (checkpoint.asynchronous): the copy, the polls at step
+    boundaries and the final rename; `steps_while_writing_seconds` is the total slowdown of the steps meanwhile, which
+    on a CPU compete with the writer for cores. Each turn saves both ways; the first isn't counted.
+    Writes to the folder for temporary files.
     """
     recipe = bench_recipe("bank", quick)
     if not quick and not has_gpu():  # more to write, and steps that take no longer
         recipe.model.vocab_size = CPU_VOCABULARY
         recipe.train.global_batch_size = recipe.train.micro_batch_size = 1
     seconds: dict[str, list[float]] = {"waiting": [], "beside": [], "slowed": []}
-    scratch = Path(tempfile.mkdtemp(prefix="bench-", dir=folder))
-    try:
-        with one_process(recipe):
-            engine = MegatronEngine(recipe)
-            for turn in range(turns + 1):
-                step_seconds = min(_step(engine, turn) for _ in range(2))  # the first may be the first of all
-                found = {}
-                for way in ("waiting", "beside")[:: -1 if turn % 2 else 1]:
-                    if way == "waiting":
-                        found["waiting"] = _waiting(engine, scratch, turn)
-                    else:
-                        found["beside"], found["slowed"] = _beside(engine, scratch, turn, step_seconds)
-                if turn:
-                    for name, value in found.items():
-                        seconds[name].append(value)
-            size = read_manifest(run_folder.latest_checkpoint(scratch)).size
-    finally:
-        shutil.rmtree(scratch)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, one_process(recipe):
+        scratch = Path(folder)
+        engine = MegatronEngine(recipe)
+        for turn in range(turns + 1):
+            step_seconds = min(_step(engine, turn) for _ in range(2))  # the very first step is slow
+            measured = {}
+            for way in ("waiting", "beside")[:: -1 if turn % 2 else 1]:
+                if way == "waiting":
+                    measured["waiting"] = _waiting(engine, scratch, turn)
+                else:
+                    measured["beside"], measured["slowed"] = _beside(engine, scratch, turn, step_seconds)
+            if turn:
+                for name, value in measured.items():
+                    seconds[name].append(value)
+        size = read_manifest(run_folder.latest_checkpoint(scratch)).size
     return {
         "checkpoint_bytes": size,
         "variants": {
@@ -77,7 +71,7 @@ def _waiting(engine: MegatronEngine, folder: Path, turn: int) -> float:
 
 
 def _beside(engine: MegatronEngine, folder: Path, turn: int, step_seconds: float) -> tuple[float, float]:
-    """Seconds of stall, and by how many the steps meanwhile were slower than `step_seconds` each."""
+    """Seconds of stall, and the total by which steps meanwhile exceeded `step_seconds`."""
     started = time.perf_counter()
     pending = checkpoint.begin_save(engine, folder, 2 * turn + 2, keep_last=1, extra={})
     stall, slowed = time.perf_counter() - started, 0.0

@@ -1,4 +1,4 @@
-"""The data loader by itself, on a data set made from this Python's own library."""
+"""The data loader alone, on a data set made from Python's standard library."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from bov_megatron.data.tokenizer import train_tokenizer
 from bov_megatron.recipe import DataConfig, Recipe
 
 BATCHES = 20
-"""Batches in one timed turn."""
+"""Per turn."""
 VOCAB_SIZE = 320
-"""Small, so that the tokenizer is made at once: a loader's speed depends on tokens, not on their ids."""
+"""Small, so that the tokenizer is trained quickly; a loader's speed doesn't depend on it."""
 
 
 def bench_loader(turns: int, quick: bool, step_seconds: float | None = None) -> dict:
-    """Tokens/s of batches read in the training process, and of batches that a thread reads ahead.
+    """Tokens/s of batches read in the training process, and of batches read ahead by a thread.
 
-    Nothing else runs meanwhile, so both are what the loader costs, not what a training step waits for.
-    `share_of_step`: seconds of a batch over those of a training step, where `step_seconds` is given.
+    Nothing else runs meanwhile, so both are the cost of loading, not the time a training step waits.
+    `share_of_step`: seconds per batch over `step_seconds`.
     """
     recipe = bench_recipe("projection", quick)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
@@ -50,7 +50,7 @@ def bench_loader(turns: int, quick: bool, step_seconds: float | None = None) -> 
 
 
 def _prepare(folder: Path, sequence_length: int) -> DataConfig:
-    """A data set from the sources of one standard package, about 0.4 MB of text."""
+    """A data set from one standard package's sources, about 0.4 MB of text."""
     source = str(Path(asyncio.__file__).parent / "*.py")
     train_tokenizer([source], folder / "tokenizer", VOCAB_SIZE, progress=False)
     options = PrepareOptions(

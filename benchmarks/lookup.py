@@ -1,4 +1,4 @@
-"""The value table's lookup over two tensor-parallel ranks: alone, and in a training step that can hide its traffic.
+"""The value table's lookup over two tensor-parallel ranks: alone, and in a training step, which can hide its traffic.
 
 Shapes: B batch, S sequence, V vocabulary, K = kv_dim, T tensor-parallel ranks.
 """
@@ -17,21 +17,22 @@ from benchmarks.timing import Spread, Timings, speed_ratio, take_turns
 from benchmarks.traffic import bench_traffic, counting
 from benchmarks.training_step import bench_recipe
 from bov_megatron.engines.megatron import MegatronEngine
+from bov_megatron.model.bank.lookup_ahead import look_up
 from bov_megatron.model.bank.table import ValueTable
-from bov_megatron.recipe import Recipe
+from bov_megatron.recipe import Recipe, ValueConfig
 
 RANKS = 2
 VARIANTS = ("reduce_scatter", "distinct", "head")
 STEP_VARIANTS = ("reduce_scatter", "distinct")
 REPEATS = 5
-"""Lookups in one timed turn."""
+"""Lookups per turn."""
 TEXT_BYTES = 4_000_000
 
 
 def bench_lookup(turns: int, quick: bool, threads: int) -> dict:
-    """Of one lookup, forward and backward: milliseconds (the slower rank's), speed against `reduce_scatter`, bytes that
-    a rank sends, counted. Of a training step with a table in every layer: tokens/s and their ratio. Of larger micro-batches
-    and more ranks: bytes. All on natural text.
+    """Of one lookup, forward and backward: milliseconds (the slower rank's), speed against `reduce_scatter`, counted
+    bytes that a rank sends. Of a training step with a table in every layer: tokens/s and their ratio. Of larger
+    micro-batches and more ranks: bytes. All on natural text.
 
     Uses two GPUs with NCCL where there are as many, else two processes and gloo.
     """
@@ -80,7 +81,7 @@ def _steps(results: list[dict], recipe: Recipe) -> dict:
 
 
 def _slower(results: list[dict], variants: tuple[str, ...]) -> dict[str, Timings]:
-    """In each turn the slower rank's seconds."""
+    """The slower rank's seconds in each turn."""
     return {
         variant: Timings(
             *(list(map(max, *(result["seconds"][variant][clock] for result in results))) for clock in (0, 1))
@@ -90,7 +91,7 @@ def _slower(results: list[dict], variants: tuple[str, ...]) -> dict[str, Timings
 
 
 def measure_on_rank(recipe: Recipe, samples: torch.Tensor, turns: int) -> dict:
-    """One rank's seconds per turn, and evidence that variants agree, of single lookups and of training steps."""
+    """This rank's seconds per turn of lookups and training steps, and evidence that variants agree."""
     return {"lookup": _measure_lookups(recipe, samples, turns), "step": _measure_steps(recipe, samples, turns)}
 
 
@@ -101,7 +102,7 @@ def _measure_lookups(recipe: Recipe, samples: torch.Tensor, turns: int) -> dict:
 
     def lookups(table: ValueTable) -> None:
         for _ in range(REPEATS):
-            values = table(ids_BS.to(table.weight.device) if not table.ahead else ids_BS)
+            values = look_up(ids_BS.to(table.weight.device) if not table.ahead else ids_BS, table)
             values.backward(values.detach())
 
     timings = take_turns({v: lambda turn, table=table: lookups(table) for v, table in tables.items()}, turns)
@@ -130,11 +131,12 @@ def _seconds(timings: dict[str, Timings]) -> dict[str, tuple[list[float], list[f
 
 
 def _table(recipe: Recipe, variant: str) -> ValueTable:
-    """A table whose rows are the same for every variant, with the fp32 `main_grad` that training gives it."""
+    """A table with the same rows for every variant, and the fp32 `main_grad` it has in training."""
     model, group = recipe.model, parallel_state.get_tensor_model_parallel_group()
     dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
     partition, lookup = ("head", "reduce_scatter") if variant == "head" else ("vocab", variant)
-    table = ValueTable(model.vocab_size, model.kv_heads, model.kv_channels, partition, lookup, dtype, group)
+    value = ValueConfig(source="bank", table_partition=partition, lookup=lookup)
+    table = ValueTable(dataclasses.replace(model, value=value), model.vocab_size, dtype, group)
     generator = torch.Generator().manual_seed(0)
     full_VK = torch.randn(model.vocab_size, model.kv_dim, generator=generator)
     with torch.no_grad():
@@ -144,10 +146,10 @@ def _table(recipe: Recipe, variant: str) -> ValueTable:
 
 
 def _evidence(table: ValueTable, ids_BS: torch.Tensor) -> dict[str, float]:
-    """Bytes that this rank sends in one lookup, and norms of its values and of its table gradient over all ranks: these
-    are the same for every variant."""
+    """Bytes that this rank sends in one lookup, and the norms of values and table gradient over all ranks, which should
+    be the same for every variant."""
     with counting() as sent:
-        values = table(ids_BS.to(table.weight.device))
+        values = look_up(ids_BS.to(table.weight.device), table)
         values.backward(values.detach())
     squares = torch.stack([values.detach().double().square().sum(), table.weight.main_grad.double().square().sum()])
     dist.all_reduce(squares)

@@ -1,4 +1,4 @@
-"""Several ranks on this machine for a benchmark, each of them a process that starts anew."""
+"""Running a benchmark on several ranks of this machine."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from bov_megatron.recipe import Recipe
 
 
 def on_ranks(function: Callable[..., dict], recipe: Recipe, threads: int, *arguments) -> list[dict]:
-    """Call `function(recipe, *arguments)` on each rank of the recipe's tensor-parallel group; what they returned, by
-    rank, as plain JSON values.
+    """Call `function(recipe, *arguments)` on each rank of the recipe's tensor-parallel group, in new processes.
+
+    Uses a GPU per rank if there are as many, else CPU tensors and gloo.
 
     Args:
-        function: importable, of a module that imports Megatron: the ranks are forked where that has been done.
-        threads: of torch, over all ranks.
+        function: importable, from a module that imports Megatron, so that the ranks are forked with it imported.
+        threads: torch's, over all ranks.
 
-    Uses NCCL where there are as many GPUs, else CPU tensors and gloo. Raises RuntimeError with the ranks' exit codes
-    where one fails.
+    Returns the results by rank, as plain JSON values. Raises RuntimeError if a rank fails.
     """
     size = recipe.parallel.tensor_model_parallel_size
     context = multiprocessing.get_context("forkserver")
@@ -46,9 +46,8 @@ def on_ranks(function: Callable[..., dict], recipe: Recipe, threads: int, *argum
 def _rank(
     rank: int, size: int, function: Callable[..., dict], recipe: Recipe, port: int, threads: int, folder: str, arguments
 ) -> None:
-    """Writes `<rank>.json`, what `function` returned."""
     if torch.cuda.device_count() < size:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # NCCL refuses two ranks on one GPU: stay off it
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # NCCL doesn't allow two ranks on one GPU
     torch.set_num_threads(threads)
     process_groups.initialize(recipe, rank, size, local_rank=rank, init_method=f"tcp://127.0.0.1:{port}")
     try:

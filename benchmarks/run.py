@@ -1,4 +1,4 @@
-"""Running benchmarks by name, and their results as JSON and as a table."""
+"""Running benchmarks by name and formatting their results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = {
 }
 TURNS, QUICK_TURNS = 9, 1
 EVIDENCE = ("losses", "gradient_norms", "value_norm", "gradient_norm", "bytes")
-"""In the JSON only: most of them show that variants agree or differ as they should."""
+"""In the JSON only; most show that variants agree or differ as they should."""
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -32,11 +32,11 @@ def run(names: Sequence[str] = (), quick: bool = False, turns: int | None = None
     """Run the benchmarks `names` (default: all that this machine can run); returns plain JSON values.
 
     Args:
-        quick: tiny models and a single turn, to see that everything runs: its times mean nothing.
-        turns: how often each variant is timed.
-        threads: of torch, on a CPU; default: OMP_NUM_THREADS, else one per core.
+        quick: tiny models and a single turn, to see that everything runs; its times mean nothing.
+        turns: how often to time each variant.
+        threads: torch's, on a CPU; default: OMP_NUM_THREADS, else one per core.
 
-    Raises ValueError for an unknown name, or `recipes` without a GPU.
+    Raises ValueError for an unknown name, or for `recipes` without a GPU.
     """
     gpu = has_gpu()
     names = list(dict.fromkeys(names)) or [name for name in NAMES if gpu or name != "recipes"]
@@ -57,7 +57,7 @@ def run(names: Sequence[str] = (), quick: bool = False, turns: int | None = None
 
 
 def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
-    # Here, not above: --help and a wrong name shouldn't wait for Megatron's import.
+    # Not at the top: --help and a wrong name shouldn't wait for Megatron's import.
     from benchmarks import checkpoint, loader, lookup, training_step
 
     if name == "step":
@@ -78,7 +78,6 @@ def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
 
 
 def machine() -> dict:
-    """What the numbers were measured on."""
     return {
         "device": device_name(),
         "gpus": torch.cuda.device_count(),
@@ -91,7 +90,7 @@ def machine() -> dict:
 
 
 def format_results(results: dict) -> str:
-    """Results as lines for a terminal: medians, ranges in brackets."""
+    """Results as text: medians, with ranges in brackets."""
     m = results["machine"]
     head = (
         f"{m['device']}, {m['cores']} cores, {m['threads']} threads, load {m['load_average']:.1f}; torch {m['torch']}"
@@ -129,17 +128,13 @@ def _lines(values: dict, depth: int) -> list[str]:
 def _number(value: float | str) -> str:
     if isinstance(value, str):
         return value
-    return (
-        f"{value:,.0f}"
-        if abs(value) >= 100 or isinstance(value, int)
-        else f"{value:.3g}"
-        if value < 0.1
-        else f"{value:.3f}"
-    )
+    if abs(value) >= 100 or isinstance(value, int):
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value < 0.1 else f"{value:.3f}"
 
 
 def _plain(value):
-    """Dataclasses as dictionaries, all the way down."""
+    """`value` with nested Spreads as dictionaries."""
     if isinstance(value, Spread):
         return dataclasses.asdict(value)
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,10 +1,10 @@
-"""Token ids of natural text: this machine's Python, sources and documentation, as `make demo` reads it."""
+"""Token ids of natural text: the standard library of this machine's Python."""
 
 from __future__ import annotations
 
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,24 +17,21 @@ EXCLUDED = ("site-packages", "test")
 DOCUMENTS_AT_ONCE = 64
 
 
-def text_ids(
-    vocab_size: int, samples: int, sequence_length: int, max_bytes: int, inputs: Sequence[str] = ()
-) -> torch.Tensor:
+def text_ids(vocab_size: int, samples: int, sequence_length: int, max_bytes: int) -> torch.Tensor:
     """Samples in random order from text packed as for training, int64 `[samples, sequence_length]`.
 
     Args:
-        vocab_size: of the byte-level BPE that is trained on the same text.
-        max_bytes: of text to read, taken evenly over the files.
-        inputs: files or folders; default: the standard library of this machine's Python.
+        vocab_size: of the byte-level BPE trained on the same text.
+        max_bytes: text to read at most, spread evenly over the files.
 
-    Raises DataError where the text is too small for the vocabulary, ValueError where it is for the samples.
+    Raises DataError if there is too little text for the vocabulary, ValueError if there is for the samples.
     """
-    inputs, excluded = (inputs, ()) if inputs else ([sysconfig.get_paths()["stdlib"]], EXCLUDED)
+    inputs = [sysconfig.get_paths()["stdlib"]]
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         encoder = train_tokenizer(
-            inputs, Path(folder), vocab_size, max_bytes, invalid_utf8="skip", exclude=excluded, progress=False
+            inputs, Path(folder), vocab_size, max_bytes, invalid_utf8="skip", exclude=EXCLUDED, progress=False
         )
-        texts = training_texts(make_units(find_files(inputs, excluded)), max_bytes, "text", "skip")
+        texts = training_texts(make_units(find_files(inputs, EXCLUDED)), max_bytes, "text", "skip")
         ids = np.concatenate(list(_packed(encoder, texts)))
     count = len(ids) // sequence_length
     if count < samples:
@@ -44,7 +41,7 @@ def text_ids(
 
 
 def _packed(encoder, texts: Iterator[str]) -> Iterator[np.ndarray]:
-    """Each document after a beginning-of-sequence token."""
+    """Ids of each document, after a beginning-of-sequence token."""
     begin, batch = np.array([encoder.bos_token_id]), []
     for text in texts:
         batch.append(text)

@@ -1,8 +1,7 @@
-"""Comparing variants on a machine that is never quite idle.
+"""Comparing variants on a machine that isn't idle.
 
-Variants take turns (A B, B A, A B, …), so that whatever else the machine does hits all of them alike, and what is
-reported is the ratio within each turn: its median over turns, and its range. On a CPU the processor time of this
-process is kept beside the wall clock: other programs hardly move it.
+Variants take turns (A B, B A, A B, …), so that other load affects them alike; reported are median and range of the
+ratio within each turn. On a CPU this process's CPU time is measured too, which other programs hardly affect.
 """
 
 from __future__ import annotations
@@ -40,14 +39,12 @@ class Timings:
 
 
 def take_turns(variants: Mapping[str, Callable[[int], object]], turns: int, discard: int = 1) -> dict[str, Timings]:
-    """Time each variant in each turn.
+    """Time each variant in each turn; every second turn runs in reverse order.
 
     Args:
-        variants: what to time, by name; called with the number of the turn, so that all of them can do the same work.
-        turns: how often each is timed.
-        discard: first turns that are run and not counted: allocation, caches, compilation.
-
-    Every second turn runs in reverse order, so that no variant always follows the same other.
+        variants: by name; called with the number of the turn, so that all of them can do the same work.
+        turns: how often to time each.
+        discard: number of first turns not to count (allocation, caches, compilation).
     """
     timings = {name: Timings() for name in variants}
     for turn in range(discard + turns):
@@ -63,7 +60,7 @@ def take_turns(variants: Mapping[str, Callable[[int], object]], turns: int, disc
 
 
 def speed_ratio(timings: Mapping[str, Timings], name: str, reference: str) -> dict[str, Spread]:
-    """How many times as fast `name` is as `reference`, turn by turn; above 1 is faster.
+    """How many times as fast as `reference` is `name`, turn by turn; above 1 is faster.
 
     Keys: `wall`, and on a CPU `processor`.
     """

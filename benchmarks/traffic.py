@@ -1,11 +1,9 @@
-"""Bytes that a rank sends for one table's lookup of one micro-batch of natural text, counted.
-
-Shapes: N tokens of the micro-batch, U their distinct ids, K = kv_dim, T tensor-parallel ranks.
-"""
+"""Bytes that a rank sends for one table's lookup of a micro-batch of natural text. T: tensor-parallel ranks."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
@@ -16,6 +14,7 @@ from megatron.core.tensor_parallel import mappings
 
 from benchmarks.ranks import on_ranks
 from benchmarks.text import text_ids
+from bov_megatron.model.bank.lookup_ahead import look_up
 from bov_megatron.model.bank.table import ValueTable
 from bov_megatron.recipe import ModelConfig, ParallelConfig, Recipe, TrainConfig, ValueConfig
 
@@ -29,15 +28,13 @@ SIZES = {"vocab_size": 32768, "tokens": (2048, 4096, 8192, 16384, 32768, 65536),
 QUICK_SIZES = {"vocab_size": 512, "tokens": (2048, 4096), "max_bytes": 1_000_000}
 
 
-def bench_traffic(quick: bool, threads: int, inputs: Sequence[str] = ()) -> dict:
+def bench_traffic(quick: bool, threads: int) -> dict:
     """Counted bytes per rank, table and micro-batch, by number of ranks and tokens; forward, backward, in bf16.
 
-    Ranks own unequal shares of the distinct ids: given are the mean over ranks and, of both ways together, the highest.
+    Ranks own unequal shares of the distinct ids, so both the mean over ranks and the highest total are given.
     """
     sizes = QUICK_SIZES if quick else SIZES
-    samples = text_ids(
-        sizes["vocab_size"], max(sizes["tokens"]) // SAMPLE_LENGTH, SAMPLE_LENGTH, sizes["max_bytes"], inputs
-    )
+    samples = text_ids(sizes["vocab_size"], max(sizes["tokens"]) // SAMPLE_LENGTH, SAMPLE_LENGTH, sizes["max_bytes"])
     result = {}
     for ranks in RANKS:
         recipe = _recipe(sizes["vocab_size"], ranks)
@@ -55,7 +52,7 @@ def bench_traffic(quick: bool, threads: int, inputs: Sequence[str] = ()) -> dict
 
 
 def calculated(samples: torch.Tensor, tokens: int, recipe: Recipe) -> list[dict[str, list[int]]]:
-    """By rank and lookup: bytes sent forward and backward, from the ids alone.
+    """By rank and lookup: bytes sent forward and backward, computed from the ids.
 
     A ring's reduce-scatter or all-gather sends (T-1)/T of what the ranks hold together. `distinct` sends T-1 ranks
     their columns of a rank's own rows, and backward the gradients of the others' rows.
@@ -92,7 +89,7 @@ def _summary(samples: torch.Tensor, tokens: int, recipe: Recipe, by_rank: list[d
 
 
 def _recipe(vocab_size: int, ranks: int) -> Recipe:
-    """As little as a table needs: bytes are in proportion to kv_dim, here 512."""
+    """As little as a table needs. Bytes are proportional to kv_dim, here 512."""
     model = ModelConfig(
         num_layers=3, hidden_size=512, num_attention_heads=8, vocab_size=vocab_size, value=ValueConfig(source="bank")
     )
@@ -101,14 +98,14 @@ def _recipe(vocab_size: int, ranks: int) -> Recipe:
 
 
 def count_on_rank(recipe: Recipe, samples: torch.Tensor, sizes: Sequence[int]) -> dict[str, dict[str, list[int]]]:
-    """By number of tokens and lookup: bytes that this rank hands to torch.distributed for others, both ways."""
+    """By number of tokens and lookup: bytes that this rank sends through torch.distributed, forward and backward."""
     counted: dict[str, dict[str, list[int]]] = {}
     for lookup in LOOKUPS:
         table = new_table(recipe, lookup)
         for tokens in sizes:
             ids_BS = samples.flatten()[:tokens].view(-1, SAMPLE_LENGTH)
             with counting() as sent:
-                values = table(ids_BS)
+                values = look_up(ids_BS, table)
                 forward = sum(sent)
                 values.backward(torch.ones_like(values))
             counted.setdefault(str(tokens), {})[lookup] = [forward, sum(sent) - forward]
@@ -116,10 +113,9 @@ def count_on_rank(recipe: Recipe, samples: torch.Tensor, sizes: Sequence[int]) -
 
 
 def new_table(recipe: Recipe, lookup: str) -> ValueTable:
-    model, group = recipe.model, parallel_state.get_tensor_model_parallel_group()
-    table = ValueTable(
-        recipe.padded_vocab_size(), model.kv_heads, model.kv_channels, "vocab", lookup, torch.bfloat16, group
-    )
+    model = dataclasses.replace(recipe.model, value=ValueConfig(source="bank", lookup=lookup))
+    group = parallel_state.get_tensor_model_parallel_group()
+    table = ValueTable(model, recipe.padded_vocab_size(), torch.bfloat16, group)
     torch.nn.init.zeros_(table.weight)
     table.weight.main_grad = torch.zeros_like(table.weight, dtype=torch.float32)
     return table
@@ -127,8 +123,8 @@ def new_table(recipe: Recipe, lookup: str) -> ValueTable:
 
 @contextlib.contextmanager
 def counting() -> Iterator[list[int]]:
-    """Collects, call by call, the bytes that this rank sends to others through torch.distributed inside the block: what
-    a ring sends, of reductions and gathers. A collective that it doesn't know fails."""
+    """Collects the bytes that this rank sends through torch.distributed in each call inside the block; reductions and
+    gathers count as rings. Collectives that aren't counted fail."""
     sent: list[int] = []
     names = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Whole training steps (forward, backward, optimizer) of recipes that differ in one thing."""
+"""Whole training steps (forward, backward, optimizer) of recipes that differ in one field."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ QUICK_MODEL = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 2, "vo
 
 
 def bench_recipe(source: str, quick: bool = False, optimizer: str = "muon", gpu: bool | None = None) -> Recipe:
-    """The recipe that is timed: on a CPU 12 layers of width 256 in fp32, four sequences of 512 tokens a step; on a
-    GPU the 135M model in bf16, sixteen sequences of 2048 in two micro-batches."""
+    """The recipe to time: on a CPU 12 layers of width 256 in fp32, four sequences of 512 tokens per step; on a GPU the
+    135M model in bf16, sixteen sequences of 2048 tokens in two micro-batches."""
     gpu = has_gpu() if gpu is None else gpu
     model, micro, sequences = ({}, 8, 16) if gpu else (CPU_MODEL, 4, 4)
     if quick:
@@ -45,7 +45,7 @@ def bench_recipe(source: str, quick: bool = False, optimizer: str = "muon", gpu:
                 "steps": 1000,
                 "precision": "bf16" if gpu else "fp32",
             },
-            # Full rates at once, so that even a few steps show in loss and gradients.
+            # No warmup, so that even a few steps show in loss and gradients.
             "optimizer": {"name": optimizer, "warmup_steps": 0, "reference_batch_tokens": None},
             "data": {"path": "unused"},
         }
@@ -80,10 +80,9 @@ def _engine_with_attention(core: str, recipe: Recipe) -> MegatronEngine:
 
 
 def bench_recipes(turns: int, folder: Path) -> dict:
-    """The published recipes on one GPU, one after the other: tokens/s, MFU and peak memory.
+    """Tokens/s, MFU and peak memory of the published recipes on one GPU, or an error for those that run out of memory.
 
-    One rank, two micro-batches a step instead of the whole batch, so that the optimizer weighs more than in a run.
-    Recipes that run out of memory say so.
+    A step has two micro-batches instead of the whole batch, so the optimizer weighs more than in a run.
     """
     result = {}
     for name in PUBLISHED:
@@ -109,14 +108,13 @@ def bench_recipes(turns: int, folder: Path) -> dict:
 def measure(
     recipes: Mapping[str, Recipe],
     turns: int,
-    discard: int = 2,
     build: Callable[[str, Recipe], MegatronEngine] = lambda name, recipe: MegatronEngine(recipe),
 ) -> tuple[dict[str, dict], dict]:
-    """Train the recipes side by side in this process, a step each in turn, on the same random batches.
+    """Train the recipes in this process, a step each in turn, on the same random batches (one rank).
 
-    Token ids are uniform: of all texts the one that touches most table rows. All recipes share one layout, of one
-    rank. Returns per recipe `tokens_per_second`, and each step's `losses` (nats per token) and `gradient_norms`, so
-    that variants can be seen to differ or to agree; and the timings for `timing.speed_ratio`.
+    Token ids are uniform, which touches more table rows than any text. Returns per recipe `tokens_per_second` and each
+    step's `losses` (nats per token) and `gradient_norms`, to show that variants differ or agree; and the timings for
+    `timing.speed_ratio`.
     """
     steps_done: dict[str, list] = {name: [] for name in recipes}
     with one_process(next(iter(recipes.values()))):
@@ -126,7 +124,7 @@ def measure(
             steps_done[name].append(engines[name].train_step(random_micro_batches(recipes[name], turn)))
 
         steps = {name: lambda turn, name=name: step(name, turn) for name in recipes}
-        timings = take_turns(steps, turns, discard)
+        timings = take_turns(steps, turns, discard=2)
     variants = {
         name: {
             "tokens_per_second": Spread.of([recipe.batch_tokens / s for s in timings[name].wall]),
@@ -139,7 +137,7 @@ def measure(
 
 
 def random_micro_batches(recipe: Recipe, seed: int) -> list[torch.Tensor]:
-    """One step's micro-batches for a data-parallel size of 1, each int64 `[micro_batch_size, T + 1]`."""
+    """A step's micro-batches, each int64 `[micro_batch_size, T + 1]`, for data-parallel size 1."""
     generator = torch.Generator().manual_seed(seed)
     shape = (recipe.train.global_batch_size, recipe.model.sequence_length + 1)
     return list(torch.randint(recipe.model.vocab_size, shape, generator=generator).split(recipe.train.micro_batch_size))
@@ -147,7 +145,7 @@ def random_micro_batches(recipe: Recipe, seed: int) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def one_process(recipe: Recipe) -> Iterator[None]:
-    """Process groups of a world of one, for the length of the block."""
+    """Context manager: process groups of a single rank."""
     process_groups.initialize(recipe, 0, 1, init_method=f"tcp://127.0.0.1:{free_port()}")
     try:
         yield

@@ -48,10 +48,8 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
 
 
 def install_torchvision_fix() -> None:
-    """Call `register_missing_torchvision_ops` if this process ever imports torchvision.
-
-    Importing the package does this, and so does every start of Python in a mismatched environment that
-    tools/setup_env.sh has made."""
+    """Call `register_missing_torchvision_ops` if this process ever imports torchvision. Importing the package does it,
+    and so does every start of Python in a mismatched environment from tools/setup_env.sh."""
     sys.meta_path.insert(0, _BeforeTorchvision())
 
 

@@ -1,6 +1,4 @@
-"""What a recipe costs: parameters, FLOPs, steps, memory per rank, checkpoint size, time. Computed here and
-nowhere else; the trainer, the optimizer and the tests ask this file. Imports nothing heavy.
-"""
+"""Report of a recipe's costs: parameters, FLOPs, steps, memory per rank, checkpoint size, time. Doesn't need torch."""
 
 from __future__ import annotations
 
@@ -16,16 +14,16 @@ from bov_megatron.recipe.quantities import effective_rates, flops_per_token, par
 DEFAULT_PEAK_FLOPS = 989e12
 """Dense bf16 FLOP/s of one NVIDIA H100 SXM, from its data sheet."""
 DEFAULT_MFU = 0.40
-"""Share of the peak that a time estimate assumes: an assumption, not a measurement."""
+"""Share of the peak for time estimates; an assumption, not a measurement."""
 
 
 @dataclass
 class Plan:
-    """Costs of one recipe on one world. Bytes, FLOPs, seconds; all counts are of the whole model."""
+    """Costs of a recipe on `world_size` ranks, in bytes, FLOPs and seconds; counts are of the whole model."""
 
     name: str
     parameters: int
-    """Everything, tables included, vocabulary padding excluded."""
+    """Including tables, without vocabulary padding."""
     table_parameters: int
     parameters_by_kind: dict[str, int]
     padded_vocab_size: int
@@ -45,31 +43,31 @@ class Plan:
     gradient_accumulation_steps: int
     layers_per_stage: list[int]
     layers_per_chunk: list[list[int]]
-    """By stage; one entry each unless the pipeline is interleaved."""
+    """By stage; a single chunk each unless the pipeline is interleaved."""
     flops_share_by_stage: list[float]
     memory_per_rank_bytes: int
-    """Of the rank that needs most; parts in `memory_per_rank`."""
+    """Of the fullest rank; `memory_per_rank` has its parts."""
     memory_per_rank: dict[str, int]
     memory_by_stage: list[dict[str, int]]
     host_memory_per_rank_bytes: int
-    """Of tables in host memory, or of an optimizer that is offloaded there; else 0."""
+    """For tables in host memory or an offloaded optimizer."""
     checkpoint_bytes: int
     value_cache_bytes_per_token: dict[str, int]
-    """Per token of context while decoding: what `projection` would cache for the target layers, and this model."""
+    """Per token of context while decoding, all layers: with `projection` everywhere, and `this_model`."""
     time_estimate: dict[str, float]
-    """`seconds` on world_size devices, with the assumed `mfu` and `peak_flops` of one device."""
+    """`seconds`, with the assumed `mfu` and `peak_flops` of each device."""
 
 
 def plan(
     recipe: Recipe, world_size: int | None = None, mfu: float = DEFAULT_MFU, peak_flops: float | None = None
 ) -> Plan:
-    """Cost of `recipe` on `world_size` ranks (default: one copy of the model).
+    """Costs of `recipe` on `world_size` ranks (default: one copy of the model).
 
-    Raises RecipeError where the recipe does not fit the world, as training would.
+    Raises RecipeError, as training would, if the recipe is invalid or doesn't fit `world_size`.
     """
     check_recipe(recipe)
     if not 0 < mfu <= 1:
-        raise RecipeError(f"mfu={mfu}: must lie between 0 and 1")
+        raise RecipeError(f"mfu={mfu}: must be between 0 and 1")
     model, parallel = recipe.model, recipe.parallel
     world_size = parallel.model_parallel_size if world_size is None else world_size
     data_parallel = data_parallel_size(recipe, world_size)
@@ -101,7 +99,7 @@ def plan(
         gradient_accumulation_steps=recipe.train.global_batch_size // recipe.train.micro_batch_size // data_parallel,
         layers_per_stage=[sum(map(len, chunks)) for chunks in layers],
         layers_per_chunk=[[len(chunk) for chunk in chunks] for chunks in layers],
-        flops_share_by_stage=_flops_share(recipe),
+        flops_share_by_stage=_flops_share(recipe, layers),
         memory_per_rank_bytes=sum(worst.values()),
         memory_per_rank=worst,
         memory_by_stage=stages,
@@ -116,21 +114,20 @@ def plan(
     )
 
 
-def _flops_share(recipe: Recipe) -> list[float]:
+def _flops_share(recipe: Recipe, layers: list[list[range]]) -> list[float]:
     flops = stage_flops(recipe)
-    stages = [sum(flops(c.start, c.stop) for c in chunks) for chunks in pipeline.layers_of_chunks(recipe)]
+    stages = [sum(flops(chunk.start, chunk.stop) for chunk in chunks) for chunks in layers]
     return [stage / sum(stages) for stage in stages]
 
 
 def _value_cache(model: ModelConfig) -> dict[str, int]:
-    """bf16 bytes of cached values per token of context, all layers: with projections alone, and with this source."""
-    per_layer = 2 * model.kv_dim
+    per_layer = 2 * model.kv_dim  # bytes in bf16
     cached = sum(model.facts_of(layer).has_value_matrix for layer in range(model.num_layers))
     return {"projection": model.num_layers * per_layer, "this_model": cached * per_layer}
 
 
 def format_plan(plan: Plan) -> str:
-    """The plan as an aligned table for a terminal."""
+    """The plan as an aligned table."""
     p = plan
     kinds = [(f"  {kind}", f"{count:,}") for kind, count in p.parameters_by_kind.items() if count]
     rates = [
@@ -217,7 +214,7 @@ def _duration(seconds: float) -> str:
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    """0-based layers as `8-11` or `1, 3, 5`; `none` where there are none."""
+    """0-based layers as `8-11` or `1, 3, 5`, or `none`."""
     groups: list[list[int]] = []
     for layer in sorted(layers):
         if groups and layer == groups[-1][-1] + 1:

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Train the 135M baseline, which projects its values. From the repository's root:
+# Train the 135M baseline, without a bank. From the repository's root:
 #   sbatch slurm/135m_baseline.sh                                     2 nodes of 8 GPUs
 #   sbatch --nodes=4 slurm/135m_baseline.sh train.steps=20            sbatch's flags before, the recipe's fields after
 # docs/use/slurm.md lists everything that can be set.
@@ -12,9 +12,9 @@
 #SBATCH --time=02:00:00
 #SBATCH --output=logs/slurm-%x-%j.out
 #SBATCH --open-mode=append
-# Two minutes before the time limit the run saves, ends and queues itself again; docs/use/failures.md.
+# Two minutes before the time limit the run saves, ends and requeues itself; see docs/use/failures.md.
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
-# Slurm runs a copy of this file, so only the folder that the job starts in leads to the repository.
+# Slurm runs a copy of this file, so the repository is found through the folder the job starts in.
 [[ -f slurm/launch.sh ]] || { echo "no slurm/launch.sh in $PWD: sbatch --chdir=REPOSITORY, or call it there" >&2; exit 2; }
 exec bash slurm/launch.sh recipes/135m_baseline.yaml "$@"

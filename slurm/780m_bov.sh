@@ -12,9 +12,9 @@
 #SBATCH --time=12:00:00
 #SBATCH --output=logs/slurm-%x-%j.out
 #SBATCH --open-mode=append
-# Two minutes before the time limit the run saves, ends and queues itself again; docs/use/failures.md.
+# Two minutes before the time limit the run saves, ends and requeues itself; see docs/use/failures.md.
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
-# Slurm runs a copy of this file, so only the folder that the job starts in leads to the repository.
+# Slurm runs a copy of this file, so the repository is found through the folder the job starts in.
 [[ -f slurm/launch.sh ]] || { echo "no slurm/launch.sh in $PWD: sbatch --chdir=REPOSITORY, or call it there" >&2; exit 2; }
 exec bash slurm/launch.sh recipes/780m_bov.yaml "$@"

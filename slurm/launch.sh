@@ -1,8 +1,8 @@
 #!/bin/bash
 # Run one training job on the nodes of this Slurm allocation: launch.sh RECIPE [section.field=value ...]
 #
-# The scripts beside it call it with their recipe; docs/use/slurm.md lists the variables it reads. One task is one rank.
-# Tasks find their rank, world and master through bov_megatron/parallel/launch.py, from Slurm's own variables.
+# Called by the scripts beside it with their recipe; docs/use/slurm.md lists the variables it reads. One task is one
+# rank; bov_megatron/parallel/launch.py derives rank and world size from Slurm's variables.
 set -euo pipefail
 
 die() {
@@ -10,8 +10,8 @@ die() {
     exit 2
 }
 
-# Where rank 0 listens. Slurm's address of the first node comes first, since its name need not resolve (NodeName is
-# Slurm's own affair); then the name; then this host, which is the first node whenever sbatch started us.
+# Address where rank 0 listens: Slurm's address of the first node, since its name (NodeName) need not resolve; then the
+# name; then this host, which is the first node if sbatch started us.
 find_master() {
     local node address candidate
     node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -57,15 +57,15 @@ fi
 
 MASTER_ADDR=${MASTER_ADDR:-$(find_master)}
 export MASTER_ADDR
-# Not torchrun's variables, which a login script may have left half set: ranks are Slurm's.
+# A login script may have set some of torchrun's variables, which would take precedence over Slurm's.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK
-# srun of Slurm 22.05 and later no longer takes --cpus-per-task from sbatch: ranks would share one core.
+# Since Slurm 22.05 srun doesn't inherit --cpus-per-task from sbatch, and ranks would share one core.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export PYTHONUNBUFFERED=1
-# sbatch --export=NONE, which some sites make the default, would otherwise hide all of this from the ranks.
+# Explicit, because with sbatch --export=NONE, some sites' default, ranks would see none of these variables.
 srun=(srun --export=ALL)
 if [[ -n ${BOV_SRUN_ARGS:-} ]]; then
     read -ra extra <<<"$BOV_SRUN_ARGS"
@@ -81,23 +81,22 @@ commit    $(commit)
 python    $python ($("$python" --version 2>&1 || true))
 INFO
 
-# The end of this script, with the status of whatever has ended; Slurm may then start it again.
+# End this script with a status, after requeueing the job if that makes sense.
 finish() {
     requeue_unless_final "$1" "$python" "$recipe" ${overrides[@]+"${overrides[@]}"} || true
     exit "$1"
 }
 
-# What the job is about to cost, for the record. A recipe that cannot run on this many ranks ends the job here, with
-# one error instead of one per rank.
+# Record the cost of the job. A recipe that can't run on this many ranks ends the job here, with a single error.
 "${srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 \
     "$python" tools/plan.py --world-size "$SLURM_NTASKS" "$recipe" ${overrides[@]+"${overrides[@]}"} || finish $?
 [[ -z $interrupted ]] || finish 143
 
-# A rank that fails takes the others with it: they would wait for it in a collective until that times out.
-# --label begins each line with its rank, as tracebacks of all ranks arrive at once.
-# srun's own status is the highest of all ranks', and 143 once it has terminated some because another one crashed. The
-# run's status is what rank 0 leaves in a file, or whichever rank ends the run; if none could leave any, it crashed.
-# All nodes see this folder, but it may be read-only; then it is rank 0's file alone, which runs on this node.
+# --kill-on-bad-exit: the other ranks would wait for a failed one until a collective times out.
+# --label starts each line with the rank, as tracebacks of all ranks arrive at once.
+# srun's own status is the highest of all ranks, or 143 once it has terminated some because another crashed. So rank 0,
+# or the rank that ends the run, writes the run's status to a file; without one, the run crashed. All nodes see this
+# folder, but it may be read-only; then the file is local, and only rank 0, which is on this node, can write it.
 rm -f "$PWD/logs/.status-$SLURM_JOB_ID."* # of an earlier start that was killed
 BOV_STATUS_FILE=$(mktemp -p "$PWD/logs" ".status-$SLURM_JOB_ID.XXXXXX" 2>/dev/null || mktemp)
 export BOV_STATUS_FILE

@@ -1,8 +1,8 @@
-# Functions of launch.sh for what comes from outside and what comes after: signals, and starting the job again.
+# Functions of launch.sh: passing signals on to the ranks, and requeueing the job.
 # shellcheck shell=bash
 
-# From here on pass signals to this job on to its ranks; `interrupted` then names the last one. Through scancel, because
-# a SIGTERM to srun itself kills all ranks at once, without their hearing a signal.
+# Pass signals to this job on to its ranks from now on; `interrupted` names the last one. With scancel, because on
+# SIGTERM srun itself kills all ranks without passing the signal on.
 hear_signals() {
     local name
     interrupted=''
@@ -14,28 +14,28 @@ hear_signals() {
     done
 }
 
-# Run a command in the background and wait for it, whatever signals are passed on meanwhile. In the background, because
-# a shell that waits for a foreground command runs its traps only after that command has ended.
+# Run a command and wait until it ends, while signals are passed on. In the background, because a shell runs its traps
+# only after a foreground command has ended.
 run_with_signals() {
     local pid status
     "$@" &
     pid=$!
-    # A trapped signal ends `wait` early, with a status that a command might have, too. Asking whether there still is a
-    # process of that number (kill -0) would find a later one that got the number again.
+    # A trapped signal ends `wait` early, with a status that the command could have too. `kill -0` could find another
+    # process that was given the same id.
     while :; do
         interrupted='' status=0
-        wait "$pid" || status=$? # bash remembers how it ended, and says so again
+        wait "$pid" || status=$? # bash remembers the command's status
         [[ -n $interrupted ]] || break
     done
     return "$status"
 }
 
-# Queue this job again if that makes sense: requeue_unless_final STATUS PYTHON RECIPE [section.field=value ...].
-# Not a job that somebody has cancelled or that has no batch script to start again (salloc).
+# Requeue this job if that makes sense: requeue_unless_final STATUS PYTHON RECIPE [section.field=value ...].
+# Not if it was cancelled or has no batch script (salloc).
 requeue_unless_final() {
     local status=$1 job reason
     shift
-    trap '' TERM INT USR1 USR2 # what is left to do is short, and the ranks are gone
+    trap '' TERM INT USR1 USR2 # the ranks are gone, and the rest is short
     if [[ ${BOV_REQUEUE:-1} == 0 ]]; then
         echo "launch.sh: training ended with status $status; not started again: BOV_REQUEUE=0"
         return

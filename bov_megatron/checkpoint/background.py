@@ -1,11 +1,10 @@
-"""Writing a share beside training, in a process forked for this one save.
+"""Writing a share while training continues, in a process forked for each save.
 
-The fork is the copy: the child sees every tensor in host memory as it was at that moment, whatever training does to it
-later (the kernel copies the pages that change). A process kept from save to save would have to be sent the tensors,
-and is how later checkpoints come to hold the first one's weights.
+Forking copies the state: the child sees host memory as it was at the fork, whatever training changes later (the kernel
+copies pages on write). A process kept for all saves would need the tensors sent to it each time.
 
-The child talks to no rank, uses no device, and cannot outlive its parent: sockets that it inherits would hide a
-killed rank from the others.
+The child doesn't communicate with other ranks or use a device. It must not outlive its parent, because the sockets it
+inherits would hide from other ranks that this one was killed.
 """
 
 from __future__ import annotations
@@ -30,10 +29,7 @@ _MEANT_FOR_THE_PARENT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.S
 
 
 class BackgroundWriter:
-    """`write_share(share)` in a child process, from now on. Linux only.
-
-    `done` may be asked at any time; `result` waits, and must be called once.
-    """
+    """Runs `write_share(share)` in a child process (Linux only). Call `result` once."""
 
     def __init__(self, share: Share):
         _own_copies(share)
@@ -57,11 +53,11 @@ class BackgroundWriter:
         share.buckets, share.writer.write_buckets = [], None  # the child has them
 
     def done(self) -> bool:
-        """Whether `result` would return at once."""
+        """Whether `result` returns without waiting."""
         return bool(select.select([self.pipe], [], [], 0)[0])
 
     def result(self) -> Written:
-        """What became of the share; a child that died is a share that could not be written."""
+        """Wait for the child; if it died, the outcome is an error."""
         with self.pipe:
             answer = self.pipe.read()
         _, status = os.waitpid(self.pid, 0)
@@ -73,18 +69,18 @@ class BackgroundWriter:
 
 
 def _own_copies(share: Share) -> None:
-    """Copy the tensors that a child would share with its parent instead of keeping them as they are."""
+    """Clone tensors in shared or pinned memory, which fork doesn't copy."""
     for index, (path, key, (byte_items, tensor_items)) in enumerate(share.buckets):
         own = [(item, t.clone() if t.is_shared() or t.is_pinned() else t) for item, t in tensor_items]
         share.buckets[index] = (path, key, (byte_items, own))
 
 
 def _write_and_tell(share: Share, pipe: int) -> None:
-    """The child's whole life."""
-    for number in _MEANT_FOR_THE_PARENT:  # schedulers send them to every process of a job
+    """Body of the child process."""
+    for number in _MEANT_FOR_THE_PARENT:  # schedulers signal every process of a job
         signal.signal(number, signal.SIG_IGN)
-    gc.disable()  # nothing of the parent's, on a device or not, is to be cleaned up here
-    torch.set_num_threads(1)  # the parent's threads are not here
+    gc.disable()  # don't finalize the parent's objects, e.g. on a device
+    torch.set_num_threads(1)  # fork doesn't copy the parent's threads
     written = write_share(share)
     with os.fdopen(pipe, "wb") as stream:
         pickle.dump(written, stream)

@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: same model, same optimizer, same order of data; all else may change."""
+"""Whether a run may resume from a checkpoint: same model, optimizer and order of data; all else may change."""
 
 from __future__ import annotations
 
@@ -9,33 +9,29 @@ from bov_megatron.recipe import Recipe
 
 
 def check_same_model(stored: dict, recipe: Recipe, path: Path) -> None:
-    """Refuse a checkpoint whose model has other tensors than the recipe's."""
+    """Raise RecipeError if the checkpoint's model has other tensors than the recipe's."""
     layout_only = {"core_attention", "linear_layers"}
     layout_only |= {"value.table_partition", "value.lookup", "value.table_memory"}
     _compare(stored["model"], recipe.to_dict()["model"], "model", layout_only, path)
 
 
 def check_same_optimizer(stored: dict, recipe: Recipe, path: Path) -> None:
-    """Refuse a checkpoint whose optimizer state is another one's: other tensors, or none where some are needed."""
+    """Raise RecipeError if the checkpoint's optimizer state has other tensors than the recipe's."""
     now = recipe.to_dict()
     for section, field in (("optimizer", "name"), ("train", "precision")):
         _compare(stored[section], now[section], section, set(now[section]) - {field}, path)
 
 
 def check_same_data_order(stored: dict, recipe: Recipe, path: Path) -> None:
-    """Refuse to go on where the recipe would see other samples, or the same in another order."""
+    """Raise RecipeError if the recipe would read other samples, or in another order."""
     now = recipe.to_dict()
     remedy = "resuming would reorder the data: restore the value, or start another run with name=…"
     _compare(stored["train"], now["train"], "train", set(now["train"]) - {"global_batch_size"}, path, remedy)
     free = {"num_workers", "prefetch_factor", "path", "remote"}
-    streams = {"streams": [_order_of(s) for s in stored["data"]["streams"]]}
-    streams_now = {"streams": [_order_of(s) for s in now["data"]["streams"]]}
+    # A stream may move to another folder; its weight may not change.
+    streams = {"streams": [stream["weight"] for stream in stored["data"]["streams"]]}
+    streams_now = {"streams": [stream["weight"] for stream in now["data"]["streams"]]}
     _compare({**stored["data"], **streams}, {**now["data"], **streams_now}, "data", free, path, remedy)
-
-
-def _order_of(stream: dict) -> float:
-    """A stream may move to another folder; its weight may not change."""
-    return stream["weight"]
 
 
 def _compare(stored: dict, now: dict, where: str, free: set[str], path: Path, remedy: str | None = None) -> None:

@@ -1,10 +1,9 @@
-"""The manifest of a checkpoint: size and checksum of each of its files, and who wrote them. Needs neither torch nor
-process groups.
+"""The manifest of a checkpoint: size and checksum of each file, and the layout that wrote them. Doesn't need torch.
 
     RUN/checkpoints/step_00000200/manifest.json
 
-It is written last, just before the folder gets its final name: a folder with a complete manifest was complete once,
-and comparing says whether it still is. Sizes take a look at the folder; checksums take reading every byte.
+It is written last, just before the folder gets its final name, so a folder with an intact manifest was complete once;
+comparing sizes or checksums shows whether it still is.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _OWN_CHECKSUM = "manifest_xxh3_64"
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file as it was written."""
+    """A file as it was written."""
 
     size: int
     """Bytes."""
@@ -34,7 +33,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint consists of."""
+    """Contents of a checkpoint."""
 
     step: int
     layout: dict[str, int]
@@ -50,7 +49,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Damage:
-    """A file that is not what the manifest says."""
+    """A file that differs from the manifest."""
 
     file: str
     expected: str
@@ -61,7 +60,7 @@ class Damage:
 
 
 class ManifestError(ValueError):
-    """No manifest, or one that cannot be believed; `damage` says which."""
+    """A manifest that is missing or damaged; `damage` says which."""
 
     def __init__(self, found: str):
         self.damage = Damage(MANIFEST_FILE, "a manifest", found)
@@ -69,7 +68,7 @@ class ManifestError(ValueError):
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Store `manifest` with the files it describes, on disk when this returns."""
+    """Write the manifest and flush it to disk."""
     content = {"version": 1, **asdict(manifest)}
     content[_OWN_CHECKSUM] = _checksum_of(content)
     with (folder / MANIFEST_FILE).open("w") as file:
@@ -79,7 +78,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest in a checkpoint's folder. Raises ManifestError where there is none, or a damaged one."""
+    """Read a checkpoint's manifest. Raises ManifestError if it is missing or damaged."""
     try:
         content = json.loads((folder / MANIFEST_FILE).read_bytes())
         stated = content.pop(_OWN_CHECKSUM)
@@ -97,21 +96,21 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def find_damage(folder: Path, contents: bool, share: int = 0, shares: int = 1) -> list[Damage]:
-    """What is wrong with the files of a checkpoint; empty where nothing is.
+    """Files of a checkpoint that differ from its manifest.
 
     Args:
-        contents: read every byte and compare checksums; otherwise sizes only.
-        share, shares: look at this share of the files alone, of so many that are about equally large.
+        contents: compare checksums too, which reads every byte; else sizes only.
+        share, shares: check only one of `shares` parts, about equal in size.
 
-    Raises OSError where a file is there and may not be read.
+    Raises OSError for a file that exists but can't be read, except for bad disks.
     """
     try:
         manifest = read_manifest(folder)
     except ManifestError as error:
         return [error.damage]
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
-    found = (_damage_of(folder, name, manifest.files[name], contents) for name in by_size[share::shares])
-    return [damage for damage in found if damage]
+    damages = (_damage_of(folder, name, manifest.files[name], contents) for name in by_size[share::shares])
+    return [damage for damage in damages if damage]
 
 
 def _damage_of(folder: Path, name: str, entry: FileEntry, contents: bool) -> Damage | None:
@@ -131,19 +130,19 @@ def _damage_of(folder: Path, name: str, entry: FileEntry, contents: bool) -> Dam
 
 
 def _unreadable(error: OSError) -> str:
-    """What to call a file that the disk cannot read; raises `error` where it is the reader who may not."""
+    """Description of a file that the disk can't read (EIO); other errors, e.g. of permissions, are raised again."""
     if error.errno != errno.EIO:
         raise error
     return error.strerror
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Size and checksum of a file as it lies on disk."""
+    """Size and checksum of a file on disk."""
     return FileEntry(path.stat().st_size, file_checksum(path))
 
 
 def file_checksum(path: Path) -> str:
-    """XXH3 (64 bits) of a file's content, in hexadecimal."""
+    """XXH3 (64 bits) of a file's content, 16 hexadecimal digits."""
     digest, buffer = xxhash.xxh3_64(), memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):

@@ -1,9 +1,9 @@
-"""What lies in a run's checkpoints: listed, looked into, verified, without process groups; for tools/checkpoint.py."""
+"""Listing, inspecting and verifying a run's checkpoints, without process groups; for tools/checkpoint.py."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,16 @@ from bov_megatron.lifecycle.run_folder import CHECKPOINTS, DAMAGED, SAVING
 from bov_megatron.recipe import load_recipe
 
 READERS = 8
-"""Files read at once while verifying."""
+"""Files read in parallel while verifying."""
 
 
 def list_run(path: Path) -> list[dict[str, Any]]:
-    """Every folder of a run's checkpoints, oldest first, or the one checkpoint that `path` is.
+    """All checkpoint folders of a run, oldest first, or the one checkpoint `path`.
 
-    Each has `path`, `step`, `status` (`valid` by the sizes of its files, `damaged`, `set aside`, `unfinished`,
-    `not verifiable`), `damage` (a line, or null), `bytes`, and `layout` (of the run that saved it; null if unknown).
+    Each has `path`, `step`, `status` (`valid` judging by file sizes, `damaged`, `set aside`, `unfinished` or
+    `not verifiable`), `damage` (a line, or None), `bytes`, and `layout` (of the run that saved it; None if unknown).
 
-    Raises CheckpointError where there is nothing.
+    Raises CheckpointError if there is none.
     """
     folders = [path] if path.name.startswith("step_") else sorted((path / CHECKPOINTS).glob("step_*"))
     folders = [folder for folder in folders if folder.is_dir()]
@@ -37,9 +37,9 @@ def list_run(path: Path) -> list[dict[str, Any]]:
 
 
 def verify(path: Path) -> dict[Path, list[Damage]]:
-    """Compare every byte of a checkpoint, or of all of a run's, with the manifest; damage by folder, empty if none.
+    """Compare the checksums of one checkpoint, or all of a run; returns the damage of each folder.
 
-    Raises CheckpointError where there is nothing to verify.
+    Raises CheckpointError if there is nothing to verify.
     """
     if path.name.startswith("step_"):
         folders = [path] if path.is_dir() else []
@@ -51,13 +51,13 @@ def verify(path: Path) -> dict[Path, list[Damage]]:
 
 
 def inspect(path: Path, recipe: Path | None = None) -> dict[str, Any]:
-    """What is stored in a checkpoint, or in the newest of a run.
+    """Contents of a checkpoint, or of the newest of a run.
 
     Keys: `path`, `step`, `bytes`, `layout`, `extra`; `groups` (tensors, elements and bytes of the model and of each
     optimizer state), `tensors` (key, group, global shape, dtype); `recipe_differences` (field, stored and other value)
-    from `recipe`, a file, by default the one that the run folder was started with last; null where there is none.
+    from the file `recipe`, by default the one in the run folder; None if there is none.
 
-    Raises CheckpointError where it cannot be read, RecipeError for a recipe that cannot.
+    Raises CheckpointError or RecipeError for a checkpoint or recipe that can't be read.
     """
     path = run_folder.find_checkpoint(path)
     stored = read_run(path)
@@ -82,7 +82,6 @@ def inspect(path: Path, recipe: Path | None = None) -> dict[str, Any]:
 
 
 def format_list(entries: list[dict[str, Any]]) -> str:
-    """A line for each folder."""
     lines = []
     for entry in entries:
         layout = format_layout(entry["layout"]) if entry["layout"] else "unknown layout"
@@ -92,37 +91,35 @@ def format_list(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def format_inspection(found: dict[str, Any]) -> str:
-    """Several lines: the checkpoint, its groups, its tensors, and how its recipe differs."""
-    layout = format_layout(found["layout"]) if found["layout"] else "unknown layout"
-    lines = [f"{found['path']}: step {found['step']}, {format_bytes(found['bytes'])}, saved by {layout}", ""]
-    for name, group in found["groups"].items():
+def format_inspection(contents: dict[str, Any]) -> str:
+    layout = format_layout(contents["layout"]) if contents["layout"] else "unknown layout"
+    lines = [f"{contents['path']}: step {contents['step']}, {format_bytes(contents['bytes'])}, saved by {layout}", ""]
+    for name, group in contents["groups"].items():
         size = format_bytes(group["bytes"])
         lines.append(f"{name:<28} {group['tensors']:>5} tensors {group['elements']:>16,} elements {size:>10}")
     group = None
-    for tensor in found["tensors"]:
+    for tensor in contents["tensors"]:
         if tensor["group"] != group:
             group = tensor["group"]
             lines += ["", f"{group}:"]
         shape = " × ".join(map(str, tensor["shape"])) or "one number"
         lines.append(f"  {tensor['key']:<70} {shape:<22} {tensor['dtype']}")
-    differences = found["recipe_differences"]
+    differences = contents["recipe_differences"]
     if differences is None:
         lines += ["", "recipe: no other one to compare with"]
     else:
         lines += ["", "recipe: the same" if not differences else "recipe (stored -> other):"]
-        lines += [f"  {one['field']}: {one['stored']!r} -> {one['other']!r}" for one in differences]
+        lines += [f"  {entry['field']}: {entry['stored']!r} -> {entry['other']!r}" for entry in differences]
     return "\n".join(lines)
 
 
 def format_layout(layout: dict[str, int]) -> str:
-    """`4 ranks: tensor 2 × pipeline 1 × context 1 × data 2`."""
+    """E.g. `4 ranks: tensor 2 × pipeline 1 × context 1 × data 2`."""
     parts = (f"{name.split('_')[0]} {size}" for name, size in layout.items() if name != "world_size")
     return f"{layout['world_size']} ranks: {' × '.join(parts)}"
 
 
-def format_bytes(size: int) -> str:
-    """With a binary unit."""
+def format_bytes(size: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.1f} {unit}" if unit != "B" else f"{size} B"
@@ -131,29 +128,25 @@ def format_bytes(size: int) -> str:
 
 
 def _describe(folder: Path) -> dict[str, Any]:
-    layout, damage, size = None, None, _size_of(folder)
-    try:
-        manifest = read_manifest(folder)
-        layout = manifest.layout
-    except ManifestError:
-        pass
+    layout = damage = None
+    with contextlib.suppress(ManifestError):
+        layout = read_manifest(folder).layout
     if folder.name.endswith(SAVING):
         status = "unfinished"
     else:
-        found = find_damage(folder, contents=False)
-        status = "damaged" if found else "valid"
-        if found and is_without_manifest(folder):
-            status, found = "not verifiable", []
+        damages = find_damage(folder, contents=False)
+        status = "damaged" if damages else "valid"
+        if damages and is_without_manifest(folder):
+            status, damages = "not verifiable", []
         if folder.name.endswith(DAMAGED):
             status = "set aside"
-        damage = str(found[0]) if found else None
-    step = int(folder.name.removeprefix("step_")[:8])
+        damage = str(damages[0]) if damages else None
     return {
         "path": str(folder),
-        "step": step,
+        "step": int(folder.name.removeprefix("step_")[:8]),
         "status": status,
         "damage": damage,
-        "bytes": size,
+        "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         "layout": layout,
     }
 
@@ -170,7 +163,7 @@ def _tensors(path: Path) -> list[dict[str, Any]]:
 
     try:
         stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    except Exception as error:  # whatever unpickling a damaged index raises
+    except Exception as error:  # unpickling a damaged index can raise anything
         raise CheckpointError(f"the index of {path} cannot be read ({type(error).__name__}: {error})") from error
     tensors = []
     for key, entry in stored.items():
@@ -196,20 +189,16 @@ def _differences(stored: dict, recipe: Path | None, path: Path) -> list[dict[str
         other = yaml.safe_load(started_with.read_text())
     else:
         return None
-    one, two = _flat(stored), _flat(other)
+    stored, other = _flat(stored), _flat(other)
     return [
-        {"field": field, "stored": one.get(field), "other": two.get(field)}
-        for field in sorted(one.keys() | two.keys())
-        if one.get(field) != two.get(field)
+        {"field": field, "stored": stored.get(field), "other": other.get(field)}
+        for field in sorted(stored.keys() | other.keys())
+        if stored.get(field) != other.get(field)
     ]
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    found = {}
+    flat = {}
     for key, value in values.items():
-        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return found
-
-
-def _size_of(folder: Path) -> int:
-    return sum(os.path.getsize(file) for file in folder.rglob("*") if file.is_file())
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

@@ -1,11 +1,10 @@
-"""Writing one rank's share of a checkpoint, in this process or beside it.
+"""Writing one rank's share of a checkpoint.
 
-Planning talks to all ranks and touches no disk; writing touches the disk and talks to no rank; whatever goes wrong
-while writing is a value, not an exception, until all ranks have heard of it. So a full disk on one node leaves no
-other rank waiting.
+Planning is collective and doesn't touch the disk; writing touches the disk and isn't collective. Errors of writing are
+returned, not raised, until all ranks know them, so that a full disk on one node leaves no other rank waiting.
 
-Megatron's own writer starts processes of its own, and its rank 0 raises alone where common files cannot be written.
-Its format, planning and division of replicas are used here; the writing is not.
+Megatron's format, planning and division of replicas are used, but not its writer, which starts processes of its own and
+whose rank 0 raises alone if common files can't be written.
 """
 
 from __future__ import annotations
@@ -44,26 +43,26 @@ FILES_PER_RANK = 2
 
 @dataclass
 class Share:
-    """What one rank writes, with its tensors in host memory."""
+    """What one rank writes; tensors are in host memory."""
 
     folder: Path
     buckets: list
     """One per file, as Megatron's writer divides them: (path, storage key, (byte items, tensor items))."""
     common: dict[str, Any] | None
-    """What is stored once: on rank 0 only."""
+    """State that isn't sharded; None except on rank 0."""
     writer: filesystem_async.FileSystemWriterAsync
     metadata: Metadata | None
-    """The index of the whole checkpoint, before its files are known: on rank 0 only."""
+    """Index of the whole checkpoint, still without its files; None except on rank 0."""
 
 
 @dataclass
 class Written:
-    """What became of a share."""
+    """The outcome of writing a share."""
 
     results: list[WriteResult] = field(default_factory=list)
     files: dict[str, FileEntry] = field(default_factory=dict)
     error: str | None = None
-    """Where, what and why, if it could not be written."""
+    """Message, if it could not be written."""
 
 
 def sharded_state(engine: Engine) -> dict[str, Any]:
@@ -78,21 +77,21 @@ def content_metadata() -> dict[str, Any]:
 
 
 class _PlanningStrategy(TorchDistSaveShardedStrategy):
-    """Megatron's strategy up to the point where writing would begin."""
+    """Megatron's strategy without the writing."""
 
     def _get_save_and_finalize_callbacks(self, writer, planned):
         return writer, planned[1]
 
 
 def plan_share(state: dict[str, Any], folder: Path, replicas: dist.ProcessGroup) -> Share:
-    """Agree who writes what, and copy this rank's share to host memory; collective.
+    """Agree on who writes what, and copy this rank's share to host memory; collective.
 
     Args:
-        state: Megatron's sharded state dict; whatever is no tensor is stored once.
-        folder: exists and is empty.
-        replicas: the group whose ranks divide replicated tensors among themselves.
+        state: Megatron's sharded state dict; what isn't a tensor is stored once.
+        folder: existing and empty.
+        replicas: group over which the writing of replicated tensors is divided.
     """
-    # Megatron would keep a server process per rank for writers that it starts: ours don't use it.
+    # Keeps Megatron from starting a server process per rank, which its own writers would need.
     filesystem_async._results_queue = queue.Queue()
     sharded, common = save_preprocess(state)
     strategy = FullyParallelSaveStrategyWrapper(
@@ -121,13 +120,12 @@ def write_share(share: Share) -> Written:
 
 
 class ForegroundWriter:
-    """`write_share(share)` before anything else happens."""
+    """Runs `write_share(share)` at once. Same interface as BackgroundWriter."""
 
     def __init__(self, share: Share):
         self.written = write_share(share)
 
     def done(self) -> bool:
-        """Whether `result` would return at once."""
         return True
 
     def result(self) -> Written:
@@ -135,7 +133,7 @@ class ForegroundWriter:
 
 
 def write_index(share: Share, all_written: list[Written]) -> dict[str, FileEntry]:
-    """Write what says where each tensor lies, on rank 0, once all ranks have written; returns every file's entry.
+    """Write the index of all tensors, on rank 0 after all ranks have written; returns the entries of all files.
 
     Raises OSError.
     """
@@ -148,7 +146,7 @@ def write_index(share: Share, all_written: list[Written]) -> dict[str, FileEntry
 
 
 def describe_error(error: Exception, path: Path) -> str:
-    """`rank 3 (node7) could not write PATH: No space left on device`."""
+    """E.g. `rank 3 (node7) could not write PATH: No space left on device`."""
     if isinstance(error, OSError):
         path, reason = error.filename or path, error.strerror or str(error)
     else:
@@ -168,18 +166,19 @@ def _write_bucket(bucket) -> tuple[list[WriteResult], str, FileEntry]:
 
 
 class ChecksummedFile:
-    """A file written once from start to end, with the checksum of what was meant to be in it.
+    """A file written sequentially, with size and checksum of what should be in it.
 
-    torch's archive writer calls `write` from C++ code that an exception would end the process in, so a failure is kept
-    until `check`, or the end of the `with` block, raises it.
+    An OSError of `write` is raised by `check` or at the end of the `with` block, because torch's archive writer calls
+    `write` from C++ code, where an exception would end the process.
     """
 
     def __init__(self, path: Path):
-        self.path, self.size, self.error = path, 0, None
+        self.path, self.size = path, 0
+        self.error: OSError | None = None
         self.digest = xxhash.xxh3_64()
         self.file = path.open("wb")
 
-    def __enter__(self) -> ChecksummedFile:
+    def __enter__(self) -> Any:  # torch asks for a file, and uses what is here
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -191,11 +190,10 @@ class ChecksummedFile:
         except OSError as failure:
             raise OSError(failure.errno, failure.strerror, str(self.path)) from failure
         finally:
-            with contextlib.suppress(OSError):  # what is still buffered fails again
+            with contextlib.suppress(OSError):  # flushing the buffer fails again
                 self.file.close()
 
     def write(self, data) -> int:
-        """Take `data`, as files do."""
         if self.error is None:
             try:
                 self.file.write(data)
@@ -207,24 +205,22 @@ class ChecksummedFile:
         return size
 
     def flush(self) -> None:
-        """Nothing: everything is flushed to disk at the end."""
+        """Does nothing: the file is flushed at the end."""
 
     def tell(self) -> int:
-        """Bytes taken so far."""
         return self.size
 
     def check(self) -> None:
-        """Raise the OSError that a write met, if one did."""
+        """Raise the OSError of an earlier write, if there was one."""
         if self.error is not None:
             raise OSError(self.error.errno, self.error.strerror, str(self.path)) from self.error
 
     def entry(self) -> FileEntry:
-        """Size and checksum of what was written."""
         return FileEntry(self.size, self.digest.hexdigest())
 
 
 def flush(path: Path) -> None:
-    """Have a file or folder on disk before going on."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

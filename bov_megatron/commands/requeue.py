@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="as given to the training")
     parser.add_argument("--status", type=int, required=True, help="exit status of the training")
     parser.add_argument(
-        "--limit", type=int, default=LIMIT, help=f"starts on end without a new checkpoint to give up after ({LIMIT})"
+        "--limit", type=int, default=LIMIT, help=f"starts in a row without a new checkpoint before giving up ({LIMIT})"
     )
     options = parser.parse_intermixed_args(arguments)
     try:

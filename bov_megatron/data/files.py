@@ -1,8 +1,7 @@
-"""Atomic writes, reproducible JSON, hashes."""
+"""Atomic writes and reproducible JSON."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -23,7 +22,3 @@ def write_atomically(path: Path, data: bytes) -> None:
 def json_bytes(value: Any) -> bytes:
     """JSON with sorted keys, one value per line: equal values give equal bytes."""
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def sha256_hex(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -11,6 +11,7 @@ OUT/.work/                   while preparing: the plan, and a marker per finishe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from bov_megatron.data.corpus import INVALID_UTF8_POLICIES, Unit, find_files, make_units
-from bov_megatron.data.files import json_bytes, sha256_hex, write_atomically
+from bov_megatron.data.files import json_bytes, write_atomically
 from bov_megatron.data.manifest import MANIFEST_NAME, SPLITS, Manifest, SplitManifest, read_manifest
 from bov_megatron.data.packing import (
     HELD_OUT_NAME,
@@ -317,7 +318,7 @@ def _finish_split(
         dropped_tokens=len(writer.tail),
         samples=samples,
         shards=len(shards),
-        index_sha256=sha256_hex(index),
+        index_sha256=hashlib.sha256(index).hexdigest(),
     )
 
 

@@ -6,6 +6,7 @@ memory and barriers.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from pathlib import Path
@@ -13,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from bov_megatron.data.cache import Cache, find_damage
-from bov_megatron.data.files import sha256_hex
 from bov_megatron.data.manifest import COLUMN, MANIFEST_NAME, Manifest, read_manifest
 from bov_megatron.errors import DataError
 from bov_megatron.recipe import DataConfig, StreamConfig
@@ -36,7 +36,6 @@ class DataSet:
         if self.cache:
             for name in self.manifest.tokenizer_files:
                 self.cache.get(f"tokenizer/{name}")
-        self._splits: dict[str, SplitReader] = {}
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -50,9 +49,7 @@ class DataSet:
                 f"data set {self.folder} has no '{name}' split; prepare it again with --validation-fraction "
                 "or --validation"
             )
-        if name not in self._splits:
-            self._splits[name] = SplitReader(self, name)
-        return self._splits[name]
+        return SplitReader(self, name)
 
 
 class SplitReader:
@@ -80,10 +77,11 @@ class SplitReader:
         if not path.is_file():
             raise DataError(f"{path} is missing; copy the data set again, or prepare it again with --overwrite")
         data = path.read_bytes()
-        if sha256_hex(data) != split.index_sha256:
+        actual = hashlib.sha256(data).hexdigest()
+        if actual != split.index_sha256:
             raise DataError(
-                f"{path} is not the one that {MANIFEST_NAME} describes (SHA-256 {sha256_hex(data)[:12]}, "
-                f"expected {split.index_sha256[:12]}); copy the data set again"
+                f"{path} is not the one that {MANIFEST_NAME} describes (SHA-256 {actual[:12]}, expected "
+                f"{split.index_sha256[:12]}); copy the data set again"
             )
         return json.loads(data)["shards"]
 

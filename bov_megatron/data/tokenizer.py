@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bov_megatron.data.corpus import Unit, find_files, make_units, read_documents
-from bov_megatron.data.files import sha256_hex, write_atomically
+from bov_megatron.data.files import write_atomically
 from bov_megatron.errors import DataError
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def tokenizer_hash(folder: str | Path) -> str:
     values = json.loads((Path(folder) / "tokenizer.json").read_bytes())
     for key in ("version", "padding", "truncation", "post_processor"):
         values.pop(key, None)
-    return sha256_hex(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def bytes_per_token(encoder: Encoder) -> np.ndarray:

@@ -8,8 +8,9 @@ a stage that hosts a bank looks values up by token id. So is every context-paral
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
-from bov_megatron.model.naming import LocalParameter, local_parameters
 from bov_megatron.optim.optimizer import UpdateResult
 from bov_megatron.parallel.device import device
+from bov_megatron.parallel.parameter import LocalParameter
 from bov_megatron.recipe import Recipe
 
 
@@ -53,13 +54,9 @@ class Engine(abc.ABC):
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.optimizer = None
-        self._chunks = _build_chunks(recipe)
-
-    @property
-    def chunks(self) -> list[BovModel]:
+        self.optimizer: Any = None
+        self.chunks = _build_chunks(recipe)
         """This pipeline stage's model: one chunk, or several of an interleaved pipeline."""
-        return self._chunks
 
     @property
     def gradient_seconds(self) -> float | None:
@@ -73,9 +70,14 @@ class Engine(abc.ABC):
         (chunk,) = self.chunks
         return chunk
 
+    def finish_gather(self) -> None:  # noqa: B027  an engine whose updates are whole at once leaves it out
+        """Wait until this rank has all weights of the last update. Call it before reading weights past a forward pass,
+        and before writing them."""
+
     def local_parameters(self) -> list[LocalParameter]:
-        """Every parameter of this rank."""
-        return [local for chunk in self.chunks for local in local_parameters(chunk)]
+        """Every parameter of this rank, with the last update's weights (see `finish_gather`)."""
+        self.finish_gather()
+        return [local for chunk in self.chunks for local in chunk.local_parameters]
 
     @abc.abstractmethod
     def forward_backward(self, micro_batches: Sequence[Tensor]) -> Tensor:
@@ -119,17 +121,17 @@ class Engine(abc.ABC):
             bytes_per_token: UTF-8 bytes of each token id, 0 for special tokens, `[vocab_size]`.
             counted: per micro-batch, True for the rows that count `[B]` (padding rows don't).
         """
+        self.finish_gather()
         for chunk in self.chunks:
             chunk.eval()
         micro_batches, counted = self._fill_groups(micro_batches, counted)
-        masks = iter(counted)
 
-        def sums(labels_BT: Tensor, loss_BT: Tensor):
-            sizes = bytes_per_token[labels_BT] * next(masks).to(labels_BT.device)[:, None]
+        def sums(labels_BT: Tensor, counted_B: Tensor, loss_BT: Tensor):
+            sizes = bytes_per_token[labels_BT] * counted_B.to(labels_BT.device)[:, None]
             nats = (loss_BT.double() * (sizes > 0)).sum()
             return loss_BT.mean(), torch.stack([nats, sizes.sum().double(), (sizes > 0).sum().double()])
 
-        results = self._run(self.chunks, micro_batches, sums, forward_only=True)
+        results = self._run(self.chunks, micro_batches, sums, counted)
         nats, size, tokens = self._sum_over_data_parallel(results, 3).tolist()
         return ScoreResult(nats, int(size), int(tokens))
 
@@ -143,6 +145,7 @@ class Engine(abc.ABC):
 
         Megatron changes what it is given of `metadata`, and gets a copy.
         """
+        self.finish_gather()
         model = {
             str(number): chunk.sharded_state_dict(metadata=dict(metadata)) for number, chunk in enumerate(self.chunks)
         }
@@ -151,7 +154,8 @@ class Engine(abc.ABC):
         return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model)}
 
     def load_state(self, model_state: dict, optimizer_state: dict | None) -> None:
-        """Take loaded weights and, with an optimizer, its state (see training/checkpoint.py)."""
+        """Take loaded weights and, with an optimizer, its state (see checkpoint/loading.py)."""
+        self.finish_gather()  # weights that arrive later would overwrite those loaded
         for number, chunk in enumerate(self.chunks):
             chunk.load_state_dict(model_state[str(number)])
         if self.optimizer is not None:
@@ -162,8 +166,17 @@ class Engine(abc.ABC):
         return list(micro_batches), list(counted)
 
     @abc.abstractmethod
-    def _run(self, chunks: list, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
-        """The micro-batches through the model, and back; what `loss_function(labels, losses)` gave beside the loss."""
+    def _run(
+        self,
+        chunks: list,
+        micro_batches: Sequence[Tensor],
+        loss_function: Callable[[Tensor, Any, Tensor], tuple[Tensor, Tensor]],
+        counted: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """The micro-batches through the model, and back unless `counted` is given.
+
+        Returns, on the last pipeline stage, what `loss_function(labels, counted, losses)` gave beside the loss.
+        """
 
     def _sum_over_data_parallel(self, results: list[Tensor], width: int) -> Tensor:
         """Sum of the last stage's results over micro-batches, data- and context-parallel ranks, on every rank."""

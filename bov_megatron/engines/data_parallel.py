@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import nn
 
 from bov_megatron.model.decoder import BovModel
+from bov_megatron.parallel.parameter import LocalParameter
 
 BUCKET_ELEMENTS = None
 """Gradients that are reduced together while the backward pass goes on; None: Megatron's choice, 40 million or more."""
@@ -29,7 +30,8 @@ def wrap(chunks: Sequence[BovModel], overlap_grad_reduce: bool, finalize: Callab
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, overlap_grad_reduce=overlap_grad_reduce, bucket_size=BUCKET_ELEMENTS
         )
-        wrapped.append(DataParallel(chunk.config, settings, chunk, disable_bucketing=number > 0))
+        tables = [local for local in chunk.local_parameters if local.kind == "table"]
+        wrapped.append(DataParallel(chunk.config, settings, chunk, tables, disable_bucketing=number > 0))
     config = chunks[0].config  # the one that schedules read
     config.no_sync_func = _each([one.no_sync for one in wrapped])
     if overlap_grad_reduce:
@@ -44,33 +46,37 @@ def _each(functions: list):
 
 
 class DataParallel(DistributedDataParallel):
-    """Counts a table's gradient as ready when whoever wrote it says so (`optim.gradients.gradient_ready`).
+    """Counts a table's gradient as ready when whoever wrote it says so (`parallel.parameter.gradient_ready`).
 
     Autograd has no gradient for a table. Megatron's hook would take that for an error where reduction overlaps with
     the backward pass, and a bucket reduced before the table's rows are in would be wrong without any.
     """
 
-    def __init__(self, config, settings: DistributedDataParallelConfig, module: nn.Module, disable_bucketing: bool):
+    def __init__(
+        self,
+        config,
+        settings: DistributedDataParallelConfig,
+        module: nn.Module,
+        tables: Sequence[LocalParameter],
+        disable_bucketing: bool,
+    ):
+        # Before Megatron's constructor, which makes the hooks below. Tables are special where reduction overlaps only.
+        self._tables = {id(table.parameter): table for table in tables if settings.overlap_grad_reduce}
         super().__init__(config, settings, module, disable_bucketing)
-        if settings.overlap_grad_reduce:
-            for parameter, group in self.param_to_bucket_group.items():
-                if not _is_table(parameter):
-                    continue
+        for parameter, group in self.param_to_bucket_group.items():
+            if id(parameter) in self._tables:
                 parameter.on_gradient_ready = functools.partial(group.register_grad_ready, parameter)
 
     def _make_backward_post_hook(self, param: nn.Parameter):
-        if not (self.ddp_config.overlap_grad_reduce and _is_table(param)):
+        table = self._tables.get(id(param))
+        if table is None:
             return super()._make_backward_post_hook(param)
 
         def refuse(*unused):
             if param.grad is not None:
                 raise RuntimeError(
-                    f"{param.canonical_name}: its gradient came from autograd, but is expected in main_grad by "
-                    "optim.gradients.gradient_ready; set parallel.overlap_grad_reduce=false"
+                    f"{table.names[0]}: its gradient came from autograd, but is expected in main_grad by "
+                    "parallel.parameter.gradient_ready; set parallel.overlap_grad_reduce=false"
                 )
 
         return refuse
-
-
-def _is_table(parameter: nn.Parameter) -> bool:
-    return parameter.kind == "table"

@@ -16,7 +16,6 @@ from bov_megatron.engines.base import Engine
 from bov_megatron.model import context_parallel
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.model.bank.host_tables import HostGradients
-from bov_megatron.model.decoder import BovModel
 from bov_megatron.optim.optimizer import BovOptimizer, UpdateResult
 from bov_megatron.parallel.device import to_device
 from bov_megatron.parallel.timer import DeviceTimer
@@ -37,22 +36,20 @@ class MegatronEngine(Engine):
     def __init__(self, recipe: Recipe, with_optimizer: bool = True):
         super().__init__(recipe)
         self.wrapped = []
-        self.host_gradients = HostGradients(self.chunks)
+        self.host_gradients = HostGradients(self.local_parameters())
         self._gradient_timer = DeviceTimer()
         if with_optimizer:
             with self.host_gradients.kept_here():
                 self.wrapped = data_parallel.wrap(
-                    self._chunks, recipe.parallel.overlap_grad_reduce, self._finalize_gradients
+                    self.chunks, recipe.parallel.overlap_grad_reduce, self._finalize_gradients
                 )
-            self.optimizer = BovOptimizer(self.wrapped, recipe, total_steps(recipe))
+            self.optimizer = BovOptimizer(self.local_parameters(), recipe, total_steps(recipe), self.chunks)
 
-    @property
-    def chunks(self) -> list[BovModel]:
-        """See Engine. Ask each time that weights are read: updated ones may arrive in the course of the next forward
-        pass only (`parallel.overlap_param_gather`), and this waits for them."""
+    def finish_gather(self) -> None:
+        """See Engine: updated weights may arrive in the course of the next forward pass only
+        (`parallel.overlap_param_gather`)."""
         if self.optimizer is not None:
             self.optimizer.finish_gather()
-        return self._chunks
 
     @property
     def gradient_seconds(self) -> float | None:
@@ -69,12 +66,12 @@ class MegatronEngine(Engine):
             wrapped.zero_grad_buffer()
         self.host_gradients.zero()
 
-        def mean_loss(labels_BT: Tensor, loss_BT: Tensor):
+        def mean_loss(labels_BT: Tensor, counted_B: None, loss_BT: Tensor):
             loss = loss_BT.mean()
             # The schedule multiplies by the context-parallel ranks and divides by the micro-batches, in place.
             return loss / parallel_state.get_context_parallel_world_size(), loss.detach().clone()
 
-        losses = self._run(self.wrapped, micro_batches, mean_loss, forward_only=False)
+        losses = self._run(self.wrapped, micro_batches, mean_loss)
         lookup_ahead.check_settled()
         return self._sum_over_data_parallel(losses, 1).squeeze(0) / (
             len(micro_batches) * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
@@ -108,21 +105,22 @@ class MegatronEngine(Engine):
         empty = torch.zeros_like(counted[-1])
         return [*micro_batches, *[micro_batches[-1]] * missing], [*counted, *[empty] * missing]
 
-    def _run(self, chunks: list, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
-        """Megatron's schedule over the micro-batches; what `loss_function(labels, losses)` gave beside the loss."""
+    def _run(self, chunks, micro_batches, loss_function, counted=None):
+        """See Engine; by Megatron's schedule."""
         group = parallel_state.get_context_parallel_group()
 
         def forward_step(iterator, chunk):
-            ids = next(iterator)  # on the CPU: the model finds its distinct ids without waiting for a GPU
+            ids, counted_B = next(iterator)  # on the CPU: the model finds its distinct ids without waiting for a GPU
             labels = to_device(context_parallel.take(ids[:, 1:], 1, group).contiguous())
-            return chunk(ids[:, :-1].contiguous(), labels), functools.partial(loss_function, labels)
+            return chunk(ids[:, :-1].contiguous(), labels), functools.partial(loss_function, labels, counted_B)
 
+        masks = counted or [None] * len(micro_batches)
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter(micro_batches) for _ in chunks],
+            data_iterator=[zip(micro_batches, masks, strict=True) for _ in chunks],
             model=chunks,
             num_microbatches=len(micro_batches),
             seq_length=self.recipe.model.sequence_length,
             micro_batch_size=micro_batches[0].size(0),
-            forward_only=forward_only,
+            forward_only=counted is not None,
         )

@@ -1,1 +1,1 @@
-"""Evaluation of exported models: lm-eval's tasks, and bits per byte."""
+"""Evaluation of exported models: lm-eval tasks and bits per byte."""

@@ -1,12 +1,11 @@
-"""Bits per byte of an exported model: on packed held-out samples, and on documents as lm-eval scores them.
+"""Bits per byte of an exported model, on packed held-out samples or as lm-eval scores documents.
 
-The definition is the trainer's (arXiv 2606.02780): the sum of -ln p over all targets that are not special tokens,
-divided by ln 2 and by the UTF-8 bytes of those targets. Special tokens count neither nats nor bytes.
+As in training (arXiv 2606.02780): the sum of -ln p over all targets that aren't special tokens, divided by ln 2 and by
+the UTF-8 bytes of those targets.
 
-Packed samples cut documents anywhere and let a document see the ones before it in the sample; lm-eval gives each
-document its own windows. The two therefore differ a little on the same text. To compare like with like,
-`write_rolling_task` cuts documents into texts of at most one window each, and returns them twice: as a task for lm-eval
-and as samples that a trainer's validation, or `score_samples`, takes as they are.
+Packed samples cut documents anywhere, and a document sees those before it; lm-eval gives each document its own windows.
+So the two differ a little on the same text. To compare exactly, `write_rolling_task` cuts documents into texts of at
+most one window and returns them both as an lm-eval task and as samples.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from bov_megatron.data.tokenizer import Encoder, load_encoder
+from bov_megatron.data.tokenizer import load_encoder
 from bov_megatron.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """Totals over the targets that are not special tokens."""
+    """Totals over targets that aren't special tokens."""
 
     nats: float
     bytes: int
@@ -49,12 +48,14 @@ class BitsPerByte:
 def score_samples(
     model: PreTrainedModel, samples: Iterable[np.ndarray], bytes_per_token: np.ndarray, batch_size: int = 8
 ) -> BitsPerByte:
-    """Score samples as the trainer does: inputs `[:-1]`, targets `[1:]`, each sample on its own.
+    """Score samples as in training: inputs `[:-1]`, targets `[1:]`.
 
     Args:
-        model: an exported model; its device is used.
-        samples: token ids, each `[sequence_length + 1]`, all of one length.
+        model: an exported model, on the device to use.
+        samples: token ids, each `[sequence_length + 1]`.
         bytes_per_token: `[vocab]`, 0 for special tokens (`bov_megatron.data.tokenizer.load_bytes_per_token`).
+
+    Raises EvaluationError for ids outside the vocabulary, or if there is nothing to score.
     """
     sizes = torch.as_tensor(np.asarray(bytes_per_token, dtype=np.int64)).to(model.device)
     nats, size, tokens = 0.0, 0, 0
@@ -65,7 +66,7 @@ def score_samples(
         if highest >= min(len(sizes), vocab_size):
             raise EvaluationError(
                 f"a sample holds id {highest}, but the model has {vocab_size} ids and the tokenizer {len(sizes)}; "
-                "give the data and the tokenizer that the model was trained with"
+                "use the data and the tokenizer that the model was trained with"
             )
         logits = model(ids[:, :-1], use_cache=False).logits
         targets = ids[:, 1:].flatten()
@@ -75,12 +76,12 @@ def score_samples(
         size += int(sizes[targets].sum())
         tokens += int(counted.sum())
     if size == 0:
-        raise EvaluationError("there is no text to score: no samples, or special tokens alone")
+        raise EvaluationError("there is no text to score: no samples, or only special tokens")
     return BitsPerByte(nats, size, tokens)
 
 
 def read_packed_samples(folder: str | Path, limit: int | None = None) -> Iterator[np.ndarray]:
-    """The packed samples of an MDS folder (such as a prepared data set's `val`), in the order of the shards."""
+    """Samples of an MDS folder (such as a prepared data set's `val`), in stored order."""
     from streaming import LocalDataset
 
     if not (Path(folder) / "index.json").is_file():
@@ -92,16 +93,15 @@ def read_packed_samples(folder: str | Path, limit: int | None = None) -> Iterato
 
 @dataclass(frozen=True)
 class RollingTask:
-    """A local lm-eval task, and the same windows as samples."""
+    """A local lm-eval task and the same windows as samples."""
 
     name: str
     tasks_dir: Path
-    """Pass as `--tasks-dir`."""
+    """For `--tasks-dir`."""
     samples: np.ndarray
-    """`[windows, sequence_length + 1]`: the first special token, the text's tokens, padding of that special token,
-    which as a target counts nothing."""
+    """`[windows, sequence_length + 1]`: `<|bos|>`, the text's tokens, padding with `<|bos|>`, which isn't counted."""
     skipped: int
-    """Documents left out because they spell a special token, which lm-eval would read as that token."""
+    """Number of documents left out because they spell a special token, which lm-eval would encode as that token."""
 
 
 def write_rolling_task(
@@ -112,21 +112,23 @@ def write_rolling_task(
     name: str = "held_out",
     max_windows: int | None = None,
 ) -> RollingTask:
-    """Write a `loglikelihood_rolling` task over `documents` whose every window is one sample of the trainer's form.
+    """Write a `loglikelihood_rolling` task over `documents`, as `out_dir/<name>.yaml` and `out_dir/<name>.jsonl`.
 
-    lm-eval scores a text of at most `sequence_length` tokens in one window, with `<|bos|>` before it. Documents are cut
-    at line ends into such texts, so its `bits_per_byte` equals that of `samples` up to rounding.
-
-    Writes `out_dir/<name>.yaml` and `out_dir/<name>.jsonl`; returns the samples too. At most `max_windows` are made.
+    lm-eval scores a text of up to `sequence_length` tokens in one window, after `<|bos|>`. Documents are cut into such
+    texts, at most `max_windows`, so lm-eval's `bits_per_byte` equals that of the returned samples up to rounding.
     """
     encoder = load_encoder(tokenizer_dir)
     special = [token.content for token in encoder.fast.get_added_tokens_decoder().values() if token.special]
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        return [np.array(e.ids) for e in encoder.fast.encode_batch_fast(texts, add_special_tokens=False)]
+
     texts, ids, skipped = [], [], 0
     for document in documents:
         if any(token in document for token in special):
             skipped += 1
             continue
-        for text, tokens in _cut(document, _encoder_function(encoder), sequence_length):
+        for text, tokens in _cut(document, encode, sequence_length):
             texts.append(text)
             ids.append(tokens)
         if max_windows is not None and len(texts) >= max_windows:
@@ -159,15 +161,8 @@ def write_rolling_task(
     return RollingTask(name, out_dir, samples, skipped)
 
 
-def _encoder_function(encoder: Encoder) -> Callable[[list[str]], list[np.ndarray]]:
-    def encode(texts: list[str]) -> list[np.ndarray]:
-        return [np.array(e.ids) for e in encoder.fast.encode_batch_fast(texts, add_special_tokens=False)]
-
-    return encode
-
-
 def _cut(document: str, encode: Callable[[list[str]], list[np.ndarray]], most: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Texts that together are the document, with their tokens: at most `most` each, cut at line ends if possible."""
+    """Cut a document into texts of at most `most` tokens, at line ends if possible; yields them with their tokens."""
     pieces = _short_lines(document.splitlines(keepends=True), encode, most)
     begin = 0
     while begin < len(pieces):
@@ -175,7 +170,7 @@ def _cut(document: str, encode: Callable[[list[str]], list[np.ndarray]], most: i
         while end < len(pieces) and total + pieces[end][1] <= most:
             total += pieces[end][1]
             end += 1
-        # Tokens may join across lines, so count the joined text; one line always fits.
+        # Tokens may merge across lines, so count those of the joined text; a single line always fits.
         while True:
             text = "".join(line for line, _ in pieces[begin:end])
             (tokens,) = encode([text])
@@ -187,13 +182,13 @@ def _cut(document: str, encode: Callable[[list[str]], list[np.ndarray]], most: i
 
 
 def _short_lines(lines: list[str], encode: Callable[[list[str]], list[np.ndarray]], most: int) -> list[tuple[str, int]]:
-    """Lines with their token counts; a line of more than `most` tokens is halved until it fits."""
+    """Lines with their token counts; longer ones than `most` tokens are halved until they fit."""
     short = []
     for line, tokens in zip(lines, encode(lines), strict=True):
         if len(tokens) <= most:
             short.append((line, len(tokens)))
         elif len(line) == 1:
-            raise EvaluationError(f"sequence_length={most} is less than one character needs ({line!r})")
+            raise EvaluationError(f"sequence_length={most} is too short for the character {line!r}")
         else:
             middle = len(line) // 2
             short += _short_lines([line[:middle], line[middle:]], encode, most)

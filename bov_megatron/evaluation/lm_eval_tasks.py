@@ -1,6 +1,6 @@
 """lm-eval on an exported model: its own tasks and local YAML tasks.
 
-lm-eval is imported inside functions: it takes seconds to start.
+lm-eval is imported inside functions because that takes seconds.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def run_tasks(
     dtype: str = "auto",
     bos: bool = True,
 ) -> dict:
-    """Evaluate the export in `model_dir`; returns what `summarize` makes of lm-eval's results.
+    """Evaluate the export in `model_dir`; returns lm-eval's results as `summarize` gives them.
 
     Args:
-        tasks: names (of `tasks_dir` or lm-eval's own, groups and tags too) or paths of YAML files.
-        tasks_dir: folder searched for local YAML tasks. lm-eval's own, which take it half a minute to index, are looked
-            at only if a name isn't found here.
-        limit: examples per task; below 1 a share of them.
+        tasks: names of tasks, groups or tags, or paths of YAML files.
+        tasks_dir: folder of local YAML tasks. lm-eval's own tasks, which take half a minute to index, are only searched
+            for names not found here.
+        limit: examples per task; below 1, a share of them.
         device: `cpu`, `cuda`, …; `None` means a GPU if there is one.
-        dtype: `auto` is what the export is stored as.
-        bos: start prompts with `<|bos|>`, as documents in training do.
+        dtype: `auto` means as stored.
+        bos: start prompts with `<|bos|>`, as documents do in training.
 
     Raises EvaluationError for unknown tasks.
     """
@@ -64,7 +64,7 @@ def run_tasks(
 
 
 def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None) -> tuple[TaskManager, list[str]]:
-    """The task manager that knows `tasks`, and the tasks as it is to be asked for them."""
+    """A task manager that knows `tasks`, and their names in it."""
     from lm_eval.tasks import TaskManager
 
     if not tasks:
@@ -73,7 +73,7 @@ def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None) -> tuple[Task
         raise EvaluationError(f"--tasks-dir {tasks_dir} is not a folder")
     for task in tasks:
         if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
-            raise EvaluationError(f"--tasks {task}: there is no such file")
+            raise EvaluationError(f"--tasks {task}: no such file")
     names = [str(Path(task).resolve()) if Path(task).is_file() else task for task in tasks]
     include = None if tasks_dir is None else str(Path(tasks_dir).resolve())
     manager = TaskManager(include_path=include, include_defaults=False)
@@ -94,12 +94,13 @@ def _unknown(names: Sequence[str], manager: TaskManager) -> list[str]:
 
 
 def load_model(model_dir: str | Path, *, batch_size: int, device: str, dtype: str, bos: bool) -> HFLM:
-    """lm-eval's Hugging Face model over the export."""
     from lm_eval.models.huggingface import HFLM
 
     class ExportedModel(HFLM):
-        """Starts prompts with `<|bos|>`. lm-eval's `add_bos_token` leaves that to the tokenizer, and doubles it in
-        rolling tasks, where lm-eval itself puts it before the text."""
+        """Starts prompts with `<|bos|>`."""
+
+        # lm-eval's `add_bos_token` leaves that to the tokenizer, and doubles it in rolling tasks, where lm-eval itself
+        # puts it before the text.
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
             context_ids, continuation_ids = super()._encode_pair(context, continuation)
@@ -110,7 +111,7 @@ def load_model(model_dir: str | Path, *, batch_size: int, device: str, dtype: st
             return super().tok_batch_encode([prefix + string for string in strings], *arguments, **options)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-            # A rolling task comes here once a batch, and would draw a bar each time.
+            # Called once per batch in rolling tasks, which would draw a progress bar each time.
             return super()._loglikelihood_tokens(requests, disable_tqdm or override_bs is not None, override_bs)
 
     return ExportedModel(
@@ -124,11 +125,11 @@ def load_model(model_dir: str | Path, *, batch_size: int, device: str, dtype: st
 
 
 def summarize(results: dict) -> dict:
-    """lm-eval's results as `{"scores": {task: {metric: value}}, "samples", …}`; errors are `<metric>_stderr`."""
+    """lm-eval's results as `{"scores": {task: {metric: value}}, "samples", …}`; `<metric>_stderr` is its error."""
     table: dict[str, dict[str, float]] = {}
     for task, values in results["results"].items():
         table[task] = {
-            # lm-eval's keys are "acc,none" and "acc_stderr,none": the metric, and the filter if there is one.
+            # lm-eval's keys are metric and filter: "acc,none", "acc_stderr,none".
             key.removesuffix(",none").replace(",", "_"): value
             for key, value in values.items()
             if isinstance(value, int | float) and "," in key

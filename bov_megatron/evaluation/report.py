@@ -1,4 +1,4 @@
-"""Everything asked of one export, in one report."""
+"""All scores of an export in one report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def evaluate(
     if not (Path(model_dir) / "config.json").is_file():
         raise EvaluationError(f"{model_dir} has no config.json; give a folder written by `bov convert to-hf`")
     if packed is not None and limit is not None and limit != int(limit):
-        raise EvaluationError(f"--limit {limit} with --packed: packed samples are counted, give a whole number")
+        raise EvaluationError(f"--limit {limit} with --packed: packed samples need a whole number")
     report: dict = {"model": str(model_dir), "scores": {}, "samples": {}}
     if tasks:
         from bov_megatron.evaluation.lm_eval_tasks import run_tasks
@@ -42,22 +42,16 @@ def evaluate(
         )  # fmt: skip
     if packed is not None:
         count = None if limit is None else int(limit)
-        score = score_packed(model_dir, packed, limit=count, batch_size=batch_size, device=device, dtype=dtype)
+        score = _score_packed(model_dir, packed, count, batch_size, device, dtype)
         report["scores"]["packed"] = score
         report["samples"]["packed"] = score.pop("samples")
     return report
 
 
-def score_packed(
-    model_dir: str | Path,
-    folder: str | Path,
-    *,
-    limit: int | None = None,
-    batch_size: int = 8,
-    device: str | None = None,
-    dtype: str = "auto",
+def _score_packed(
+    model_dir: str | Path, folder: str | Path, limit: int | None, batch_size: int, device: str | None, dtype: str
 ) -> dict:
-    """Bits per byte of the export on the first `limit` samples of an MDS folder, with the totals it comes from."""
+    """Bits per byte of the export on the first `limit` samples of an MDS folder, with the totals behind it."""
     from transformers import AutoModelForCausalLM
 
     from bov_megatron.data.tokenizer import load_bytes_per_token

@@ -1,4 +1,4 @@
-"""From a run's checkpoint, written by any layout of ranks, to a Hugging Face folder, with logits compared."""
+"""Converting a run's checkpoint, of any parallel layout, to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -19,19 +19,17 @@ from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import ExportError
 from bov_megatron.exchange.export import export
 from bov_megatron.lifecycle import run_folder
-from bov_megatron.model.naming import full_from_gathered, local_parameters
+from bov_megatron.model.naming import full_from_gathered
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.device import device
 from bov_megatron.recipe import ParallelConfig, recipe_from_dict
 
 PARITY_TOLERANCE = 1e-4
-"""Largest relative error of the logits, both models computing in fp32 from the same stored weights."""
+"""Maximum relative error of logits computed in fp32 from the same stored weights."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted."""
-
     out_dir: Path
     checkpoint: Path
     step: int
@@ -49,18 +47,16 @@ def to_hf(
     check_parity: bool = True,
     overwrite: bool = False,
 ) -> Conversion:
-    """Export a run's checkpoint as a Hugging Face model.
-
-    One process loads the whole model, whatever the layout of ranks that saved it, onto the CPU or its GPU.
+    """Export a run's checkpoint as a Hugging Face model; loads the whole model in this process.
 
     Args:
         run_dir: run folder (the newest checkpoint, or that of `step`), or one checkpoint's folder.
-        dtype: of the stored weights; None means what the run computed in.
-        tokenizer_dir: None means the one kept with the run.
-        check_parity: compare the exported model's logits with the Megatron model's, and keep the export only if
-            they agree to PARITY_TOLERANCE.
+        dtype: of the stored weights; None means that of the run's computation.
+        tokenizer_dir: None means the run's.
+        check_parity: compare logits with the Megatron model's and delete the export if they differ by more than
+            PARITY_TOLERANCE.
 
-    Raises CheckpointError or ExportError with the remedy.
+    Raises CheckpointError or ExportError.
     """
     path = run_folder.find_checkpoint(run_dir, step)
     stored = checkpoint.read_run(path)
@@ -82,7 +78,7 @@ def to_hf(
 
 @contextlib.contextmanager
 def open_checkpoint(path: Path) -> Iterator[Engine]:
-    """A checkpoint of any layout as one unsharded fp32 engine without optimizer, in this process alone."""
+    """An unsharded fp32 engine without optimizer, with the weights of a checkpoint of any layout."""
     recipe = recipe_from_dict(checkpoint.read_run(path)["recipe"])
     recipe = dataclasses.replace(
         recipe, parallel=ParallelConfig(), train=dataclasses.replace(recipe.train, precision="fp32")
@@ -98,20 +94,21 @@ def open_checkpoint(path: Path) -> Iterator[Engine]:
 
 
 def _canonical_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of an unsharded engine, unfused and unpadded, one at a time."""
-    for local in local_parameters(engine.model):
+    """Names and weights of an unsharded engine, unfused and unpadded, one at a time."""
+    for local in engine.model.local_parameters:
         yield from full_from_gathered(local, local.parameter.detach()).items()
 
 
 @torch.no_grad()
 def _parity(engine: Engine, out_dir: Path, dtype: torch.dtype) -> float:
-    """Relative error of the exported model's logits on random ids, longer than the short windows.
+    """Relative error of the exported model's logits on random ids, more than a short window of them.
 
-    The Megatron model is rounded to the exported dtype first: what is compared is the computation, in fp32.
+    Rounds the engine's weights to `dtype`. Raises ExportError, and deletes the export, beyond PARITY_TOLERANCE.
     """
     from transformers import AutoModelForCausalLM
 
     model = engine.recipe.model
+    # Rounded like the exported weights, so that only the computation, in fp32, is compared.
     for parameter in engine.model.parameters():
         parameter.copy_(parameter.to(dtype))
     generator = torch.Generator().manual_seed(0)

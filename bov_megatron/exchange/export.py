@@ -1,4 +1,4 @@
-"""From a configuration and canonical weights to a folder that Hugging Face's `from_pretrained` loads."""
+"""Writing configuration and canonical weights as a folder for Hugging Face's `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ DEFAULT_SHARD_BYTES = 4 << 30
 
 
 def hf_config(model: ModelConfig, **token_ids: int | None) -> BovConfig:
-    """The exported model's configuration; `token_ids` are bos_token_id and its like.
+    """The exported model's configuration; `token_ids` are bos_token_id etc.
 
-    `BovForCausalLM(hf_config(model)).load_state_dict(weights)` takes weights under their canonical names.
+    `BovForCausalLM(hf_config(model)).load_state_dict(weights)` takes canonical names.
     """
     from bov_megatron.exchange.hf.configuration_bov import BovConfig
 
@@ -72,25 +72,21 @@ def export(
     """Write a folder that loads with `AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True)`.
 
     Args:
-        state: every tensor of `parameter_specs(model)`, unpadded, under its canonical name, in any order. From an
-            iterator at most `max_shard_bytes` are held at a time.
+        state: all tensors of `parameter_specs(model)`, unpadded, by canonical name, in any order; at most
+            `max_shard_bytes` of an iterator are held at a time.
         tokenizer_dir: folder of a Hugging Face tokenizer with a bos_token; `None` exports without one.
-        dtype: what the weights are stored as.
+        dtype: of the stored weights.
         recipe: the resolved recipe (`Recipe.to_dict()`), for the model card.
-        overwrite: replace `out_dir` if it holds anything.
+        overwrite: replace `out_dir` if it isn't empty.
 
-    The folder appears complete or not at all. Raises ExportError where weights are missing, unexpected or of another
-    shape, where the tokenizer doesn't fit, and where `out_dir` isn't empty.
+    The folder appears complete or not at all. Raises ExportError if weights are missing, unexpected or of another
+    shape, if the tokenizer doesn't fit, or if `out_dir` isn't empty.
     """
     out_dir = Path(out_dir)
     if out_dir.exists() and not out_dir.is_dir():
         raise ExportError(f"{out_dir} is a file; give a folder to write to")
     if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
         raise ExportError(f"{out_dir} is not empty; choose another folder, or pass overwrite (--overwrite)")
-    if isinstance(state, Mapping):
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        _raise_if_different(shapes, model)
-        state = state.items()
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -98,7 +94,7 @@ def export(
     try:
         token_ids = _write_tokenizer(tokenizer_dir, model, partial) if tokenizer_dir is not None else {}
         _write_config(model, token_ids, dtype, partial)
-        _write_weights(state, model, dtype, max_shard_bytes, partial)
+        _write_weights(state.items() if isinstance(state, Mapping) else state, model, dtype, max_shard_bytes, partial)
         (partial / "README.md").write_text(_model_card(model, dtype, recipe))
         _replace(out_dir, partial)
     finally:
@@ -115,7 +111,7 @@ def _replace(out_dir: Path, partial: Path) -> None:
 
 
 def _raise_if_different(shapes: dict[str, tuple[int, ...]], model: ModelConfig) -> None:
-    """Compare names and shapes with `parameter_specs`."""
+    """Raise ExportError unless names and shapes are those of `parameter_specs`."""
     expected = {spec.name: spec.shape for spec in parameter_specs(model)}
     problems = []
     if missing := expected.keys() - shapes.keys():
@@ -138,7 +134,7 @@ def _write_tokenizer(tokenizer_dir: str | Path, model: ModelConfig, out: Path) -
     tokenizer = AutoTokenizer.from_pretrained(
         str(tokenizer_dir),
         local_files_only=True,
-        # Stored with the tokenizer: `generate` refuses the token_type_ids that it would give by default.
+        # Stored with the tokenizer, which would otherwise return token_type_ids, which `generate` rejects.
         model_input_names=["input_ids", "attention_mask"],
     )
     if tokenizer.bos_token is None:
@@ -148,7 +144,7 @@ def _write_tokenizer(tokenizer_dir: str | Path, model: ModelConfig, out: Path) -
             f"tokenizer {tokenizer_dir} has {len(tokenizer)} ids, but model.vocab_size is {model.vocab_size}; "
             "give the tokenizer the model was trained with"
         )
-    # One token opens a document and so ends the one before; padding is masked, so it may be any token.
+    # <|bos|> opens each document and so ends the one before; padding is masked, so it may be any token.
     for name in ("eos_token", "pad_token"):
         if getattr(tokenizer, name) is None:
             setattr(tokenizer, name, tokenizer.bos_token)
@@ -196,7 +192,7 @@ def _write_weights(
         size = tensor.numel() * dtype.itemsize
         if pending_bytes + size > max_bytes:
             flush()
-        # A clone of its own: views of one storage cannot be saved side by side.
+        # Copied, because views of one storage can't be saved in one file.
         pending[name] = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
         pending_bytes += size
     flush()

@@ -1,4 +1,4 @@
-"""Telling the launcher how a run ended; what the statuses mean is in bov_megatron.errors. Imports nothing heavy."""
+"""Reporting a run's exit status (see bov_megatron.errors) to the launcher."""
 
 import contextlib
 import os
@@ -6,12 +6,9 @@ from pathlib import Path
 
 
 def report(status: int) -> None:
-    """Write the run's status to the file that the variable BOV_STATUS_FILE names, if any; for rank 0, or for the one
-    that ends the run.
-
-    A launcher that kills the other ranks as soon as one has ended cannot tell their statuses from the run's.
-    """
+    """Write the run's status to the file BOV_STATUS_FILE, if set; for rank 0, or the rank that ends the run."""
+    # srun kills the other ranks once one has ended, and its own status is then that of the killed ones.
     if file := os.environ.get("BOV_STATUS_FILE"):
-        # A folder that this node doesn't see: the launcher then takes it for a crash.
+        # If this node doesn't see the folder, the launcher assumes a crash.
         with contextlib.suppress(OSError):
             Path(file).write_text(f"{status}\n")

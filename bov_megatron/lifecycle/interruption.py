@@ -1,6 +1,6 @@
-"""Why a run ends early: a signal, its own time limit. What each rank knows of it; the trainer makes all ranks agree.
+"""Reasons for a rank to end a run early: signals, its time limit, a lost lease. The trainer makes all ranks agree.
 
-Imports nothing heavy: signals are heard from the first second, while the framework is still being imported.
+Imports nothing heavy, so that signals are handled while the framework is still being imported.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from bov_megatron.lifecycle.lease import Lease
 
 
 class StopReason(enum.IntEnum):
-    """Why a run is to end after the current step; of several ranks' reasons the highest counts."""
+    """Why to end the run after the current step; the highest reason of all ranks counts."""
 
     NONE = 0
     TIME_LIMIT = 1
     SIGUSR1 = 2
     SIGTERM = 3
     LEASE_LOST = 4
-    """Another start has taken the run folder, e.g. while this one was suspended: nothing may be saved."""
+    """Another start has taken the run folder, e.g. while this one was suspended: save nothing."""
 
     def describe(self) -> str:
-        """For a message: `stopped by …`."""
+        """To follow "stopped by" in a message."""
         return "train.max_minutes" if self is StopReason.TIME_LIMIT else self.name
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGUSR1, what schedulers send before a time limit or a preemption, instead of dying of them.
+    """Context manager that records SIGTERM and SIGUSR1, which schedulers send before a time limit or a preemption.
 
-    The same signal a second time kills as usual. A context manager; leaving it restores the former handlers.
+    The second signal of a kind kills the process as usual.
     """
 
     REASONS = {signal.SIGTERM: StopReason.SIGTERM, signal.SIGUSR1: StopReason.SIGUSR1}
@@ -54,11 +54,11 @@ class StopSignals:
 
 
 class StopRequest:
-    """What this rank knows: call it for the reason to stop, if any.
+    """Call it for this rank's reason to stop.
 
     Args:
-        signals: those received so far.
-        max_minutes: time this start of the run may take, counted from here; None means no limit.
+        signals: recorded signals.
+        max_minutes: time limit, counted from now; None means no limit.
     """
 
     def __init__(self, signals: StopSignals, max_minutes: float | None):
@@ -67,7 +67,7 @@ class StopRequest:
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     def watch(self, lease: Lease) -> None:
-        """Stop also when `lease` is lost."""
+        """Also stop when `lease` is lost."""
         self.lease = lease
 
     def __call__(self) -> StopReason:

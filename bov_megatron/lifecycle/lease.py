@@ -1,11 +1,10 @@
-"""One start of a run at a time: a lease file in the run folder, held by rank 0.
+"""Ensures that a run is started only once at a time, with a lease file in the run folder, held by rank 0.
 
-    RUN/lease.json    host, process, job, since when; written again every few seconds with a new beat
+    RUN/lease.json    host, process, job, start time, and a beat that increases every few seconds
 
-File locks are no help: network file systems that clusters use grant them to everyone, or keep them after a node died.
-A lease whose beat stands still is nobody's. Whether it stands still is watched, never computed from clocks of two
-machines. Where it is certain that the holder is gone, nobody waits: a dead process of this machine, or an earlier start
-of the same Slurm job.
+File locks don't work: clusters' network file systems grant them to everyone, or keep them after a node died. A lease
+whose beat doesn't change for STALE_SECONDS is free; this is observed, not computed from two machines' clocks. There is
+no wait if the holder is certainly gone: a dead process of this machine, or an earlier start of the same Slurm job.
 """
 
 from __future__ import annotations
@@ -32,22 +31,22 @@ STALE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a run folder."""
+    """The start of a run that holds the run folder."""
 
     token: str
-    """Of this one start, unlike any other."""
+    """Unique to this start."""
     host: str
     machine: str
-    """Within which `process` means something: boot and process-id namespace."""
+    """Boot and process-id namespace in which `process` is valid."""
     process: int
     process_started: int | None
-    """Clock ticks from boot on; tells a process from a later one of the same number."""
+    """Clock ticks since boot; distinguishes a process from a later one with the same id."""
     job: str | None
-    """Slurm job, or None."""
+    """Slurm job."""
     restart: int
-    """How often Slurm has started that job again."""
+    """How often Slurm has restarted the job."""
     since: str
-    """Local time, for people."""
+    """Local time, for messages."""
     beat: int = 0
 
     def describe(self) -> str:
@@ -56,16 +55,16 @@ class Holder:
 
 
 class Lease:
-    """Take a run folder for this process, keep it, give it back. A context manager.
+    """Context manager that holds a run folder for this process.
 
     Args:
-        run_dir: made if it does not exist, and removed again on leaving if nothing was put there.
-        beat_seconds: between two signs of life.
-        stale_seconds: without any after which a lease is nobody's; several beats, so that a busy file system or a
-            stopped process is not taken for a dead one.
-        environ: where Slurm's variables are looked up.
+        run_dir: created if it doesn't exist, and removed on leaving if it is empty.
+        beat_seconds: how often to renew the lease.
+        stale_seconds: time without renewal after which a lease is free; several beats, so that a busy file system or a
+            suspended process doesn't look dead.
+        environ: Slurm's variables.
 
-    Raises RunFolderError on entering, at once where the holder is known to live, else after at most `stale_seconds`.
+    Raises RunFolderError on entering if the folder is in use, after at most `stale_seconds`, or can't be written.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Lease:
         self.beat_seconds, self.stale_seconds = beat_seconds, stale_seconds
         self.me = _myself(environ)
         self.lost = False
-        """Another start has taken the folder: this one must not write there any more."""
+        """Another start has taken the folder, so this one must not write there any more."""
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
@@ -93,8 +92,8 @@ class Lease:
                     self._remove(holder)
         except OSError as error:
             raise RunFolderError(
-                f"run folder {self.path.parent} cannot be written ({error}): make room or give permission there, or "
-                "set output_dir=… to another place"
+                f"run folder {self.path.parent} cannot be written ({error}): free space or fix its permissions, or set "
+                "output_dir=… to another place"
             ) from error
         self._thread.start()
         return self
@@ -104,12 +103,12 @@ class Lease:
         self._thread.join()
         if not self.lost:
             self._remove(self.me)
-        with contextlib.suppress(OSError):  # something is in it
+        with contextlib.suppress(OSError):  # not empty
             self.path.parent.rmdir()
 
     def _create(self) -> bool:
-        """Whether the lease is now ours. A hard link to a complete file: the one step that network file systems, too,
-        grant to only one."""
+        """Create the lease; False if there is one."""
+        # By linking a complete file, which is atomic on network file systems too.
         part, text = self._part(), json.dumps(dataclasses.asdict(self.me))
         try:
             part.write_text(text)
@@ -117,7 +116,7 @@ class Lease:
                 os.link(part, self.path)
             except FileExistsError:
                 return False
-            except OSError:  # a file system without links
+            except OSError:  # a file system without hard links
                 with self.path.open("x") as file:
                     file.write(text)
             return True
@@ -127,41 +126,41 @@ class Lease:
             part.unlink(missing_ok=True)
 
     def _wait_until_free(self, holder: Holder) -> None:
-        """Return as soon as the holder is known to be gone. Raises RunFolderError as soon as it is known to live."""
+        """Return once the holder is known to be gone; raise RunFolderError once it is known to be alive."""
         if _is_gone(holder, self.me):
-            say(f"taking over from {holder.describe()}: it has ended without giving the run folder back")
+            say(f"taking over from {holder.describe()}: it has ended without releasing the run folder")
             return
-        if not _is_on_this_machine(holder, self.me):
+        if holder.machine != self.me.machine:
             if (alive := self._watch(holder)) is None:
                 return
             holder = alive
         raise RunFolderError(
-            f"run folder {self.path.parent} is in use: {holder.describe()}. Wait until that has ended or end it, or "
-            "start another run with name=… or output_dir=…"
+            f"run folder {self.path.parent} is in use: {holder.describe()}. Wait until that run has ended, end it, or "
+            "start another one with name=… or output_dir=…"
         )
 
     def _watch(self, holder: Holder) -> Holder | None:
-        """The holder as of its first sign of life; None where it gave none for long enough, or gave the folder back."""
-        say(f"{self.path} is held by {holder.describe()}; waiting for a sign of life, {self.stale_seconds:.0f} s long")
+        """Wait until the lease changes and return its holder; None if it was released or has become stale."""
+        say(f"{self.path} is held by {holder.describe()}; waiting {self.stale_seconds:.0f} s for a sign of life")
         deadline = time.monotonic() + self.stale_seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self.beat_seconds))
-            now = read_holder(self.path)
-            if now != holder:
-                return now
+            current = read_holder(self.path)
+            if current != holder:
+                return current
         say(f"taking over from {holder.describe()}: no sign of life for {self.stale_seconds:.0f} s")
         return None
 
     def _remove(self, holder: Holder) -> None:
-        """Remove the lease if it is still `holder`'s. By renaming, which only one can do; what turns out to be a third
-        start's, which was faster, is put back."""
+        """Remove the lease if it is still `holder`'s."""
+        # By renaming, in which only one process succeeds. If a third start was faster, its lease is put back.
         removed = self._part()
         try:
             self.path.rename(removed)
         except FileNotFoundError:
             return
-        found = read_holder(removed)
-        if found is not None and found.token != holder.token:
+        owner = read_holder(removed)
+        if owner is not None and owner.token != holder.token:
             with contextlib.suppress(FileExistsError):
                 os.link(removed, self.path)
         removed.unlink()
@@ -178,7 +177,7 @@ class Lease:
                 part = self._part()
                 part.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(self.me, beat=beat))))
                 part.replace(self.path)
-            except (OSError, RunFolderError) as error:  # a full disk, half a file: the next beat may succeed
+            except (OSError, RunFolderError) as error:  # a full disk, a partial file: the next beat may succeed
                 say(f"warning: {self.path} cannot be renewed: {error}")
 
     def _part(self) -> Path:
@@ -186,14 +185,14 @@ class Lease:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Who holds the lease file `path`; None where there is none."""
+    """The holder in the lease file `path`; None if there is no file. Raises RunFolderError for a damaged one."""
     try:
         return Holder(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
         raise RunFolderError(
-            f"{path} is no lease of this version ({error}): remove it once no run uses the folder"
+            f"{path} is not a lease of this version ({error}): remove it if no run uses the folder"
         ) from None
 
 
@@ -211,29 +210,23 @@ def _myself(environ: Mapping[str, str]) -> Holder:
 
 
 def _machine() -> str:
-    """Boot and process-id namespace: containers of one machine don't see each other's processes."""
+    """Boot and process-id namespace (containers on one host don't see each other's processes)."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
     except OSError:
         return socket.gethostname()
 
 
-def _is_on_this_machine(holder: Holder, me: Holder) -> bool:
-    return holder.machine == me.machine
-
-
 def _is_gone(holder: Holder, me: Holder) -> bool:
     """Whether the holder has certainly ended."""
     if holder.job is not None and holder.job == me.job and holder.restart < me.restart:
-        return True  # Slurm starts a job again only after all of it has ended
-    if not _is_on_this_machine(holder, me):
-        return False
-    return _start_ticks(holder.process) != holder.process_started
+        return True  # Slurm restarts a job only after all of it has ended
+    return holder.machine == me.machine and _start_ticks(holder.process) != holder.process_started
 
 
 def _start_ticks(process: int) -> int | None:
-    """When a process of this machine was started, from boot on, whatever has been done to the clock since; None if it
-    has ended. Fields of proc(5), counted from behind the name, which may hold anything."""
+    """Start time of a process of this machine, in clock ticks since boot; None if it has ended."""
+    # Fields as in proc(5), counted from behind the name in parentheses, which may contain anything.
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,7 +1,6 @@
-"""Ends a run that hangs, with every rank's stacks, so that whoever started it can start it again.
+"""Ends a hanging run with the stacks of every rank, so that it can be started again.
 
-A rank that waits in a collective for one that will never come looks alive to every scheduler. Left alone, it would hold
-its nodes until the collective times out, if that does.
+To a scheduler, a rank that waits in a collective for one that will never come looks alive.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ from bov_megatron import errors
 from bov_megatron.lifecycle import run_folder
 
 GRACE_SECONDS = 5.0
-"""Between a rank's stacks and its end: launchers kill the others as soon as one has ended, and they have stacks too."""
+"""From dumping stacks to exiting: launchers kill all ranks once one has exited, and the others dump stacks too."""
 
 
 class Watchdog:
-    """Call `alive` at least every `minutes`; otherwise all threads' stacks are written to
-    `RUN/stacks/rank_<n>.txt` and to stderr, and the process ends with `errors.HANG`.
+    """Context manager that ends the process with `errors.HANG` if `alive` isn't called for `minutes` (0: never).
 
-    A context manager: on entering it is armed, on leaving disarmed. `minutes` 0 means never.
+    First it writes all threads' stacks to `RUN/stacks/rank_<n>.txt` and stderr.
     """
 
     def __init__(self, run_dir: Path, rank: int, minutes: float):
@@ -46,29 +44,29 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def alive(self) -> None:
-        """A step, or some other limited piece of work, has ended."""
+        """Call after each step or other bounded piece of work."""
         self._last = time.monotonic()
 
     def _watch(self) -> None:
         while (left := self._last + self.seconds - time.monotonic()) > 0:
-            # Should the interpreter itself be stuck, this thread is too. This one is not Python's.
+            # If the interpreter itself is stuck, so is this thread; faulthandler's isn't a Python thread.
             faulthandler.dump_traceback_later(2 * self.seconds + GRACE_SECONDS, exit=True, file=2)
             if self._leaving.wait(left):
                 return
         self._end()
 
     def _end(self) -> None:
-        said = (
+        message = (
             f"error: rank {self.rank} has not finished a step for {self.seconds / 60:g} minutes (health.hang_minutes); "
             f"its stacks are below and in {self.file}"
         )
-        print(said, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("w") as file:
                 print(f"rank {self.rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}", file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
-        except OSError as error:  # a file system that hangs or is full must not keep the run from ending
+        except OSError as error:  # a full file system must not keep the run from ending
             print(f"warning: {self.file}: {error}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(2, all_threads=True)
         time.sleep(GRACE_SECONDS)

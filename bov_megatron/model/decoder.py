@@ -21,9 +21,8 @@ from bov_megatron.model.attention import rotary_cos_sin
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.model.bank.table import ValueTable
 from bov_megatron.model.linear import load_without_extra_state, without_extra_state
-from bov_megatron.model.naming import tag_parameters
+from bov_megatron.model.naming import local_parameters
 from bov_megatron.model.norm import rms_norm
-from bov_megatron.model.sources import new_table
 from bov_megatron.model.spec import block_spec, transformer_config
 from bov_megatron.parallel.device import device, to_device
 from bov_megatron.recipe import Recipe
@@ -78,10 +77,10 @@ class BovModel(GPTModel):
             self.smear = Smear(config.params_dtype)
         self.value_table = None
         if recipe.model.value.table == "shared" and recipe.model.value.facts.has_table:
-            self.value_table = new_table(recipe.model, config.params_dtype, self.pg_collection.tp, self.vocab_size)
+            self.value_table = ValueTable(recipe.model, self.vocab_size, config.params_dtype, self.pg_collection.tp)
         self.tables_ahead = [module for module in self.modules() if isinstance(module, ValueTable) and module.ahead]
         """Tables whose rows are read at the decoder's start, before their layers."""
-        tag_parameters(self)
+        self.local_parameters = local_parameters(self)
         load_without_extra_state(self)
 
     def forward(self, ids_BS: Tensor, labels_Bs: Tensor | None = None) -> Tensor:

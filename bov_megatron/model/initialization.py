@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from bov_megatron.model.decoder import BovModel
-from bov_megatron.model.naming import VOCABULARY_KINDS, LocalParameter, fuse, local_parameters
 from bov_megatron.model.norm import rms_norm
+from bov_megatron.parallel.parameter import LocalParameter
 from bov_megatron.recipe import ModelConfig, Recipe
 from bov_megatron.recipe.fields import SMEAR_CHANNELS
-from bov_megatron.recipe.parameters import ParameterSpec
+from bov_megatron.recipe.parameters import VOCABULARY_KINDS, ParameterSpec
 
 BLOCK_ROWS = 1024
 
@@ -28,19 +28,18 @@ BLOCK_ROWS = 1024
 def initialize_weights(model: BovModel) -> None:
     """Fill this rank's parameters in place. Draws on the CPU in fp32, then casts."""
     group = model.pg_collection.tp
-    for local in local_parameters(model):
+    for local in model.local_parameters:
         local.parameter.copy_(_initial_local(local, model.recipe, group.rank(), group.size()))
 
 
 def _initial_local(local: LocalParameter, recipe: Recipe, tp_rank: int, tp_size: int) -> Tensor:
     shape = local.parameter.shape
-    if local.specs[0].kind in VOCABULARY_KINDS:
+    if local.kind in VOCABULARY_KINDS:
         start = tp_rank * shape[0] if local.partition_dim == 0 else 0
         rows = initial_rows(local.specs[0], recipe, start, min(start + shape[0], recipe.model.vocab_size))
         rows = torch.nn.functional.pad(rows, (0, 0, 0, shape[0] - rows.size(0)))
         return rows.chunk(tp_size, dim=1)[tp_rank] if local.partition_dim == 1 else rows
-    pieces = [initial_rows(spec, recipe, 0, spec.shape[0]) for spec in local.specs]
-    whole = fuse(pieces, local.fused_split) if local.fused_split else pieces[0]
+    whole = local.fuse([initial_rows(spec, recipe, 0, spec.shape[0]) for spec in local.specs])
     return whole.chunk(tp_size, local.partition_dim)[tp_rank] if local.partition_dim >= 0 else whole
 
 

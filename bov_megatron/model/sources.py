@@ -68,7 +68,9 @@ class ValueSource(torch.nn.Module):
         groups = model.kv_heads // tp_group.size()
         self.gate = _parameter(groups, GATE_CHANNELS, dtype=dtype) if facts.gated else None
         own_table = facts.has_table and model.value.table == "per_layer"
-        self.table = new_table(model, dtype, tp_group, vocab_size) if own_table else None
+        self.table = ValueTable(model, vocab_size, dtype, tp_group) if own_table else None
+        self.ahead = model.value.rows_sent_ahead(tp_group.size())
+        """Whether what travels is a ticket, for rows that were sent ahead of the layer."""
 
     def forward(self, projected_SBGD: Tensor | None, hidden_SBH: Tensor, carried: Tensor, project: Project) -> Tensor:
         """Values `[S, B, G, D]`.
@@ -97,7 +99,7 @@ class ValueSource(torch.nn.Module):
 
     def looked_up(self, carried: Tensor) -> Tensor:
         """Values `[S, B, G, D]` of this layer's table, or of the shared one."""
-        if lookup_ahead.is_ticket(carried):
+        if self.ahead:
             return lookup_ahead.take(carried, self.table)
         return carried if self.table is None else self.table(carried)
 
@@ -202,15 +204,6 @@ SOURCE_CLASSES: dict[str, type[ValueSource]] = {
     "gated_value_embedding": GatedValueEmbedding,
 }
 """By name in `recipe.value_sources.VALUE_SOURCES`."""
-
-
-def new_table(model: ModelConfig, dtype: torch.dtype, tp_group, vocab_size: int) -> ValueTable:
-    """A value table of `model`, uninitialised."""
-    value = model.value
-    on_host = value.table_memory == "host"
-    return ValueTable(
-        vocab_size, model.kv_heads, model.kv_channels, value.table_partition, value.lookup, dtype, tp_group, on_host
-    )
 
 
 def _parameter(*shape: int, dtype: torch.dtype) -> torch.nn.Parameter:

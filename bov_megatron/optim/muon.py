@@ -84,20 +84,3 @@ def cautious_update_(weight: Tensor, update: Tensor, lr: float | Tensor, weight_
     """
     decay = torch.where(update * weight >= 0, weight, 0.0)
     weight.sub_(lr * decay.mul_(weight_decay).add_(update))
-
-
-def split_fused(fused_RC: Tensor, split: tuple[int, ...]) -> list[Tensor]:
-    """The matrices inside a fused one whose rows are interleaved by query group, as in Megatron's `linear_qkv`.
-
-    `[groups * sum(split), C]` -> one `[groups * split[i], C]` per entry, each contiguous.
-    """
-    groups = fused_RC.size(0) // sum(split)
-    parts = fused_RC.view(groups, sum(split), -1).split(split, dim=1)
-    return [part.reshape(groups * part.size(1), -1) for part in parts]
-
-
-def fuse(pieces: list[Tensor], split: tuple[int, ...]) -> Tensor:
-    """Inverse of `split_fused`."""
-    groups = pieces[0].size(0) // split[0]
-    parts = [piece.view(groups, rows, -1) for piece, rows in zip(pieces, split, strict=True)]
-    return torch.cat(parts, dim=1).flatten(0, 1)

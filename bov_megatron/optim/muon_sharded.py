@@ -16,58 +16,58 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bov_megatron.optim import muon
-from bov_megatron.optim.managed_parameter import ManagedParameter
+from bov_megatron.optim.parameter_shard import ParameterShard
 from bov_megatron.optim.sharding import group_rank, group_size
+from bov_megatron.parallel.parameter import LocalParameter
 
 GATHER_ELEMENTS = 32 * 1024 * 1024
 """Local elements whose directions travel in one tensor-parallel all-gather."""
 
 
-def orthogonalisation_cost(managed: ManagedParameter) -> float:
+def orthogonalisation_cost(local: LocalParameter) -> float:
     """Multiplications of one iteration, up to a constant: what data-parallel ranks are balanced by."""
-    return float(sum(rows * columns * min(rows, columns) for rows, columns in managed.piece_shapes()))
+    return float(sum(rows * columns * min(rows, columns) for rows, columns in local.piece_shapes()))
 
 
 class MuonMatrix:
     """Muon's state of one parameter that this rank owns: fp32 momentum like the local shard, second moments."""
 
-    def __init__(self, managed: ManagedParameter):
-        self.managed = managed
-        self.momentum = torch.zeros_like(managed.main)
+    def __init__(self, shard: ParameterShard):
+        self.shard = shard
+        self.momentum = torch.zeros_like(shard.main)
         self.second_moments = [
-            torch.zeros(muon.second_moment_size(*shape), device=managed.main.device) for shape in managed.piece_shapes()
+            torch.zeros(muon.second_moment_size(*shape), device=shard.main.device)
+            for shape in shard.local.piece_shapes()
         ]
         """One per canonical name, of the whole matrix: the same on all tensor-parallel ranks."""
 
     def direction(self, momentum: float) -> Tensor:
         """Advance the momentum; return the local part of the direction to orthogonalise, bf16."""
-        return muon.nesterov(self.managed.row_gradient(), self.momentum, momentum).bfloat16()
+        return muon.nesterov(self.shard.row_gradient(), self.momentum, momentum).bfloat16()
 
     def whole_update(self, direction: Tensor, steps: int, beta2: float) -> Tensor:
         """fp32 update of the whole, fused parameter, scaled per matrix by its shape."""
-        split = self.managed.split
-        pieces = [direction] if split is None else muon.split_fused(direction, split)
         updates = []
-        for piece, second_moment in zip(pieces, self.second_moments, strict=True):
+        for piece, second_moment in zip(self.shard.local.unfuse(direction), self.second_moments, strict=True):
             update = muon.normalize_variance(muon.polar_express(piece, steps), second_moment, beta2)
             updates.append(update)
-        return updates[0] if split is None else muon.fuse(updates, split)
+        return self.shard.local.fuse(updates)
 
     def local_lr_factor(self, tensor_rank: int) -> float | Tensor:
         """`muon.shape_factor` of the matrix that each local row belongs to: a number, or `[rows, 1]` if fused."""
-        factors = [muon.shape_factor(*shape) for shape in self.managed.piece_shapes()]
+        factors = [muon.shape_factor(*shape) for shape in self.shard.local.piece_shapes()]
         if len(set(factors)) == 1:
             return factors[0]
-        per_group = [f for f, rows in zip(factors, self.managed.split, strict=True) for _ in range(rows)]
-        column = torch.tensor(per_group).repeat(self.managed.full_shape[0] // len(per_group)).unsqueeze(1)
+        per_group = [f for f, rows in zip(factors, self.shard.local.fused_split, strict=True) for _ in range(rows)]
+        column = torch.tensor(per_group).repeat(self.shard.local.full_shape[0] // len(per_group)).unsqueeze(1)
         return self.local_part(column, tensor_rank).to(self.momentum.device)
 
     def local_part(self, whole: Tensor, tensor_rank: int) -> Tensor:
         """This tensor-parallel rank's part of a tensor that spans all of them."""
-        if self.managed.tensor_parallel_size == 1:
+        if self.shard.local.tensor_parallel_size == 1:
             return whole
-        dim = self.managed.partition_dim
-        size = self.managed.parameter.size(dim)
+        dim = self.shard.local.partition_dim
+        size = self.shard.local.shape[dim]
         return whole.narrow(dim, tensor_rank * size, size)
 
 
@@ -79,7 +79,7 @@ class ShardedMuon:
 
     def __init__(
         self,
-        owned: Sequence[ManagedParameter],
+        owned: Sequence[ParameterShard],
         tensor_group: dist.ProcessGroup | None,
         newton_schulz_steps: int = 5,
         beta2: float = 0.9,
@@ -88,7 +88,7 @@ class ShardedMuon:
         self.tensor_rank = group_rank(tensor_group)
         self.newton_schulz_steps = newton_schulz_steps
         self.beta2 = beta2
-        self.matrices = [MuonMatrix(managed) for managed in owned]
+        self.matrices = [MuonMatrix(shard) for shard in owned]
         self.lr_factors = [matrix.local_lr_factor(self.tensor_rank) for matrix in self.matrices]
         self.buckets = consecutive_buckets([matrix.momentum.numel() for matrix in self.matrices])
 
@@ -97,12 +97,12 @@ class ShardedMuon:
         """Update the main weights of all owned matrices from their gradients."""
         for bucket in self.buckets:
             directions = [self.matrices[i].direction(momentum) for i in bucket]
-            dims = [self.matrices[i].managed.partition_dim for i in bucket]
+            dims = [self.matrices[i].shard.local.partition_dim for i in bucket]
             for i, whole in zip(bucket, gather_partitioned(directions, dims, self.tensor_group), strict=True):
                 matrix = self.matrices[i]
                 update = matrix.whole_update(whole, self.newton_schulz_steps, self.beta2)
                 update = matrix.local_part(update, self.tensor_rank)
-                muon.cautious_update_(matrix.managed.main, update, lr * self.lr_factors[i], weight_decay)
+                muon.cautious_update_(matrix.shard.main, update, lr * self.lr_factors[i], weight_decay)
 
 
 def gather_partitioned(tensors: Sequence[Tensor], dims: Sequence[int], group: dist.ProcessGroup | None) -> list[Tensor]:

@@ -9,7 +9,7 @@ one step count: every schedule is a function of that count.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from bov_megatron.optim import schedules, sharded_state
+from bov_megatron.optim.adamw import MOMENTS, allocate_state, make_adamw, set_schedule
 from bov_megatron.optim.gradients import clip_gradients, global_gradient_norm
-from bov_megatron.optim.groups import GroupSettings, group_settings
-from bov_megatron.optim.managed_parameter import ManagedParameter, managed_parameters
+from bov_megatron.optim.groups import group_settings
 from bov_megatron.optim.muon_sharded import ShardedMuon, orthogonalisation_cost
+from bov_megatron.optim.parameter_shard import ParameterShard
 from bov_megatron.optim.sharding import (
     SMALL_TENSOR_ELEMENTS,
     OptimizerProcessGroups,
+    RowAssignment,
     balance,
     group_rank,
     group_size,
@@ -32,6 +34,7 @@ from bov_megatron.optim.sharding import (
     split_rows,
 )
 from bov_megatron.optim.weight_gatherer import WeightGatherer, wait_before_forward
+from bov_megatron.parallel.parameter import LocalParameter
 from bov_megatron.parallel.process_groups import twin
 from bov_megatron.recipe import Recipe
 
@@ -49,77 +52,79 @@ class UpdateResult:
 class BovOptimizer:
     """Muon + AdamW (arXiv 2606.02780, "Optimisation"), or AdamW alone, by `recipe.optimizer.name`.
 
-    `model_chunks` are this rank's pipeline chunks, wrapped in Megatron's DistributedDataParallel with
-    `use_distributed_optimizer=False`, so that `main_grad` holds gradients already reduced over data and context
-    parallel ranks; unwrapped modules work too, with `grad`. Parameters carry the attributes that
-    `ManagedParameter` lists. Parameters may be fp32, updated in place, or bf16, with fp32 main weights beside them.
+    Gradients are Megatron's `main_grad`, already reduced over data and context parallel ranks (DistributedDataParallel
+    with `use_distributed_optimizer=False`); parameters without it are read from `grad`. Parameters may be fp32, updated
+    in place, or bf16, with fp32 main weights beside them. Frozen ones are left alone.
 
     Make it after the model has its initial weights, or call `reload_model_params` when they have been written.
     All ranks must call `step` together.
+
+    Args:
+        parameters: of this rank's model chunks, in an order that is the same on all data-parallel ranks.
+        chunks: their modules, which with `parallel.overlap_param_gather` wait for their weights.
     """
 
     def __init__(
         self,
-        model_chunks: Sequence[nn.Module],
+        parameters: Sequence[LocalParameter],
         recipe: Recipe,
         total_steps: int,
-        process_groups: OptimizerProcessGroups | None = None,
+        chunks: Iterable[nn.Module] = (),
     ):
-        self.model_chunks = list(model_chunks)
         self.config = recipe.optimizer
         self.total_steps = total_steps
-        self.groups = process_groups or OptimizerProcessGroups.from_parallel_state()
+        self.groups = OptimizerProcessGroups.from_parallel_state()
         self.settings = group_settings(recipe)
         self.step_count = 0
         """Updates applied so far; the schedules' position and AdamW's bias correction."""
-        self.parameters = managed_parameters(self.model_chunks, group_size(self.groups.tensor))
-        self._assign_rows(sharded=recipe.parallel.use_distributed_optimizer)
+        trained = [local for local in parameters if local.parameter.requires_grad]
+        assignments = self._assign_rows(trained, sharded=recipe.parallel.use_distributed_optimizer)
+        rank = group_rank(self.groups.data)
+        self.parameters = [ParameterShard(*both, rank) for both in zip(trained, assignments, strict=True)]
         self.overlap_gather = recipe.parallel.overlap_param_gather
         self.gatherer = self._gatherer(on_host=False)
         self.host_gatherer = self._gatherer(on_host=True)
+        if self.overlap_gather:
+            wait_before_forward(chunks, self.gatherer, [local for local in trained if not local.on_host])
         mine = [p for p in self.parameters if p.main is not None]
         self.muon = ShardedMuon(
-            [p for p in mine if self.settings[p.kind].algorithm == "muon"],
+            [p for p in mine if self.settings[p.local.kind].algorithm == "muon"],
             self.groups.tensor,
             self.config.newton_schulz_steps,
             self.config.muon_beta2,
         )
-        self.adamw_parameters = [p for p in mine if self.settings[p.kind].algorithm == "adamw"]
-        self.adamw = make_adamw(self.adamw_parameters, self.settings, self.config.eps)
+        self.adamw_parameters = [p for p in mine if self.settings[p.local.kind].algorithm == "adamw"]
+        self.adamw = make_adamw([(p.local.kind, p.main) for p in self.adamw_parameters], self.settings, self.config.eps)
+        if self.adamw is not None:
+            allocate_state(self.adamw, [p.main for p in self.adamw_parameters])
 
     def _gatherer(self, on_host: bool) -> WeightGatherer:
-        parameters = [p for p in self.parameters if p.on_host == on_host]
-        overlap, group = self.overlap_gather and not on_host, self.groups.data
+        parameters = [p for p in self.parameters if p.local.on_host == on_host]
+        group = self.groups.data
         if on_host and parameters and group_size(group) > 1:
             group = twin(group, "gloo")
-        gatherer = WeightGatherer(
-            [p.parameter for p in parameters],
+        return WeightGatherer(
+            [p.local.parameter for p in parameters],
             [p.assignment for p in parameters],
             group,
-            positions=[p.forward_position for p in parameters] if overlap else None,
+            positions=[p.local.forward_position for p in parameters] if self.overlap_gather and not on_host else None,
         )
-        if overlap:
-            wait_before_forward(self.model_chunks, gatherer, {id(p.parameter): p.forward_position for p in parameters})
-        return gatherer
 
-    def _assign_rows(self, sharded: bool) -> None:
+    def _assign_rows(self, parameters: Sequence[LocalParameter], sharded: bool) -> list[RowAssignment]:
         """Decide which data-parallel rank updates what; the same decision on every rank."""
-        ranks, rank = group_size(self.groups.data), group_rank(self.groups.data)
-        matrices = [p for p in self.parameters if self.settings[p.kind].algorithm == "muon"]
-        owners = dict(
-            zip(map(id, matrices), balance([orthogonalisation_cost(p) for p in matrices], ranks), strict=True)
-        )
-        for p in self.parameters:
-            rows = p.parameter.size(0)
-            if not sharded or ranks == 1:
-                assignment = replicate_rows(rows, ranks)
-            elif id(p) in owners:
-                assignment = own_rows(rows, owners[id(p)], ranks)
-            elif p.parameter.numel() < SMALL_TENSOR_ELEMENTS:
-                assignment = replicate_rows(rows, ranks)
+        ranks = group_size(self.groups.data)
+        matrices = [local for local in parameters if self.settings[local.kind].algorithm == "muon"]
+        owners = dict(zip(matrices, balance([orthogonalisation_cost(local) for local in matrices], ranks), strict=True))
+        assignments = []
+        for local in parameters:
+            rows, small = local.shape[0], local not in owners and local.shape.numel() < SMALL_TENSOR_ELEMENTS
+            if not sharded or ranks == 1 or small:
+                assignments.append(replicate_rows(rows, ranks))
+            elif local in owners:
+                assignments.append(own_rows(rows, owners[local], ranks))
             else:
-                assignment = split_rows(rows, ranks)
-            p.assign(assignment, rank)
+                assignments.append(split_rows(rows, ranks))
+        return assignments
 
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of the gradients at hand, `nan` if any is not finite; collective. See global_gradient_norm."""
@@ -139,36 +144,33 @@ class BovOptimizer:
         if not math.isfinite(norm):
             return UpdateResult(applied=False, grad_norm=norm)
         self.finish_gather()  # what is still to be written would overwrite this update
-        multiplier = schedules.lr_multiplier(self.step_count, self.total_steps, self.config)
         if self.config.clip_grad > 0:
             clip_gradients(self.parameters, norm, self.config.clip_grad)
-        self._step_muon(multiplier)
-        self._step_adamw(multiplier)
-        on_device = [p.main for p in self.parameters if not p.on_host]
+        self._step_muon()
+        self._step_adamw()
+        on_device = [p.main for p in self.parameters if not p.local.on_host]
         if self.overlap_gather:
             self.gatherer.start(on_device)
         else:
             self.gatherer.gather(on_device)
-        self.host_gatherer.gather([p.main for p in self.parameters if p.on_host])
+        self.host_gatherer.gather([p.main for p in self.parameters if p.local.on_host])
         self.step_count += 1
         return UpdateResult(applied=True, grad_norm=norm)
 
-    def _step_muon(self, multiplier: float) -> None:
+    def _step_muon(self) -> None:
         settings, step, total = self.settings["matrix"], self.step_count, self.total_steps
         self.muon.step(
-            lr=settings.lr * multiplier,
+            lr=self.learning_rates()["matrix"],
             weight_decay=settings.weight_decay * schedules.muon_decay_multiplier(step, total),
             momentum=schedules.muon_momentum(step, total, self.config),
         )
 
-    def _step_adamw(self, multiplier: float) -> None:
+    def _step_adamw(self) -> None:
         if self.adamw is None:
             return
-        for group in self.adamw.param_groups:
-            group["lr"] = self.settings[group["kind"]].lr * multiplier
+        set_schedule(self.adamw, self.learning_rates(), self.step_count)
         for p in self.adamw_parameters:
             p.main.grad = p.row_gradient()
-            self.adamw.state[p.main]["step"].fill_(self.step_count)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
 
@@ -187,23 +189,23 @@ class BovOptimizer:
         multiplier = schedules.lr_multiplier(self.step_count, self.total_steps, self.config)
         return {kind: settings.lr * multiplier for kind, settings in self.settings.items()}
 
-    def state_tensors(self) -> list[tuple[str, ManagedParameter, Tensor]]:
+    def state_tensors(self) -> list[tuple[str, ParameterShard, Tensor]]:
         """This rank's state as (state name, parameter, tensor like the parameter's rows on this rank).
 
         `main_param` where it is separate, `momentum` for Muon, `exp_avg` and `exp_avg_sq` for AdamW.
         """
         tensors = [("main_param", p, p.main) for p in self.parameters if p.main is not None and p.has_separate_main]
-        tensors += [("momentum", matrix.managed, matrix.momentum) for matrix in self.muon.matrices]
-        for name in ("exp_avg", "exp_avg_sq"):
+        tensors += [("momentum", matrix.shard, matrix.momentum) for matrix in self.muon.matrices]
+        for name in MOMENTS:
             tensors += [(name, p, self.adamw.state[p.main][name]) for p in self.adamw_parameters]
         return tensors
 
-    def second_moments(self) -> list[tuple[str, ManagedParameter, str, Tensor]]:
+    def second_moments(self) -> list[tuple[str, ParameterShard, str, Tensor]]:
         """Muon's second moments on this rank as (`second_moment`, parameter, canonical name, `[n]` tensor)."""
         return [
-            ("second_moment", matrix.managed, canonical, tensor)
+            ("second_moment", matrix.shard, canonical, tensor)
             for matrix in self.muon.matrices
-            for canonical, tensor in zip(matrix.managed.names, matrix.second_moments, strict=True)
+            for canonical, tensor in zip(matrix.shard.local.names, matrix.second_moments, strict=True)
         ]
 
     def sharded_state_dict(self, model_sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -214,27 +216,3 @@ class BovOptimizer:
         """Take what `dist_checkpointing.load` returned for the result of `sharded_state_dict`."""
         self.finish_gather()
         sharded_state.restore(self, state_dict)
-
-
-def make_adamw(
-    parameters: Sequence[ManagedParameter], settings: dict[str, GroupSettings], eps: float
-) -> torch.optim.AdamW | None:
-    """torch's fused AdamW over this rank's rows, one group per kind, with all state in place; None without rows.
-
-    Every tensor gets a step tensor of its own: a shared one would count once per parameter.
-    """
-    if not parameters:
-        return None
-    groups = []
-    for kind in dict.fromkeys(p.kind for p in parameters):
-        rows = [p.main for p in parameters if p.kind == kind]
-        s = settings[kind]
-        groups.append({"params": rows, "kind": kind, "lr": s.lr, "betas": s.betas, "weight_decay": s.weight_decay})
-    adamw = torch.optim.AdamW(groups, eps=eps, fused=True)
-    for p in parameters:
-        adamw.state[p.main] = {
-            "step": torch.zeros((), dtype=torch.float32, device=p.main.device),
-            "exp_avg": torch.zeros_like(p.main),
-            "exp_avg_sq": torch.zeros_like(p.main),
-        }
-    return adamw

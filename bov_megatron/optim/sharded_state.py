@@ -4,31 +4,49 @@ A state tensor has the global shape and offsets of its parameter in the model's 
 data-parallel ranks divide among themselves are further offsets. Keys are `optimizer.<state>.<model key>`. Muon's
 second moments belong to a whole matrix and are keyed by its canonical name, which no layout changes. The step count
 is one number. No rank ever holds another's state.
-
-Any optimizer will do that has `state_tensors`, `second_moments`, `step_count` and `groups` as `BovOptimizer` has them;
-of a parameter only `qualified_name`, `parameter`, `assignment` and `rows` are asked (engines/zero_optimizer.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from bov_megatron.optim.managed_parameter import ManagedParameter
-from bov_megatron.optim.sharding import group_rank
+from bov_megatron.optim.sharding import OptimizerProcessGroups, RowAssignment, group_rank
+from bov_megatron.parallel.parameter import LocalParameter
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from bov_megatron.optim.optimizer import BovOptimizer
-
 PREFIX = "optimizer"
 
 
-def build(optimizer: BovOptimizer, model_sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
+class Shard(Protocol):
+    """A parameter, and the rows of it that each data-parallel rank stores."""
+
+    local: LocalParameter
+    assignment: RowAssignment
+    rows: tuple[int, int]
+    """This rank's."""
+
+
+class Stateful(Protocol):
+    """An optimizer whose state can be stored."""
+
+    groups: OptimizerProcessGroups
+    step_count: int
+
+    def state_tensors(self) -> Sequence[tuple[str, Shard, Tensor]]:
+        """(state name, parameter, tensor like this rank's rows of the parameter)"""
+
+    def second_moments(self) -> Sequence[tuple[str, Shard, str, Tensor]]:
+        """(`second_moment`, parameter, canonical name of one matrix in it, `[n]` tensor)"""
+
+
+def build(optimizer: Stateful, model_sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
     """`{"step": int, "state": {local key: ShardedTensor}}` around the live tensors of `optimizer`.
 
     `model_sharded_state_dict` is what the model chunks' `sharded_state_dict` returned, any nesting; its tensors must
@@ -36,28 +54,30 @@ def build(optimizer: BovOptimizer, model_sharded_state_dict: dict[str, Any]) -> 
     """
     model_tensors = _by_parameter(model_sharded_state_dict)
     state = {}
-    for name, managed, tensor in optimizer.state_tensors():
-        model_tensor = model_tensors.get(id(managed.parameter))
+    for name, shard, tensor in optimizer.state_tensors():
+        model_tensor = model_tensors.get(id(shard.local.parameter))
         if model_tensor is None:
             raise ValueError(
-                f"the model's sharded state dict has no tensor for parameter {managed.qualified_name}: "
+                f"the model's sharded state dict has no tensor for parameter {shard.local.qualified_name}: "
                 "pass the one of the same model chunks, made with keep_vars=True (Megatron's default)"
             )
-        state[_local_key(name, managed)] = rows_of(managed, tensor, model_tensor, f"{PREFIX}.{name}.{model_tensor.key}")
-    for name, managed, canonical, tensor in optimizer.second_moments():
-        state[_local_key(name, managed, canonical)] = _second_moment(optimizer, managed, canonical, tensor)
+        state[_local_key(name, shard.local.names[0])] = rows_of(
+            shard, tensor, model_tensor, f"{PREFIX}.{name}.{model_tensor.key}"
+        )
+    for name, shard, canonical, tensor in optimizer.second_moments():
+        state[_local_key(name, canonical)] = _second_moment(optimizer, shard, canonical, tensor)
     return {"step": optimizer.step_count, "state": state}
 
 
 @torch.no_grad()
-def restore(optimizer: BovOptimizer, state_dict: dict[str, Any]) -> None:
+def restore(optimizer: Stateful, state_dict: dict[str, Any]) -> None:
     """Copy loaded tensors into `optimizer` and take the step count.
 
     Raises ValueError, before anything is changed, where a tensor is missing or has another shape.
     """
-    live = {_local_key(name, managed): tensor for name, managed, tensor in optimizer.state_tensors()}
-    for name, managed, canonical, tensor in optimizer.second_moments():
-        live[_local_key(name, managed, canonical)] = tensor
+    live = {_local_key(name, shard.local.names[0]): tensor for name, shard, tensor in optimizer.state_tensors()}
+    for name, _, canonical, tensor in optimizer.second_moments():
+        live[_local_key(name, canonical)] = tensor
     loaded = state_dict["state"]
     for key, tensor in live.items():
         if key not in loaded:
@@ -71,9 +91,9 @@ def restore(optimizer: BovOptimizer, state_dict: dict[str, Any]) -> None:
     optimizer.step_count = int(state_dict["step"])
 
 
-def _local_key(name: str, managed: ManagedParameter, canonical: str | None = None) -> str:
+def _local_key(name: str, canonical: str) -> str:
     """Name of a tensor inside this rank's state dict; checkpoints store the `ShardedTensor`'s key instead."""
-    return f"{name}/{managed.qualified_name}" + (f"/{canonical}" if canonical else "")
+    return f"{name}/{canonical}"
 
 
 def _by_parameter(model_sharded_state_dict: dict[str, Any]) -> dict[int, Any]:
@@ -85,27 +105,27 @@ def _by_parameter(model_sharded_state_dict: dict[str, Any]) -> dict[int, Any]:
     return {id(tensor.data): tensor for tensor in nested_values(tensors)}
 
 
-def rows_of(managed: ManagedParameter, tensor: Tensor, model_tensor: Any, key: str) -> Any:
+def rows_of(shard: Shard, tensor: Tensor, model_tensor: Any, key: str) -> Any:
     """`tensor`, something of this rank's rows of a parameter, as a part of the parameter's global tensor `key`."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     # The last entry of a replica id counts data-parallel copies; state that is not replicated has one copy.
     replica_id = model_tensor.replica_id
-    if not managed.assignment.replicated:
+    if not shard.assignment.replicated:
         replica_id = (*replica_id[:-1], 0)
-    if managed.assignment.is_whole:
+    if shard.assignment.is_whole:
         same = {"key": key, "data": tensor, "replica_id": replica_id}
         if isinstance(model_tensor, ShardedTensor):
             same["dtype"] = tensor.dtype
         return replace(model_tensor, **same)
     if not isinstance(model_tensor, ShardedTensor):
         raise ValueError(
-            f"parameter {managed.qualified_name} is stored through a {type(model_tensor).__name__}, whose rows cannot "
-            "be split over data-parallel ranks: set parallel.use_distributed_optimizer=false"
+            f"parameter {shard.local.qualified_name} is stored through a {type(model_tensor).__name__}, whose rows "
+            "cannot be split over data-parallel ranks: set parallel.use_distributed_optimizer=false"
         )
     axis = model_tensor.prepend_axis_num
     offset = list(model_tensor.global_offset)
-    offset[axis] += managed.rows[0]
+    offset[axis] += shard.rows[0]
     return replace(
         model_tensor,
         key=key,
@@ -118,11 +138,11 @@ def rows_of(managed: ManagedParameter, tensor: Tensor, model_tensor: Any, key: s
     )
 
 
-def _second_moment(optimizer: BovOptimizer, managed: ManagedParameter, canonical: str, tensor: Tensor) -> ShardedTensor:
+def _second_moment(optimizer: Stateful, shard: Shard, canonical: str, tensor: Tensor) -> ShardedTensor:
     """A second moment: whole on every tensor-parallel rank, and on the data-parallel ranks that own the matrix."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    data_replica = group_rank(optimizer.groups.data) if managed.assignment.replicated else 0
+    data_replica = group_rank(optimizer.groups.data) if shard.assignment.replicated else 0
     return ShardedTensor.from_rank_offsets(
         f"{PREFIX}.second_moment.{canonical}",
         tensor,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bov_megatron.optim.sharding import RowAssignment, group_rank, group_size
+from bov_megatron.parallel.parameter import LocalParameter
 
 BUCKET_ELEMENTS = 128 * 1024 * 1024
 """Elements that one collective brings: large enough for full bandwidth, small against a rank's memory."""
@@ -151,30 +152,25 @@ class WeightGatherer:
                 offset += rows.numel()
 
 
-def wait_before_forward(chunks: Iterable[nn.Module], gatherer: WeightGatherer, positions: dict[int, int]) -> None:
+def wait_before_forward(
+    chunks: Iterable[nn.Module], gatherer: WeightGatherer, parameters: Sequence[LocalParameter]
+) -> None:
     """Make every module wait for its own weights before its forward pass.
 
     Only what a module reads of its own parameters, when called as a module, is waited for. Whoever else reads weights
     calls `await_weight` or `gatherer.finish` first.
 
     Args:
-        positions: by `id` of each parameter that `gatherer` gathers.
+        parameters: those that `gatherer` gathers.
     """
+    positions = {id(local.parameter): local.forward_position for local in parameters}
     for chunk in chunks:
         for module in chunk.modules():
             own = [positions[id(p)] for p in module.parameters(recurse=False) if id(p) in positions]
             if own:
                 module.register_forward_pre_hook(functools.partial(_finish, gatherer, max(own)))
-        for parameter in chunk.parameters():
-            if id(parameter) in positions:
-                parameter.on_read = functools.partial(gatherer.finish, positions[id(parameter)])
-
-
-def await_weight(parameter: nn.Parameter) -> None:
-    """Wait until `parameter` holds the last update. For whoever reads it past its module's forward pass."""
-    on_read = getattr(parameter, "on_read", None)
-    if on_read is not None:
-        on_read()
+    for local in parameters:
+        local.parameter.on_read = functools.partial(gatherer.finish, local.forward_position)
 
 
 def _finish(gatherer: WeightGatherer, position: int, module: nn.Module, arguments: tuple) -> None:

@@ -13,6 +13,8 @@ from bov_megatron.parallel import megatron_on_cpu
 from bov_megatron.parallel.device import backend, select_gpu
 from bov_megatron.recipe import Recipe, data_parallel_size
 
+TIMEOUT = datetime.timedelta(minutes=30)
+
 
 def initialize(
     recipe: Recipe,
@@ -20,14 +22,12 @@ def initialize(
     world_size: int,
     local_rank: int = 0,
     init_method: str = "env://",
-    timeout_minutes: int = 30,
 ) -> None:
-    """Join `world_size` ranks and build Megatron's groups for the recipe's layout.
+    """Join `world_size` ranks, build Megatron's groups for the recipe's layout and seed torch's generators.
 
-    Raises RecipeError where the layout doesn't divide the world. Seeds torch's generators by the recipe;
-    the model draws nothing from them (see model/initialization.py), Megatron's tracker insists on a seed.
+    Raises RecipeError if the layout doesn't divide the world.
     """
-    data_parallel_size(recipe, world_size)
+    data_parallel_size(recipe, world_size)  # raises
     megatron_on_cpu.enable()
     # Megatron overlaps the gradient's all-reduce with a matmul and relies on the order of launches.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -38,7 +38,7 @@ def initialize(
             init_method=init_method,
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(minutes=timeout_minutes),
+            timeout=TIMEOUT,
         )
     layout = recipe.parallel
     parallel_state.initialize_model_parallel(
@@ -50,16 +50,21 @@ def initialize(
     )
     if recipe.train.deterministic:
         torch.use_deterministic_algorithms(True)
+    # The model doesn't draw from these generators (see model/initialization.py), but Megatron requires a seed.
     torch.manual_seed(recipe.train.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.train.seed)
 
 
+# Global because torch's and Megatron's groups are: one twin serves all modules of this process, from `initialize` to
+# `shutdown`, and making another is collective.
 _twins: dict[tuple[dist.ProcessGroup, str | None], dist.ProcessGroup] = {}
 
 
 def twin(group: dist.ProcessGroup, backend: str | None = None) -> dist.ProcessGroup:
-    """Another group of the same ranks, one for all callers: for traffic that nobody waits for at once, which on `group`
-    would hold up what comes behind it, or for another backend. Its ranks alone call this, all of them."""
+    """Another group of the same ranks, the same for all callers; all ranks of `group` call this.
+
+    For another backend, or for asynchronous collectives that would delay later ones on `group`.
+    """
     key = (group, backend)
     if key not in _twins:
         ranks = dist.get_process_group_ranks(group)

@@ -31,7 +31,7 @@ Decay = Annotated[float, Within(1.0, open_end=True)]
 class ValueConfig:
     """Where the target layers' attention values come from (arXiv 2606.02780)."""
 
-    source: Annotated[str, OneOf(VALUE_SOURCES)] = "projection"
+    source: Annotated[str, OneOf(VALUE_SOURCES)] = PROJECTION
     """What the target layers' values are made of; formulas in model/sources.py."""
     target_layers: Annotated[str | list[int], OneOf(TARGET_LAYERS, "or a list of 0-based layers")] = "last_third"
     """Layers that take their values from `source`. Ignored for `projection`; layer 0 is left out where the source reads
@@ -53,6 +53,12 @@ class ValueConfig:
     @property
     def facts(self) -> ValueSourceFacts:
         return VALUE_SOURCES[self.source]
+
+    def rows_sent_ahead(self, tensor_model_parallel_size: int) -> bool:
+        """Whether the tables' distinct rows are sent ahead of the layers that read them."""
+        exchanged = tensor_model_parallel_size > 1 and self.table_partition == "vocab"
+        ahead = self.table_memory == "host" or (self.lookup == "distinct" and exchanged)
+        return self.facts.has_table and ahead
 
 
 @dataclass
@@ -405,7 +411,7 @@ class Recipe:
     output_dir: str = "runs/{name}"
     """Run folder; `{name}` is replaced by the name."""
     engine: Literal["megatron", "deepspeed"] = "megatron"
-    """What trains: `megatron`, or `deepspeed` (ZeRO; AdamW only)."""
+    """What trains; `deepspeed` is ZeRO, with AdamW only."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)

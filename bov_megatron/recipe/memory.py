@@ -215,7 +215,11 @@ def _chunk_activations(recipe: Recipe, embeds: bool, layers: list[tuple[int, int
 def _kept_by_layer(recipe: Recipe, layer: int) -> tuple[int, int]:
     """Bytes of one micro-batch that a layer keeps for the backward pass: whole, and where it is recomputed."""
     m, before = recipe.model, _residual(recipe)
-    if _sends_ahead(recipe) and layer in m.layers_from_source() and m.value.table == "per_layer":
+    if (
+        m.value.rows_sent_ahead(recipe.parallel.tensor_model_parallel_size)
+        and layer in m.layers_from_source()
+        and m.value.table == "per_layer"
+    ):
         rows = min(_tokens(recipe), recipe.padded_vocab_size())  # at most: distinct ids are fewer
         before += rows * _kv_width(recipe) // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
     return layer_activations(recipe, layer), before
@@ -275,17 +279,9 @@ def _carried(recipe: Recipe) -> int:
         return _residual(recipe)
     if not m.value.facts.has_table:
         return 0
-    if m.value.table == "per_layer" or _sends_ahead(recipe):
+    if m.value.table == "per_layer" or m.value.rows_sent_ahead(recipe.parallel.tensor_model_parallel_size):
         return _tokens(recipe) * 8
     return _tokens(recipe) * _kv_width(recipe) // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
-
-
-def _sends_ahead(recipe: Recipe) -> bool:
-    """Whether tables' distinct rows are sent ahead of their layers (model/bank/lookup_ahead.py)."""
-    value = recipe.model.value
-    exchanged = recipe.parallel.tensor_model_parallel_size > 1 and value.table_partition == "vocab"
-    ahead = value.table_memory == "host" or (value.lookup == "distinct" and exchanged)
-    return value.facts.has_table and ahead
 
 
 def _residual(recipe: Recipe) -> int:

@@ -1,4 +1,4 @@
-"""Loss curves of finished or running runs, from their metrics files."""
+"""Plots of loss curves from runs' metrics files."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ from bov_megatron.lifecycle import run_folder
 from bov_megatron.training.callbacks.metrics_file import read_lines
 
 COLOURS = ("#1f6f8b", "#d1603d", "#5b8c5a", "#7a5c99", "#b8860b", "#555555")
-"""One per run, in order; distinguishable without red against green."""
+"""One per run, in order; distinguishable with red-green blindness."""
 
 
 def plot_runs(runs: Mapping[str, Path], out: Path, title: str) -> Path:
-    """Training loss and validation bits per byte of several runs against tokens seen, as one PNG.
+    """Plot training loss and validation bits per byte against tokens, of several runs, to the PNG `out`.
 
-    Args:
-        runs: label -> run folder with a metrics.jsonl.
-        out: the PNG to write.
-
-    Raises ValueError for a run without metrics.
+    `runs` maps labels to run folders. Raises ValueError for a run without metrics.
     """
     import matplotlib
 
@@ -59,7 +55,7 @@ def plot_runs(runs: Mapping[str, Path], out: Path, title: str) -> Path:
 
 
 def _smooth(values: list[float], width: int = 9) -> list[float]:
-    """Mean over `width` neighbouring steps, fewer at both ends: a running average would lag behind the curve."""
+    """Centred moving average over `width` steps, fewer at both ends."""
     half = width // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]

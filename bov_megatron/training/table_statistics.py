@@ -1,4 +1,4 @@
-"""What the value tables are doing: gamma of each bank layer, row norms, the share of rows that a batch touched."""
+"""Statistics of value tables and their coefficients for the metrics."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from bov_megatron.engines.base import Engine
-from bov_megatron.model.naming import LocalParameter
 from bov_megatron.parallel.device import device
+from bov_megatron.parallel.parameter import LocalParameter
 
 _COLUMNS = ("squares", "rows", "touched")
 
 
 @torch.no_grad()
 def coefficient_values(engine: Engine) -> dict[str, float]:
-    """`gamma/layer_8` (gamma or b), `projection_coefficient/layer_8` (a) of each layer that learns them; collective."""
+    """Learned coefficients: `gamma/layer_8` (gamma or b) and `projection_coefficient/layer_8` (a); collective."""
     model = engine.recipe.model
     values = torch.zeros(2, model.num_layers, dtype=torch.float64, device=device())
     present = torch.zeros_like(values)
@@ -33,8 +33,8 @@ def coefficient_values(engine: Engine) -> dict[str, float]:
 
 @torch.no_grad()
 def table_statistics(engine: Engine) -> dict[str, float]:
-    """Per value table: root mean square of its rows' norms, and the share of rows that the last step's global
-    batch touched (rows with a gradient); collective. Keys `table_row_norm/layer_8`, or `/shared`."""
+    """Per value table: `table_row_norm/layer_8` (or `/shared`), the root mean square of row norms, and
+    `table_rows_touched/layer_8`, the share of rows with a gradient in the last step's global batch; collective."""
     model = engine.recipe.model
     layers = model.num_layers
     sums = torch.zeros(layers + 1, len(_COLUMNS), dtype=torch.float64, device=device())
@@ -43,17 +43,17 @@ def table_statistics(engine: Engine) -> dict[str, float]:
             index = layers if local.specs[0].layer is None else local.specs[0].layer
             sums[index] += _table_sums(local, engine)
     _sum_over_model(sums)
-    found = {}
+    statistics = {}
     for index in sums[:, 1].nonzero().flatten().tolist():
         squares, rows, touched = sums[index].tolist()
         name = "shared" if index == layers else f"layer_{index}"
-        found[f"table_row_norm/{name}"] = (squares / rows) ** 0.5
-        found[f"table_rows_touched/{name}"] = touched / rows
-    return found
+        statistics[f"table_row_norm/{name}"] = (squares / rows) ** 0.5
+        statistics[f"table_rows_touched/{name}"] = touched / rows
+    return statistics
 
 
 def _table_sums(local: LocalParameter, engine: Engine) -> torch.Tensor:
-    """Sum of squares, number of rows, and rows with a gradient of this rank's part of a table, padding left out."""
+    """[sum of squares, number of rows, rows with a gradient] of this rank's part of a table, without padding."""
     table, vocab = local.parameter, engine.recipe.model.vocab_size
     stored = engine.recipe.padded_vocab_size()
     first = 0

@@ -13,6 +13,7 @@ Mistakes that cannot be made here, and why:
   saved over two stages and loaded on one rank, it comes back right in Megatron-core 0.16.1.
 """
 
+import dataclasses
 import functools
 
 import pytest
@@ -279,35 +280,42 @@ def loss_logged_without_a_copy():
     MegatronEngine._run = aliasing
 
 
+def describe_to_the_optimizer(change):
+    """Give the optimizer `change(local)` of each parameter."""
+    from bov_megatron.optim.optimizer import BovOptimizer
+
+    make = BovOptimizer.__init__
+
+    def misled(self, parameters, *rest):
+        make(self, [change(local) for local in parameters], *rest)
+
+    BovOptimizer.__init__ = misled
+
+
 def table_taken_for_a_matrix():
-    from bov_megatron.model import decoder
+    def as_matrix(local):
+        if local.kind != "table":
+            return local
+        return dataclasses.replace(local, specs=(dataclasses.replace(local.specs[0], kind="matrix"),))
 
-    tag = decoder.tag_parameters
-
-    def tagging(model):
-        tag(model)
-        for parameter in model.parameters():
-            parameter.kind = "matrix" if parameter.kind == "table" else parameter.kind
-
-    decoder.tag_parameters = tagging
+    describe_to_the_optimizer(as_matrix)
 
 
 def query_and_key_orthogonalised_as_one():
     from bov_megatron.optim import muon
-    from bov_megatron.optim.managed_parameter import ManagedParameter
     from bov_megatron.optim.muon_sharded import MuonMatrix
+    from bov_megatron.parallel.parameter import LocalParameter
 
-    ManagedParameter.piece_shapes = lambda self: [self.full_shape]
+    LocalParameter.piece_shapes = lambda self: [self.full_shape]
     MuonMatrix.whole_update = lambda self, direction, steps, beta2: muon.normalize_variance(
         muon.polar_express(direction, steps), self.second_moments[0], beta2
     )
 
 
 def muon_on_a_shard():
-    from bov_megatron.optim import muon_sharded, optimizer
+    from bov_megatron.optim import muon_sharded
 
-    managed = optimizer.managed_parameters
-    optimizer.managed_parameters = lambda chunks, tensor_parallel_size: managed(chunks, 1)
+    describe_to_the_optimizer(lambda local: dataclasses.replace(local, tensor_parallel_size=1))
     muon_sharded.gather_partitioned = lambda tensors, dims, group: list(tensors)
 
 
@@ -315,16 +323,15 @@ def one_step_tensor_for_all():
     """Every parameter advances it: AdamW's bias correction runs ahead."""
     from bov_megatron.optim import optimizer
 
-    make = optimizer.make_adamw
+    allocate = optimizer.allocate_state
 
-    def sharing(parameters, settings, eps):
-        adamw = make(parameters, settings, eps)
+    def sharing(adamw, weights):
+        allocate(adamw, weights)
         states = list(adamw.state.values())
         for state in states:
             state["step"] = states[0]["step"]
-        return adamw
 
-    optimizer.make_adamw = sharing
+    optimizer.allocate_state = sharing
 
 
 LEFT_BEHIND = "gradients of value tables were left on their way"

@@ -114,7 +114,7 @@ def test_unknown_tasks_are_refused_with_the_nearest_name(tasks_dir):
 def test_unknown_places_are_refused(tmp_path):
     with pytest.raises(EvaluationError, match="is not a folder"):
         find_tasks(["x"], tmp_path / "none")
-    with pytest.raises(EvaluationError, match="there is no such file"):
+    with pytest.raises(EvaluationError, match="no such file"):
         find_tasks([str(tmp_path / "none.yaml")], None)
     with pytest.raises(EvaluationError, match="names no task"):
         find_tasks([], None)

@@ -79,7 +79,7 @@ def test_no_progress_ends_it(cluster, start):
     ended = cluster.wait_for_end(job, SHORT)
     log = cluster.log(job)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "2"), log
-    assert "not started again: 3 starts on end brought no new checkpoint" in log
+    assert "not started again: 3 starts in a row made no new checkpoint" in log
 
 
 def test_a_run_that_ended_itself_is_left_alone(cluster, start):

@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def test_a_strange_file_is_named(tmp_path):
     (tmp_path / run_folder.LEASE).write_text("{}")
-    with pytest.raises(RunFolderError, match="no lease of this version.*remove it once no run uses the folder"):
+    with pytest.raises(RunFolderError, match="not a lease of this version.*remove it if no run uses the folder"):
         Lease(tmp_path, **FAST).__enter__()
 
 

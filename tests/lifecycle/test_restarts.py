@@ -35,7 +35,7 @@ def test_given_up_without_progress(tmp_path, status):
     assert [decide(run_dir, status).again for _ in range(2)] == [True, True]
     decision = decide(run_dir, status)
     assert not decision.again
-    for part in ("3 starts on end brought no new checkpoint", "of step 10", f"status {status}", "submit again"):
+    for part in ("3 starts in a row made no new checkpoint", "of step 10", f"status {status}", "submit again"):
         assert part in decision.reason
     assert decide(run_dir, status).again, "who submits again has seen to it"
 
@@ -70,6 +70,6 @@ def test_tool(tmp_path):
 
     assert ask("--status", "143", "--limit", "2")[0] == 0
     code, text = ask("--status", "143", "--limit", "2")
-    assert code == 1 and "2 starts on end brought no new checkpoint" in text
+    assert code == 1 and "2 starts in a row made no new checkpoint" in text
     assert ask("--status", "0") == (1, "all steps are done\n")
     assert ask("--status", "1", "trian.steps=1")[0] == 1

@@ -61,8 +61,11 @@ class Rank:
 
     def table(self, seed: int = 0, main_grad: bool = True, dtype=torch.float32, on_host: bool = False):
         from bov_megatron.model.bank.table import ValueTable
+        from bov_megatron.recipe import ModelConfig, ValueConfig
 
-        table = ValueTable(VOCAB, self.groups, HEAD_DIM, "vocab", "distinct", dtype, self.group, on_host)
+        value = ValueConfig(source="bank", table_memory="host" if on_host else "device")
+        model = ModelConfig(num_attention_heads=self.groups, head_dim=HEAD_DIM, value=value)
+        table = ValueTable(model, VOCAB, dtype, self.group)
         with torch.no_grad():
             table.weight.copy_(self.rows(full_table(seed, self.groups)))
         if main_grad:
@@ -88,13 +91,14 @@ class Rank:
 
 def embedding_rank(rank: int, world_size: int, groups: int) -> None:
     from bov_megatron.model.bank import host_tables
+    from bov_megatron.model.bank.lookup_ahead import look_up
 
     own = Rank(rank, world_size, groups)
     for name, ids in IDS.items():
         values, gradient = expected(ids, 0, groups)
         for main_grad, on_host in itertools.product((True, False), repeat=2):
             table = own.table(main_grad=main_grad, on_host=on_host)
-            found = table(ids)
+            found = look_up(ids, table)
             torch.testing.assert_close(found, own.columns(values), rtol=0, atol=0, msg=name)
             own.loss(found, ids).backward()
             host_tables.wait_for_additions()
@@ -102,7 +106,7 @@ def embedding_rank(rank: int, world_size: int, groups: int) -> None:
             torch.testing.assert_close(grad, own.rows(gradient), rtol=1e-5, atol=1e-5)
             assert main_grad == (table.weight.grad is None)
     with torch.no_grad():
-        torch.testing.assert_close(own.table()(ids), own.columns(values), rtol=0, atol=0)
+        torch.testing.assert_close(look_up(ids, own.table()), own.columns(values), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("world_size, groups", [(1, 4), (2, 4), (4, 4), (4, 2), (2, 1)])
@@ -116,7 +120,7 @@ def several_rank(rank: int, world_size: int) -> None:
     own = Rank(rank, world_size, GROUPS)
     micro_batches_out_of_order(own, lookup_ahead)
     shared_by_layers(own, lookup_ahead)
-    bf16_sums_in_fp32(own)
+    bf16_sums_in_fp32(own, lookup_ahead)
     frozen_and_recomputed(own, lookup_ahead)
     ready_once_and_last(own, lookup_ahead)
     mistakes(own, lookup_ahead)
@@ -153,10 +157,10 @@ def shared_by_layers(own: Rank, lookup_ahead) -> None:
     torch.testing.assert_close(table.weight.main_grad, own.rows(wanted), rtol=1e-5, atol=1e-5)
 
 
-def bf16_sums_in_fp32(own: Rank) -> None:
+def bf16_sums_in_fp32(own: Rank, lookup_ahead) -> None:
     """A thousand gradients of one row: added up in bf16, they would stop growing at 256."""
     table, ids = own.table(dtype=torch.bfloat16), torch.full((1, 1000), 7)
-    table(ids).sum().backward()
+    lookup_ahead.look_up(ids, table).sum().backward()
     wanted = torch.zeros(VOCAB, GROUPS * HEAD_DIM)
     wanted[7] = 1000
     torch.testing.assert_close(table.weight.main_grad, own.rows(wanted), rtol=2**-8, atol=0)
@@ -195,7 +199,7 @@ def mistakes(own: Rank, lookup_ahead) -> None:
     table, ids = own.table(), random_ids(0)
     for wrong in (VOCAB, -1):
         with pytest.raises(IndexError, match="outside the padded vocabulary of 48"):
-            table(torch.full(SHAPE, wrong))
+            lookup_ahead.look_up(torch.full(SHAPE, wrong), table)
     with lookup_ahead.started(ids, [table]) as ticket:
         with pytest.raises(RuntimeError, match="no lookups are under way for this ticket"):
             lookup_ahead.take(ticket.clone(), table)
@@ -212,7 +216,7 @@ def mistakes(own: Rank, lookup_ahead) -> None:
     with pytest.raises(RuntimeError, match="1 micro-batches' gradients of value tables were left on their way"):
         lookup_ahead.check_settled()
     with pytest.raises(RuntimeError, match="were left on their way"):
-        table(ids)
+        lookup_ahead.look_up(ids, table)
 
 
 def test_micro_batches_layers_and_mistakes():

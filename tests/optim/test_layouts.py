@@ -23,7 +23,7 @@ def expected(bf16: bool = False, **optimizer):
 def rank_weights(rank, world_size, recipe):
     model, optimizer = start_rank(rank, world_size, recipe)
     norms = advance(model, optimizer, STEPS)
-    rows = {p.qualified_name.split(".")[-1]: p.rows for p in optimizer.parameters}
+    rows = {p.local.qualified_name: p.rows for p in optimizer.parameters}
     return local_result(model) | {"norms": norms, "rows": rows}
 
 
@@ -92,7 +92,7 @@ def rank_in_small_buckets(rank, world_size, recipe):
     model, optimizer = start_rank(rank, world_size, recipe)
     parameters = optimizer.parameters
     optimizer.gatherer = WeightGatherer(
-        [p.parameter for p in parameters], [p.assignment for p in parameters], optimizer.groups.data, 50_000
+        [p.local.parameter for p in parameters], [p.assignment for p in parameters], optimizer.groups.data, 50_000
     )
     optimizer.muon.buckets = consecutive_buckets([m.momentum.numel() for m in optimizer.muon.matrices], 10_000)
     advance(model, optimizer, STEPS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bov_megatron.optim import muon
+from bov_megatron.parallel.parameter import fuse, unfuse
 
 SHAPES = [(64, 64), (96, 32), (32, 96), (4, 12)]
 
@@ -34,8 +35,8 @@ def test_polar_express_leaves_zero_alone():
 
 def test_fused_matrices_orthogonalised_together_are_another_optimizer():
     pieces = [random(32, 64), random(16, 64, seed=1) * 0.01, random(16, 64, seed=2)]
-    fused = muon.fuse(pieces, (8, 4, 4))
-    apart = muon.fuse([muon.polar_express(piece) for piece in pieces], (8, 4, 4)).float()
+    fused = fuse(pieces, (8, 4, 4))
+    apart = fuse([muon.polar_express(piece) for piece in pieces], (8, 4, 4)).float()
     together = muon.polar_express(fused).float()
     assert (apart - together).norm() / apart.norm() > 0.3
 
@@ -44,13 +45,13 @@ def test_split_takes_query_groups_apart():
     """Rows as Megatron's linear_qkv has them: for each group its queries, its key, its value."""
     groups, split = 3, (4, 2, 2)
     labels = torch.tensor([[g * 10 + part] for g in range(groups) for part, n in enumerate(split) for _ in range(n)])
-    pieces = muon.split_fused(labels, split)
+    pieces = unfuse(labels, split)
     assert [piece.flatten().tolist() for piece in pieces] == [
         [0] * 4 + [10] * 4 + [20] * 4,
         [1] * 2 + [11] * 2 + [21] * 2,
         [2] * 2 + [12] * 2 + [22] * 2,
     ]
-    assert torch.equal(muon.fuse(pieces, split), labels)
+    assert torch.equal(fuse(pieces, split), labels)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

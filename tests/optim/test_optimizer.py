@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from bov_megatron.optim.muon import split_fused
 from bov_megatron.optim.optimizer import BovOptimizer
+from bov_megatron.parallel.parameter import LocalParameter, unfuse
+from bov_megatron.recipe.parameters import ParameterSpec
 from tests.support.sharded_model import TOTAL_STEPS, ShardedModel, advance, recipe, weights
 
 
 def make(bf16=False, **optimizer):
     model = ShardedModel(1, 0, None, torch.bfloat16 if bf16 else torch.float32)
-    return model, BovOptimizer([model], recipe(bf16=bf16, **optimizer), TOTAL_STEPS)
+    return model, BovOptimizer(model.local_parameters, recipe(bf16=bf16, **optimizer), TOTAL_STEPS)
 
 
 def test_every_weight_moves_by_its_kind_s_algorithm():
@@ -28,8 +29,8 @@ def test_every_weight_moves_by_its_kind_s_algorithm():
             decay = optimizer.settings[kind].weight_decay * lr[kind] * before[key]
             step = (moved + decay)[: model.weights[key].shape[0]].abs()
             torch.testing.assert_close(step, torch.full_like(step, lr[kind]), rtol=1e-3, atol=1e-6)
-    assert {m.managed.kind for m in optimizer.muon.matrices} == {"matrix"}
-    assert {p.kind for p in optimizer.adamw_parameters} == {w.kind for w in weights()} - {"matrix"}
+    assert {m.shard.local.kind for m in optimizer.muon.matrices} == {"matrix"}
+    assert {p.local.kind for p in optimizer.adamw_parameters} == {w.kind for w in weights()} - {"matrix"}
 
 
 @pytest.mark.parametrize("key", ["embedding", "table", "output", "gamma", "a", "smear_gate"])
@@ -37,13 +38,14 @@ def test_adamw_follows_its_formula_over_steps(key):
     """Every kind: a step count shared by all would be right for the first alone."""
     model, optimizer = make(eps=1e-8)
     parameter = model.get_parameter(key)
-    settings = optimizer.settings[parameter.kind]
+    kind = model.weights[key].kind
+    settings = optimizer.settings[kind]
     weight = parameter.detach().double().clone()
     first, second = torch.zeros_like(weight), torch.zeros_like(weight)
     for step in range(1, 4):
         model.set_gradients(step - 1)
         gradient = parameter.main_grad.double()
-        lr = optimizer.learning_rates()[parameter.kind]
+        lr = optimizer.learning_rates()[kind]
         optimizer.step()
         (beta1, beta2), decay = settings.betas, settings.weight_decay
         first = beta1 * first + (1 - beta1) * gradient
@@ -67,12 +69,12 @@ def test_bf16_weights_follow_fp32_main_weights():
     model, optimizer = make(bf16=True, matrix_lr=1e-5, embedding_lr=1e-6)
     before = model.embedding.detach().clone()
     advance(model, optimizer, 8)
-    mains = {p.qualified_name: p.main for p in optimizer.parameters}
+    mains = {p.local.qualified_name: p.main for p in optimizer.parameters}
     for key, parameter in model.named_parameters():
-        assert mains[f"0.{key}"].dtype == torch.float32
-        assert torch.equal(parameter, mains[f"0.{key}"].bfloat16()), key
+        assert mains[key].dtype == torch.float32
+        assert torch.equal(parameter, mains[key].bfloat16()), key
     # Steps far below bf16's resolution accumulate in the main weights, not in the weights.
-    changed = (mains["0.embedding"] - before.float()).abs() > 0
+    changed = (mains["embedding"] - before.float()).abs() > 0
     assert changed[: len(changed) // 2].float().mean() > 0.99
     assert torch.equal(model.embedding, before) or (model.embedding != before).float().mean() < 0.1
 
@@ -89,20 +91,18 @@ def test_reload_takes_weights_written_from_outside():
 
 def test_a_fused_matrix_trains_as_its_parts_would():
     model, optimizer = make()
-    parts = nn.Module()
     weight = model.weights["qkv"]
-    for name, piece in zip("qkv", split_fused(model.qkv.detach(), weight.split), strict=True):
-        parts.register_parameter(name, nn.Parameter(piece))
-        parameter = parts.get_parameter(name)
-        parameter.kind, parameter.canonical_name = "matrix", f"model.{name}"
-    apart = BovOptimizer([parts], recipe(), TOTAL_STEPS)
+    pieces = zip("qkv", unfuse(model.qkv.detach(), weight.split), strict=True)
+    described = [described_parameter(nn.Parameter(piece), f"model.{name}") for name, piece in pieces]
+    parts = [local.parameter for local in described]
+    apart = BovOptimizer(described, recipe(), TOTAL_STEPS)
     for step in range(3):
         model.set_gradients(step)
-        for parameter, piece in zip(parts.parameters(), split_fused(model.qkv.main_grad, weight.split), strict=True):
+        for parameter, piece in zip(parts, unfuse(model.qkv.main_grad, weight.split), strict=True):
             parameter.grad = piece
         optimizer.step()
         apart.step()
-    for parameter, piece in zip(parts.parameters(), split_fused(model.qkv.detach(), weight.split), strict=True):
+    for parameter, piece in zip(parts, unfuse(model.qkv.detach(), weight.split), strict=True):
         assert torch.equal(parameter, piece)
 
 
@@ -155,49 +155,46 @@ def test_grad_serves_where_there_is_no_main_grad():
         assert torch.equal(a, b)
     other[0].zero_grad()
     assert all(parameter.grad is None for parameter in other[0].parameters())
-    with pytest.raises(RuntimeError, match="0.embedding has no gradient"):
+    with pytest.raises(RuntimeError, match="parameter embedding has no gradient"):
         other[1].step()
 
 
-def attributes(shape=(8, 4), dtype=torch.float32, **values):
-    module = nn.Module()
-    module.weight = nn.Parameter(torch.zeros(shape, dtype=dtype))
-    for name, value in values.items():
-        setattr(module.weight, name, value)
-    return module
-
-
-NAMED = {"kind": "matrix", "canonical_name": "model.w"}
+def described_parameter(parameter, *names, kind="matrix", split=None):
+    """Of a model of one rank."""
+    specs = tuple(ParameterSpec(name, tuple(parameter.shape), kind) for name in names)
+    return LocalParameter("weight", parameter, specs, fused_split=split)
 
 
 @pytest.mark.parametrize(
-    "module, message",
+    "shape, description, message",
     [
-        (attributes(canonical_name="w"), r"0\.weight: attribute kind=None; set it to one of matrix, "),
-        (attributes(kind="scalar", canonical_name="w"), "kind='scalar'"),
-        (attributes(kind="matrix"), "canonical_name is missing"),
-        (attributes(**NAMED, fused_split=(2, 1)), r"fused_split=\(2, 1\) needs as many canonical names"),
-        (attributes(kind="matrix", canonical_name=("q", "k"), fused_split=(2, 1)), "8 rows do not divide into groups"),
-        (attributes((), kind="coefficient", canonical_name="gamma"), r"needs shape \[1\]"),
-        (attributes((8,), **NAMED), "needs 2 dimensions"),
-        (attributes(dtype=torch.float16, **NAMED), "float16; train in float32 or bfloat16"),
+        ((8, 4), {"kind": None}, r"parameter weight: kind=None; it must be one of matrix, "),
+        ((8, 4), {"kind": "scalar"}, "kind='scalar'"),
+        ((8, 4), {"names": ()}, r"fused_split=None needs as many canonical names"),
+        ((8, 4), {"split": (2, 1)}, r"fused_split=\(2, 1\) needs as many canonical names"),
+        ((8, 4), {"names": ("q", "k"), "split": (2, 1)}, "8 rows do not divide into groups"),
+        ((), {"kind": "coefficient"}, r"needs shape \[1\]"),
+        ((8,), {}, "needs 2 dimensions"),
+        ((8, 4), {"dtype": torch.float16}, "float16; train in float32 or bfloat16"),
     ],
 )
-def test_parameters_that_do_not_say_what_they_are_are_refused(module, message):
+def test_descriptions_that_do_not_fit_are_refused(shape, description, message):
+    description = dict(description)
+    names, dtype = description.pop("names", ("w",)), description.pop("dtype", torch.float32)
     with pytest.raises(ValueError, match=message):
-        BovOptimizer([module], recipe(), TOTAL_STEPS)
+        described_parameter(nn.Parameter(torch.zeros(shape, dtype=dtype)), *names, **description)
 
 
 def test_state_of_another_model_is_refused():
     model, optimizer = make()
-    good = {"step": 3, "state": {f"{n}/{p.qualified_name}": t for n, p, t in optimizer.state_tensors()}}
-    with pytest.raises(ValueError, match="optimizer state lacks 'second_moment/0.qkv/"):
+    good = {"step": 3, "state": {f"{n}/{p.local.names[0]}": t for n, p, t in optimizer.state_tensors()}}
+    with pytest.raises(ValueError, match="optimizer state lacks 'second_moment/model.layers.0.self_attn.q_proj"):
         optimizer.load_state_dict(good)
-    name = "exp_avg/0.embedding"
-    good["state"] |= {f"second_moment/{p.qualified_name}/{c}": t for _, p, c, t in optimizer.second_moments()}
+    name = "exp_avg/model.embed_tokens.weight"
+    good["state"] |= {f"second_moment/{c}": t for *_, c, t in optimizer.second_moments()}
     good["state"][name] = good["state"][name][:-1]
-    with pytest.raises(ValueError, match=r"'exp_avg/0.embedding': found \(560, 128\), need \(561, 128\)"):
+    with pytest.raises(ValueError, match=r"'exp_avg/model.embed_tokens.weight': found \(560, 128\), need \(561, 128\)"):
         optimizer.load_state_dict(good)
     assert optimizer.step_count == 0
-    with pytest.raises(ValueError, match="no tensor for parameter 0.qkv"):
+    with pytest.raises(ValueError, match="no tensor for parameter qkv"):
         optimizer.sharded_state_dict({})

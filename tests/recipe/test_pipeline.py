@@ -28,7 +28,6 @@ LAYOUTS = {
 def built_rank(rank: int, world_size: int, recipe_dict: dict) -> list[tuple[list[int], list[str]]]:
     """Layers of each model chunk, by Megatron's own numbers and by the names of their parameters."""
     from bov_megatron.engines.megatron import MegatronEngine
-    from bov_megatron.model.naming import local_parameters
     from bov_megatron.parallel import process_groups
 
     recipe = recipe_from_dict(recipe_dict)
@@ -37,7 +36,7 @@ def built_rank(rank: int, world_size: int, recipe_dict: dict) -> list[tuple[list
     return [
         (
             [layer.layer_number - 1 for layer in chunk.decoder.layers],
-            sorted({spec.layer for local in local_parameters(chunk) for spec in local.specs} - {None}),
+            sorted({spec.layer for local in chunk.local_parameters for spec in local.specs} - {None}),
         )
         for chunk in engine.chunks
     ]

@@ -61,12 +61,12 @@ def build(recipe: Recipe):
 @contextlib.contextmanager
 def _random_initial_weights():
     from bov_megatron.engines import base
-    from bov_megatron.model.naming import local_from_full, local_parameters
+    from bov_megatron.model.naming import local_from_full
 
     @torch.no_grad()
     def fill(model):
         weights, group = random_weights(model.recipe.model), model.pg_collection.tp
-        for local in local_parameters(model):
+        for local in model.local_parameters:
             local.parameter.copy_(local_from_full(local, weights, group.rank(), group.size()))
 
     original, base.initialize_weights = base.initialize_weights, fill
@@ -97,7 +97,7 @@ def weights(engine) -> dict[str, torch.Tensor]:
 
 def _gather_stretches(engine, read) -> dict[str, torch.Tensor]:
     """What all ranks' stretches add up to."""
-    by_identity = {id(p.parameter): p for p in engine.zero_parameters}
+    by_identity = {id(p.local.parameter): p for p in engine.zero_parameters}
 
     def whole(parameter):
         p = by_identity[id(parameter)]
@@ -115,7 +115,7 @@ def optimizer_state(engine) -> dict[str, torch.Tensor]:
     from bov_megatron.engines.deepspeed.optimizer import StateAsRows
 
     rows = StateAsRows(engine.optimizer).state_tensors()
-    return {f"{name}/{p.qualified_name}": tensor.clone() for name, p, tensor in rows}
+    return {f"{name}/{p.local.qualified_name}": tensor.clone() for name, p, tensor in rows}
 
 
 def stored_bytes(engine) -> dict[str, int]:
@@ -124,7 +124,7 @@ def stored_bytes(engine) -> dict[str, int]:
     if engine.recipe.engine == "megatron":
         return {}
     zero3 = engine.recipe.deepspeed.zero_stage == 3
-    kept = [p.parameter.ds_tensor if zero3 else p.parameter for p in engine.zero_parameters]
+    kept = [p.local.parameter.ds_tensor if zero3 else p.local.parameter for p in engine.zero_parameters]
     flats = engine.optimizer._flats()
     return {
         "weights": sum(tensor.numel() * tensor.element_size() for tensor in kept),

@@ -13,7 +13,9 @@ from torch import nn
 
 from bov_megatron.optim.optimizer import BovOptimizer
 from bov_megatron.parallel import process_groups
+from bov_megatron.parallel.parameter import LocalParameter
 from bov_megatron.recipe import ModelConfig, OptimizerConfig, ParallelConfig, Recipe, TrainConfig, ValueConfig
+from bov_megatron.recipe.parameters import ParameterSpec
 
 VOCAB, HIDDEN, GROUPS, HEAD, QUERIES = 550, 128, 4, 16, 2
 """Two query heads per key/value head, so that q differs from k and v in shape."""
@@ -31,7 +33,7 @@ class Weight:
     shape: tuple[int, ...]
     kind: str
     partition_dim: int
-    names: str | tuple[str, ...]
+    names: tuple[str, ...]
     split: tuple[int, ...] | None = None
     stage: int = 0
     """Pipeline stage, of two."""
@@ -44,22 +46,22 @@ def weights() -> list[Weight]:
     vocabulary = {"partition_dim": 0, "vocabulary": True}
     qkv = tuple(layer(0, n) for n in "qkv")
     return [
-        Weight("embedding", (VOCAB, HIDDEN), "embedding", names="model.embed_tokens.weight", **vocabulary),
-        Weight("smear_gate", (1, 24), "smear", -1, "model.smear.gate.weight"),
-        Weight("smear_scale", (1,), "smear", -1, "model.smear.scale"),
+        Weight("embedding", (VOCAB, HIDDEN), "embedding", names=("model.embed_tokens.weight",), **vocabulary),
+        Weight("smear_gate", (1, 24), "smear", -1, ("model.smear.gate.weight",)),
+        Weight("smear_scale", (1,), "smear", -1, ("model.smear.scale",)),
         Weight("qkv", (query + 2 * kv, HIDDEN), "matrix", 0, qkv, SPLIT_QKV),
-        Weight("out", (HIDDEN, query), "matrix", 1, layer(0, "o")),
-        Weight("gate", (GROUPS, 12), "matrix", 0, "model.layers.0.self_attn.value_gate.weight"),
+        Weight("out", (HIDDEN, query), "matrix", 1, (layer(0, "o"),)),
+        Weight("gate", (GROUPS, 12), "matrix", 0, ("model.layers.0.self_attn.value_gate.weight",)),
         Weight("qk", (query + kv, HIDDEN), "matrix", 0, (layer(1, "q"), layer(1, "k")), SPLIT_QKV[:2], stage=1),
         Weight(
-            "table", (VOCAB, kv), "table", names="model.layers.1.self_attn.value_table.weight", stage=1, **vocabulary
+            "table", (VOCAB, kv), "table", names=("model.layers.1.self_attn.value_table.weight",), stage=1, **vocabulary
         ),
-        Weight("gamma", (1,), "coefficient", -1, "model.layers.1.self_attn.source_coefficient", stage=1),
-        Weight("a", (1,), "projection_coefficient", -1, "model.layers.1.self_attn.projection_coefficient", stage=1),
-        Weight("up", (4 * HIDDEN, HIDDEN), "matrix", 0, "model.layers.1.mlp.up_proj.weight", stage=1),
-        Weight("down", (HIDDEN, 4 * HIDDEN), "matrix", 1, "model.layers.1.mlp.down_proj.weight", stage=1),
-        Weight("replicated", (96, 64), "matrix", -1, "model.layers.1.mlp.replicated.weight", stage=1),
-        Weight("output", (VOCAB, HIDDEN), "output", names="lm_head.weight", stage=1, **vocabulary),
+        Weight("gamma", (1,), "coefficient", -1, ("model.layers.1.self_attn.source_coefficient",), stage=1),
+        Weight("a", (1,), "projection_coefficient", -1, ("model.layers.1.self_attn.projection_coefficient",), stage=1),
+        Weight("up", (4 * HIDDEN, HIDDEN), "matrix", 0, ("model.layers.1.mlp.up_proj.weight",), stage=1),
+        Weight("down", (HIDDEN, 4 * HIDDEN), "matrix", 1, ("model.layers.1.mlp.down_proj.weight",), stage=1),
+        Weight("replicated", (96, 64), "matrix", -1, ("model.layers.1.mlp.replicated.weight",), stage=1),
+        Weight("output", (VOCAB, HIDDEN), "output", names=("lm_head.weight",), stage=1, **vocabulary),
     ]
 
 
@@ -99,17 +101,26 @@ def local(tensor: torch.Tensor, weight: Weight, ranks: int, rank: int) -> torch.
 
 
 class ShardedModel(nn.Module):
-    """This rank's parameters, with the attributes the optimizer reads."""
+    """This rank's parameters, described as the model describes its own."""
 
     def __init__(self, tensor_size: int, tensor_rank: int, stage: int | None, dtype: torch.dtype):
         super().__init__()
         self.tensor_size, self.tensor_rank = tensor_size, tensor_rank
         self.weights = {w.key: w for w in weights() if stage is None or w.stage == stage}
+        self.local_parameters = []
         for key, weight in self.weights.items():
             parameter = nn.Parameter(local(whole(weight, seed=1), weight, tensor_size, tensor_rank).to(dtype))
-            parameter.kind, parameter.canonical_name = weight.kind, weight.names
-            parameter.fused_split, parameter.partition_dim = weight.split, weight.partition_dim
             self.register_parameter(key, parameter)
+            self.local_parameters.append(
+                LocalParameter(
+                    key,
+                    parameter,
+                    tuple(ParameterSpec(name, weight.shape, weight.kind) for name in weight.names),
+                    partition_dim=weight.partition_dim,
+                    tensor_parallel_size=tensor_size if weight.partition_dim >= 0 else 1,
+                    fused_split=weight.split,
+                )
+            )
 
     def set_gradients(self, step: int) -> None:
         """As after Megatron's DDP: fp32 `main_grad`, the same on all data-parallel ranks. Grows, so clipping shows."""
@@ -132,7 +143,7 @@ class ShardedModel(nn.Module):
 def single_process(recipe: Recipe, steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Weights by key after `steps` updates on one process without process groups, and gradient norms."""
     model = ShardedModel(1, 0, None, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
-    optimizer = BovOptimizer([model], recipe, TOTAL_STEPS)
+    optimizer = BovOptimizer(model.local_parameters, recipe, TOTAL_STEPS)
     norms = advance(model, optimizer, steps)
     return {key: unpadded(parameter, model.weights[key]) for key, parameter in model.named_parameters()}, norms
 
@@ -164,7 +175,7 @@ def start_rank(rank: int, world_size: int, recipe: Recipe) -> tuple[ShardedModel
         parallel_state.get_pipeline_model_parallel_rank() if pipeline > 1 else None,
         torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
     )
-    return model, BovOptimizer([model], recipe, TOTAL_STEPS)
+    return model, BovOptimizer(model.local_parameters, recipe, TOTAL_STEPS)
 
 
 def local_result(model: ShardedModel) -> dict:

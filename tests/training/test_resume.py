@@ -65,7 +65,7 @@ def weights_rank(rank, world_size, arguments):
     engine = MegatronEngine(recipe)
     checkpoint.load(engine, run_folder.latest_checkpoint(recipe.run_dir))
     state = {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
-    state |= {f"{name}/{managed.qualified_name}": t.clone() for name, managed, t in engine.optimizer.state_tensors()}
+    state |= {f"{name}/{shard.local.qualified_name}": t.clone() for name, shard, t in engine.optimizer.state_tensors()}
     return state
 
 

@@ -1,8 +1,7 @@
 """The DeepSpeed engine: ZeRO 1, 2 and 3 over the same model, with Megatron's tensor parallelism for 1 and 2.
 
 DeepSpeed's names for things differ: its "model parallel" ranks are Megatron's tensor-parallel ones here.
-Everything that reaches into DeepSpeed holds for version 0.19.8 and is in the files `deepspeed.py` and
-`zero_optimizer.py`.
+Everything that reaches into DeepSpeed holds for version 0.19.8 and is in the folder `engines/deepspeed`.
 """
 
 from __future__ import annotations
@@ -20,10 +19,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from bov_megatron.engines.base import Engine
-from bov_megatron.engines.deepspeed.optimizer import ZeroOptimizer, make_adamw
+from bov_megatron.engines.deepspeed.optimizer import ZeroOptimizer
 from bov_megatron.engines.deepspeed.state import Stretch, ZeroParameter
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.optim import sharded_state
+from bov_megatron.optim.adamw import make_adamw
+from bov_megatron.optim.groups import group_settings
 from bov_megatron.optim.optimizer import UpdateResult
 from bov_megatron.parallel.device import device, has_gpu, to_device
 from bov_megatron.recipe import Recipe
@@ -46,18 +47,21 @@ class DeepSpeedEngine(Engine):
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self.zero_parameters = [
-            ZeroParameter(name, parameter, group) for name, parameter in self.model.named_parameters()
-        ]
-        self._by_identity = {id(p.parameter): p for p in self.zero_parameters}
+        self.zero_parameters = [ZeroParameter(local, group) for local in self.model.local_parameters]
+        self._by_identity = {id(p.local.parameter): p for p in self.zero_parameters}
         for p in self.zero_parameters:
-            # Replicated ones count once in the gradient norm.
-            p.parameter.tensor_model_parallel = p.parameter.partition_dim >= 0
+            # Read by DeepSpeed's gradient norm, in which replicated parameters count once. What this package uses of
+            # Megatron reads no such attribute (its own optimizers would).
+            p.local.parameter.tensor_model_parallel = p.local.partition_dim >= 0
         _keep_to_itself()
         with _device_number_as_local_rank():
             self.zero, *_ = deepspeed.initialize(
                 model=self.model,
-                optimizer=make_adamw([p.parameter for p in self.zero_parameters], recipe),
+                optimizer=make_adamw(
+                    [(p.local.kind, p.local.parameter) for p in self.zero_parameters],
+                    group_settings(recipe),
+                    recipe.optimizer.eps,
+                ),
                 mpu=_ModelParallelUnit(),
                 config=zero_config(recipe),
                 dist_init_required=False,
@@ -70,25 +74,27 @@ class DeepSpeedEngine(Engine):
         """See Engine; DeepSpeed keeps the gradients."""
         self.zero.train()
 
-        def mean_loss(labels_BT: Tensor, loss_BT: Tensor):
+        def mean_loss(labels_BT: Tensor, counted_B: None, loss_BT: Tensor):
             loss = loss_BT.mean()
             return loss, loss.detach()
 
-        losses = self._run(self.chunks, micro_batches, mean_loss, forward_only=False)
+        losses = self._run(self.chunks, micro_batches, mean_loss)
         lookup_ahead.check_settled()
         self._note_touched_rows()
         return self._sum_over_data_parallel(losses, 1).squeeze(0) / (
             len(micro_batches) * parallel_state.get_data_parallel_world_size()
         )
 
-    def _run(self, chunks: list, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
+    def _run(self, chunks, micro_batches, loss_function, counted=None):
         results = []
-        for number, ids_BT in enumerate(micro_batches, 1):
+        masks = counted or [None] * len(micro_batches)
+        for number, (ids_BT, counted_B) in enumerate(zip(micro_batches, masks, strict=True), 1):
             labels_BT = to_device(ids_BT[:, 1:].contiguous())
-            if not forward_only:
+            if counted is None:
                 self.zero.set_gradient_accumulation_boundary(number == len(micro_batches))
-            loss, result = loss_function(labels_BT, self.zero(ids_BT[:, :-1].contiguous(), labels_BT))
-            if not forward_only:
+            losses_BT = self.zero(ids_BT[:, :-1].contiguous(), labels_BT)
+            loss, result = loss_function(labels_BT, counted_B, losses_BT)
+            if counted is None:
                 self.zero.backward(loss / len(micro_batches), scale_wrt_gas=False)
             results.append(result)
         return results
@@ -106,12 +112,12 @@ class DeepSpeedEngine(Engine):
     def _note_touched_rows(self) -> None:
         self._touched = {}
         for p in self.zero_parameters:
-            if p.parameter.kind == "table" and p.stretch is not None:
+            if p.local.kind == "table" and p.stretch is not None:
                 width, start = p.shape[1], p.stretch.start
                 # Whole rows: the first and the last may be another rank's in part.
                 missing = (start % width, -p.stretch.stop % width)
                 has_gradient = torch.nn.functional.pad(self.optimizer.gradient(p) != 0, missing).view(-1, width)
-                self._touched[id(p.parameter)] = start // width, has_gradient.any(dim=1)
+                self._touched[id(p.local.parameter)] = start // width, has_gradient.any(dim=1)
 
     @torch.no_grad()
     def table_sums(self, table: torch.nn.Parameter, rows: int) -> tuple[float, int]:
@@ -137,9 +143,10 @@ class DeepSpeedEngine(Engine):
             state = super().sharded_state_dict(metadata)
         (chunk,) = state["model"].values()
         for p in self.zero_parameters:
-            block, like = p.to_rows(self.weights_of(p), p.dtype), chunk.pop(p.qualified_name)
+            name = p.local.qualified_name
+            block, like = p.to_rows(self.weights_of(p), p.dtype), chunk.pop(name)
             if p.has_rows:
-                chunk[p.qualified_name] = sharded_state.rows_of(p, block, like, like.key)
+                chunk[name] = sharded_state.rows_of(p, block, like, like.key)
         return state
 
     @torch.no_grad()
@@ -149,7 +156,7 @@ class DeepSpeedEngine(Engine):
             super().load_state(model_state, optimizer_state)
             return
         for p in self.zero_parameters:
-            p.from_rows(model_state["0"].get(p.qualified_name), self.weights_of(p), p.dtype)
+            p.from_rows(model_state["0"].get(p.local.qualified_name), self.weights_of(p), p.dtype)
         self.optimizer.gather_persistent()
         self.optimizer.load_state_dict(optimizer_state)
 
@@ -160,20 +167,20 @@ class DeepSpeedEngine(Engine):
     def weights_of(self, p: ZeroParameter) -> Callable[[Stretch], Tensor]:
         """Reads this rank's stretch of a parameter itself, in the precision that the model computes in."""
         if self._partitions_weights:
-            return lambda stretch: p.parameter.ds_tensor.detach()[: stretch.stop - stretch.start]
-        return lambda stretch: p.parameter.detach().view(-1)[stretch.start : stretch.stop]
+            return lambda stretch: p.local.parameter.ds_tensor.detach()[: stretch.stop - stretch.start]
+        return lambda stretch: p.local.parameter.detach().view(-1)[stretch.start : stretch.stop]
 
     @contextlib.contextmanager
     def _whole_shapes(self):
         """ZeRO 3: give the parameters their shapes, without values, for those who ask for nothing else."""
-        held = [p.parameter.data for p in self.zero_parameters]
+        held = [p.local.parameter.data for p in self.zero_parameters]
         try:
             for p in self.zero_parameters:
-                p.parameter.data = torch.zeros((), dtype=p.dtype, device=device()).expand(p.shape)
+                p.local.parameter.data = torch.zeros((), dtype=p.dtype, device=device()).expand(p.shape)
             yield
         finally:
             for p, data in zip(self.zero_parameters, held, strict=True):
-                p.parameter.data = data
+                p.local.parameter.data = data
 
 
 def zero_config(recipe: Recipe) -> dict:

@@ -16,37 +16,18 @@ from torch import Tensor
 
 from bov_megatron.engines.deepspeed.state import Stretch, ZeroParameter, gather_ranges
 from bov_megatron.optim import schedules, sharded_state
+from bov_megatron.optim.adamw import MOMENTS, allocate_state, set_schedule
 from bov_megatron.optim.groups import group_settings
 from bov_megatron.optim.optimizer import UpdateResult
 from bov_megatron.optim.sharding import OptimizerProcessGroups
 from bov_megatron.recipe import Recipe
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def make_adamw(parameters: Sequence[torch.nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
-    """torch's fused AdamW with one group per parameter kind, for DeepSpeed to put its own tensors into."""
-    groups = []
-    for kind, settings in group_settings(recipe).items():
-        members = [parameter for parameter in parameters if parameter.kind == kind]
-        if members:
-            groups.append(
-                {
-                    "params": members,
-                    "kind": kind,
-                    "lr": settings.lr,
-                    "betas": settings.betas,
-                    "weight_decay": settings.weight_decay,
-                }
-            )
-    return torch.optim.AdamW(groups, eps=recipe.optimizer.eps, fused=True)
 
 
 class ZeroOptimizer:
     """What optim.BovOptimizer is to Megatron's engine, around a DeepSpeed engine.
 
     Args:
-        engine: DeepSpeed's, made with `make_adamw` of the same parameters.
+        engine: DeepSpeed's, made with AdamW over the same parameters.
         parameters: all of the model's, in its own order, the same on every data-parallel rank.
         recipe: the run.
         total_steps: of the schedule.
@@ -64,14 +45,11 @@ class ZeroOptimizer:
         for p in self.parameters:
             p.stretch = self._stretch(p)
         gather_ranges(self.parameters, self.groups.data)
-        # DeepSpeed would make it in the first step: a checkpoint may have to be loaded before that.
-        for flat in self._flats():
-            self.adamw.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device)}
-            self.adamw.state[flat].update({name: torch.zeros_like(flat) for name in MOMENTS})
+        allocate_state(self.adamw, self._flats())
 
     def _stretch(self, p: ZeroParameter) -> Stretch | None:
         """This rank's part of a parameter, from where DeepSpeed 0.19.8 keeps it."""
-        zero, parameter = self.engine.optimizer, p.parameter
+        zero, parameter = self.engine.optimizer, p.local.parameter
         if self.partitions_weights:
             group, offset, stored = zero.grad_position[zero.get_param_id(parameter)]
             start = min(stored * dist.get_rank(self.groups.data), p.shape.numel())
@@ -93,11 +71,7 @@ class ZeroOptimizer:
     @torch.no_grad()
     def step(self) -> UpdateResult:
         """Apply one update from the gradients at hand; collective. They are gone afterwards."""
-        multiplier = schedules.lr_multiplier(self.step_count, self.total_steps, self.config)
-        for group in self.adamw.param_groups:
-            group["lr"] = self.settings[group["kind"]].lr * multiplier
-        for state in self.adamw.state.values():
-            state["step"].fill_(self.step_count)
+        set_schedule(self.adamw, self.learning_rates(), self.step_count)
         self.engine.step()
         if self.engine.optimizer.overflow:
             self.gather_persistent()
@@ -139,9 +113,9 @@ class ZeroOptimizer:
     def gradient(self, p: ZeroParameter) -> Tensor:
         """This rank's stretch of a parameter's mean gradient, flat; between backward and `step` only."""
         if self.partitions_weights:
-            found = self.engine.optimizer.get_local_fp32_grad_for_param(p.parameter)
+            found = self.engine.optimizer.get_local_fp32_grad_for_param(p.local.parameter)
             return found[: p.stretch.stop - p.stretch.start]
-        found = p.parameter._hp_mapping.get_lp_grad_fragment(p.parameter._index_in_param_group).flatten()
+        found = p.local.parameter._hp_mapping.get_lp_grad_fragment(p.local.parameter._index_in_param_group).flatten()
         if found.numel() == p.shape.numel():  # ZeRO 1 in bf16 keeps all of it
             found = found[p.stretch.start : p.stretch.stop]
         return found

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bov_megatron.optim.sharding import RowAssignment, group_rank, group_size, split_rows
 from bov_megatron.parallel.device import device
+from bov_megatron.parallel.parameter import LocalParameter
 
 Ranges = Sequence[tuple[int, int]]
 """Elements `[start, stop)` of a flattened tensor that each data-parallel rank has, ascending by rank."""
@@ -38,14 +39,11 @@ class Stretch:
 
 
 class ZeroParameter:
-    """A parameter, this rank's stretch of it, and the rows of it that this rank writes into checkpoints.
+    """A parameter, this rank's stretch of it, and the rows of it that this rank writes into checkpoints."""
 
-    Make it before DeepSpeed takes the model: ZeRO 3 leaves parameters without a shape of their own.
-    """
-
-    def __init__(self, qualified_name: str, parameter: torch.nn.Parameter, group: dist.ProcessGroup):
-        self.qualified_name, self.parameter, self.group = qualified_name, parameter, group
-        self.shape, self.dtype = parameter.shape, parameter.dtype
+    def __init__(self, local: LocalParameter, group: dist.ProcessGroup):
+        self.local, self.group = local, group
+        self.shape, self.dtype = local.shape, local.parameter.dtype
         self.assignment: RowAssignment = split_rows(self.shape[0], group_size(group))
         self.rows = self.assignment.ranges[group_rank(group)]
         self.stretch: Stretch | None = None
@@ -89,7 +87,7 @@ def gather_ranges(parameters: Sequence[ZeroParameter], group: dist.ProcessGroup)
     received = sent.new_empty(group_size(group), *sent.shape)
     dist.all_gather_into_tensor(received.flatten(0, 1), sent, group=group)
     for parameter, ranges in zip(parameters, received.transpose(0, 1).tolist(), strict=True):
-        parameter.ranges = _ascending(ranges, parameter.shape.numel(), parameter.qualified_name)
+        parameter.ranges = _ascending(ranges, parameter.shape.numel(), parameter.local.qualified_name)
 
 
 def _ascending(ranges: list[list[int]], total: int, name: str) -> Ranges:

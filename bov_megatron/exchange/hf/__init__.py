@@ -1,1 +1,1 @@
-"""The exported Hugging Face model (self-contained files) and the way there."""
+"""The exported Hugging Face model: files that ship with every export."""

@@ -1,4 +1,4 @@
-"""Configuration of an exported Bank-of-Values model. Ships with the checkpoint: imports only transformers."""
+"""Configuration of an exported Bank-of-Values model. Ships with the export, so it imports only transformers."""
 
 from transformers import PretrainedConfig
 
@@ -23,15 +23,15 @@ VALUE_SOURCES = {
 
 
 class BovConfig(PretrainedConfig):
-    """A decoder some of whose layers take their attention values from elsewhere than a projection.
+    """A decoder whose target layers don't simply project their attention values from the residual stream.
 
     Args:
         vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: as usual.
         num_key_value_heads: key and value heads; `None` means one per attention head.
         head_dim: `None` means hidden_size / num_attention_heads.
         max_position_embeddings: sequence length of training.
-        windows: for each layer, how many keys to the left of a query it sees, besides the query's own;
-            `None` means max_position_embeddings in every layer.
+        windows: per layer, number of keys to the left of its own position that a query sees; `None` means
+            max_position_embeddings in every layer.
         value_source: name of what the target layers use; one of VALUE_SOURCES unless `value_source_facts` are given.
         value_source_facts: what that is made of: `projects` (`W_V x` is a part), `reads` (`table`, `embedding`,
             `first_layer` or `None`), `coefficients` (how many), `gated`; `None` means those in VALUE_SOURCES.
@@ -117,7 +117,7 @@ class BovConfig(PretrainedConfig):
             raise ValueError(f"target_layers contains 0, but value_source={self.value_source!r} reads layer 0's values")
 
     def facts_of(self, layer):
-        """What one layer's values are made of."""
+        """`value_source_facts` of one layer."""
         return self.value_source_facts if layer in self.target_layers else VALUE_SOURCES["projection"]
 
     @property

@@ -1,8 +1,8 @@
-"""The exported Bank-of-Values decoder (arXiv 2606.02780). Ships with the checkpoint: imports only torch,
-transformers and its configuration.
+"""The exported Bank-of-Values decoder (arXiv 2606.02780). Ships with the export, so it imports only torch, transformers
+and its configuration.
 
-In target layers an attention value need not be projected from the residual stream; with `value_source="bank"` it is a
-row of a table, picked by the token's id. Such layers keep no values in the cache: ids are kept once for all of them.
+With `value_source="bank"`, an attention value in a target layer is the row of a table for the token's id. Such layers
+don't cache values; the token ids are cached once for all of them.
 
 Shapes: B batch, S new positions, T positions seen so far (cached and new), C hidden size, H attention heads,
 G key/value heads, D head size.
@@ -28,7 +28,7 @@ def rms_norm(x):
 
 
 class BovCacheLayer(DynamicLayer):
-    """A cache layer whose values have a shape and dtype of their own, and may be zero wide."""
+    """A cache layer whose values may differ from its keys in shape and dtype, and may be zero wide."""
 
     def lazy_initialization(self, key_states, value_states=None):
         value_states = key_states if value_states is None else value_states
@@ -46,10 +46,10 @@ class BovCacheLayer(DynamicLayer):
 
 
 class BovCache(DynamicCache):
-    """One layer per decoder layer, and a last one whose keys are the token ids, int32 `[B, 1, T, 1]`.
+    """One cache layer per decoder layer, and a last one whose keys are the token ids, int32 `[B, 1, T, 1]`.
 
-    The ids give bank layers their values and the smear its previous token. As a layer like the others, they follow
-    when generation reorders beams, repeats rows or crops. Layers that look their values up hold values of width 0.
+    Bank layers look up their values by these ids and cache values of width 0; the smear needs the previous id. In a
+    layer of the cache, ids follow when generation reorders beams, repeats rows or crops.
     """
 
     def __init__(self, config):
@@ -58,7 +58,7 @@ class BovCache(DynamicCache):
         self.layers = [BovCacheLayer() for _ in range(config.num_hidden_layers + 1)]
 
     def update_ids(self, ids_BS):
-        """Append ids; return all of them, `[B, T]`."""
+        """Append ids; returns all of them, `[B, T]`."""
         keys = ids_BS.to(torch.int32)[:, None, :, None]
         ids_B1T1, _ = self.layers[-1].update(keys, keys[..., :0])
         return ids_B1T1[:, 0, :, 0]
@@ -73,12 +73,12 @@ class BovSmear(nn.Module):
         self.scale = nn.Parameter(torch.zeros(1))
 
     def forward(self, x_BSC, previous_BSC):
-        """`previous_BSC` is the un-smeared token to the left, zero where there is none."""
+        """`previous_BSC` is the token to the left before smearing, zero where there is none."""
         return x_BSC + self.scale * torch.sigmoid(self.gate(x_BSC[..., :SMEAR_CHANNELS])) * previous_BSC
 
 
 class BovAttention(nn.Module):
-    """Causal attention within a window; its values are `a * W_V x + b * gate * (what it reads)`, or some of these."""
+    """Causal attention within a window; values are `a * W_V x + b * gate * (what it reads)`, or parts of that."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -89,8 +89,9 @@ class BovAttention(nn.Module):
         kv_dim = self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.caches_values = self.projects or self.reads == "embedding"
-        if self.caches_values:
+        has_value_matrix = self.projects or self.reads == "embedding"
+        self.caches_values = has_value_matrix or facts["gated"]
+        if has_value_matrix:
             self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
         if self.reads == "table" and config.value_table == "per_layer":
             self.value_table = nn.Embedding(config.vocab_size, kv_dim)
@@ -108,7 +109,7 @@ class BovAttention(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x_BSC, context, cache):
-        """`context` is the pass's BovContext. Returns `[B, S, C]`."""
+        """`context` is the BovContext of this forward pass. Returns `[B, S, C]`."""
         q_BHSD = self._heads(self.q_proj(x_BSC), self.num_heads)
         k_BGSD = self._heads(self.k_proj(x_BSC), self.num_kv_heads)
         q_BHSD, k_BGSD = (rms_norm(context.rotate(x)) * self.qk_scale for x in (q_BHSD, k_BGSD))
@@ -129,7 +130,7 @@ class BovAttention(nn.Module):
         return x_BSK.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
 
     def _read(self, context, start):
-        """What the source reads, `[B, G, T - start, D]` of the positions from `start` on (x0: of the new ones)."""
+        """What the source reads, `[B, G, T - start, D]` for positions from `start` on (x0: for the new ones)."""
         if self.reads == "first_layer":
             return context.first_values_BGTD[:, :, start:]
         if self.reads == "embedding":
@@ -138,7 +139,7 @@ class BovAttention(nn.Module):
         return self._heads(table(context.ids_BT[:, start:]), self.num_kv_heads)
 
     def _values_to_cache(self, x_BSC, context, k_BGSD):
-        """The new positions' values; zero wide where they can be had again without the residual stream."""
+        """The new positions' values; of width 0 if they can be recomputed without the residual stream."""
         if not self.caches_values:
             return k_BGSD[..., :0]
         a, b = self.projection_coefficient, self.source_coefficient
@@ -178,25 +179,25 @@ class BovDecoderLayer(nn.Module):
 
 
 class BovContext:
-    """What all layers of one forward pass share: ids, x0, layer 0's values, rotary angles and masks."""
+    """State shared by all layers in a forward pass: ids, x0, layer 0's values, rotary angles and masks."""
 
     def __init__(self, config, ids_BT, position_ids_BS, attention_mask_BT, dtype):
         self.ids_BT, self.windows = ids_BT, config.windows
         self.num_new, self.attention_mask_BT = position_ids_BS.size(1), attention_mask_BT
         self.x0_BSC = self.first_values_BGTD = self.shared_table = None
         self._masks = {}
-        # Computed here rather than kept in a buffer, which loading on the meta device would lose.
+        # Not a buffer, because loading on the meta device would lose it.
         steps = torch.arange(0, config.head_dim, 2, device=ids_BT.device, dtype=torch.float32)
         angles = position_ids_BS[:, None, :, None].float() / config.rotary_base ** (steps / config.head_dim)
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)  # [B, 1, S, D/2]
 
     def rotate(self, x_BHSD):
-        """Half-split rotary embedding, in the opposite sense to Llama's."""
+        """Half-split rotary embedding, rotating in the opposite direction to Llama's."""
         x1, x2 = x_BHSD.chunk(2, dim=-1)
         return torch.cat([x1 * self.cos + x2 * self.sin, x2 * self.cos - x1 * self.sin], dim=-1)
 
     def mask(self, layer):
-        """`(start, mask, is_causal)` of a layer: keys before `start` are out of every query's window."""
+        """`(start, mask, is_causal)` of a layer; keys before `start` are outside every query's window."""
         window = self.windows[layer]
         if window not in self._masks:
             self._masks[window] = self._make_mask(window)
@@ -215,13 +216,13 @@ class BovContext:
         distance = position[-new:, None] - position
         visible = ((distance >= 0) & (distance <= window))[None, None]
         if padded:
-            # A padded position sees itself, so that no row of the softmax is empty; nobody else sees it.
+            # A padded position sees itself, so that no softmax row is empty; no other position sees it.
             visible = visible & self.attention_mask_BT[:, None, None, start:].bool() | (distance == 0)
         return start, visible, False
 
 
 class BovPreTrainedModel(PreTrainedModel):
-    """Initial weights as in arXiv 2606.02780, except that tables start uniform rather than from the embedding."""
+    """Initial weights as in arXiv 2606.02780, except that tables are uniform instead of copied from the embedding."""
 
     config_class = BovConfig
     base_model_prefix = "model"
@@ -278,9 +279,9 @@ class BovModel(BovPreTrainedModel):
         output_hidden_states=None,
         **kwargs,
     ):
-        """`input_ids` `[B, S]`; `attention_mask` `[B, T]`, 0 on padding; returns the normalised last state."""
+        """`input_ids` `[B, S]`; `attention_mask` `[B, T]`, 0 on padding. Returns the normalised last hidden state."""
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            raise ValueError("BovModel needs input_ids: values are looked up by token id, inputs_embeds cannot work")
+            raise ValueError("BovModel needs input_ids: values are looked up by token id, so inputs_embeds can't work")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be [batch, positions], found shape {tuple(attention_mask.shape)}")
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
@@ -311,13 +312,13 @@ class BovModel(BovPreTrainedModel):
             return BovCache(self.config) if use_cache else None
         if not isinstance(past_key_values, BovCache):
             raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}, but this model needs a BovCache, which keeps "
-                "token ids in place of values: pass none, and one is made"
+                f"past_key_values is a {type(past_key_values).__name__}, but this model needs a BovCache, which holds "
+                "token ids in place of values; pass none to have one made"
             )
         return past_key_values
 
     def _previous(self, x_BSC, ids_BT, attention_mask_BT):
-        """The un-smeared token to the left of each new one; zero at the start of a row, and after padding."""
+        """The token to the left of each new one, before smearing; zero at the start of a row and after padding."""
         past = ids_BT.size(1) - x_BSC.size(1)
         before_BSC = torch.zeros_like(x_BSC[:, :1])
         if past:
@@ -335,8 +336,8 @@ def _positions(ids_BT, attention_mask_BT):
         return torch.arange(ids_BT.size(1), device=ids_BT.device).expand_as(ids_BT)
     if attention_mask_BT.shape != ids_BT.shape:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask_BT.shape)}, but there are tokens of shape "
-            f"{tuple(ids_BT.shape)}, cached ones included: it must cover those too"
+            f"attention_mask has shape {tuple(attention_mask_BT.shape)}, but the tokens have {tuple(ids_BT.shape)} "
+            "including cached ones, which it must cover too"
         )
     return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)
 
@@ -362,7 +363,7 @@ class BovForCausalLM(BovPreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """Logits are fp32, after the soft cap. `labels` `[B, S]` are shifted here; -100 is left out of the loss."""
+        """Logits are fp32, after the soft cap. `labels` `[B, S]` are shifted here; the loss ignores -100."""
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -384,12 +385,12 @@ class BovForCausalLM(BovPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Generation's own cache would store ids as floats: give it this model's."""
+        # Generation's default cache would store the ids as floats.
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full"):
             raise ValueError(
-                f"cache_implementation={kind!r} cannot work with this model: its cache keeps token ids in place of the "
-                "bank layers' values and grows with them. Leave cache_implementation out."
+                f"cache_implementation={kind!r} doesn't work with this model, whose cache grows and holds token ids in "
+                "place of the bank layers' values; leave cache_implementation out"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = BovCache(self.config)

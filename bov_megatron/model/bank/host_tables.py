@@ -20,7 +20,10 @@ from torch import Tensor
 
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.device import device, has_gpu
+from bov_megatron.parallel.parameter import LocalParameter
 
+# Global, as the thread and the stream below are: autograd's backward functions hand gradients in, the engine waits for
+# them, and the two share no object.
 _additions: list[Future] = []
 """Gradients that have not been added yet, in order."""
 
@@ -98,9 +101,8 @@ def wait_for_additions() -> None:
 class HostGradients:
     """Gradients of one rank's host tables: kept beside Megatron's buffers, which are on the device."""
 
-    def __init__(self, modules: Iterable[torch.nn.Module]):
-        parameters = (parameter for module in modules for parameter in module.parameters())
-        self.weights = [p for p in parameters if getattr(p, "on_host", False) and p.requires_grad]
+    def __init__(self, parameters: Iterable[LocalParameter]):
+        self.weights = [p.parameter for p in parameters if p.on_host and p.parameter.requires_grad]
 
     @contextlib.contextmanager
     def kept_here(self) -> Iterator[None]:

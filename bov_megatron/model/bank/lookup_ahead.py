@@ -9,7 +9,8 @@ all-to-all with unequal parts per table, and no message about sizes. Its way thr
                        waiting, and adds to its table what has arrived for the layer whose backward ran before
     started, backward  runs last and adds what is left
 
-What travels from layer to layer is a *ticket*, a tensor of one number. A micro-batch's lookups are found by the storage
+What travels from layer to layer is a *ticket*, a tensor of one number; a layer knows from its settings that it gets
+one. A micro-batch's lookups are found by the storage
 of its ticket, which recomputation keeps (it detaches tensors, it doesn't copy them), and never by what ran last. The
 autograd graph keeps them alive until its backward pass is over.
 
@@ -23,7 +24,6 @@ import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -31,17 +31,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bov_megatron.model.bank import host_tables
-from bov_megatron.optim.gradients import gradient_ready
-from bov_megatron.optim.weight_gatherer import await_weight
+from bov_megatron.model.bank.table import ValueTable
 from bov_megatron.parallel.device import device, to_device
+from bov_megatron.parallel.parameter import await_weight, gradient_ready
 
-if TYPE_CHECKING:
-    from bov_megatron.model.bank.table import ValueTable
-
+# Global because Megatron hands one tensor from layer to layer, into recomputation and across the graph, and no object
+# beside it: what belongs to a ticket has to be found by the tensor alone.
 _under_way: weakref.WeakValueDictionary[int, LookupsAhead] = weakref.WeakValueDictionary()
 """By the address of the ticket's storage, which each of them keeps from being used again."""
 _unsettled: set[LookupsAhead] = set()
-"""Those with gradients that no table has yet: empty between backward passes."""
+"""Those with gradients that no table has yet: empty between backward passes. It keeps them alive where the graph ends
+without settling them, for `check_settled` to see."""
 
 
 @contextlib.contextmanager
@@ -69,11 +69,6 @@ def started(ids_BS: Tensor, tables: Sequence[ValueTable], readers: int = 1) -> I
     yield ticket
 
 
-def is_ticket(carried: Tensor) -> bool:
-    """Whether what travels beside the hidden states is a ticket: nothing else has one dimension."""
-    return carried.dim() == 1
-
-
 def take(ticket: Tensor, table: ValueTable | None) -> Tensor:
     """Values of every token for this rank's heads, `[S, B, k/D, D]` with head dimension D.
 
@@ -94,6 +89,14 @@ def take(ticket: Tensor, table: ValueTable | None) -> Tensor:
     if torch.is_grad_enabled():  # else it may be taken again, recomputed
         lookup.read()
     return values_SBk.unflatten(-1, (-1, lookup.table.head_dim))
+
+
+def look_up(ids_BS: Tensor, table: ValueTable) -> Tensor:
+    """Values of every token, `[S, B, k/D, D]`, at once, whether or not the table's rows are sent ahead."""
+    if not table.ahead:
+        return table(ids_BS)
+    with started(ids_BS, [table]) as ticket:
+        return take(ticket, table)
 
 
 def check_settled() -> None:

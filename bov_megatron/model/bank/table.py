@@ -7,6 +7,7 @@ T tensor-parallel ranks. A lookup returns this rank's groups: `[S, B, G/T, D]` (
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_last_dim_to_tensor_parallel_region,
@@ -14,65 +15,50 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
-from bov_megatron.model.bank import host_tables, lookup_ahead
-from bov_megatron.optim.gradients import gradient_ready
+from bov_megatron.model.bank import host_tables
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.device import device
+from bov_megatron.parallel.parameter import gradient_ready
+from bov_megatron.recipe import ModelConfig
 
 
 class ValueTable(torch.nn.Module):
     """Rows of values by token id (arXiv 2606.02780). Mirrors Megatron's VocabParallelEmbedding.
 
     Args:
+        model: how wide a row is, and how the table is split, looked up and kept. Split by `vocab`, this rank owns rows
+            `[rank·V/T, (rank+1)·V/T)` and a lookup communicates; split by `head`, it owns all rows of its own groups'
+            columns and a lookup needs no traffic. Of fewer groups than ranks, consecutive ranks share one.
         vocab_size: padded vocabulary V; a multiple of the tensor-parallel size.
-        num_groups: query groups G of the whole layer; a multiple of the tensor-parallel size, or a divisor of it
-            (with `partition="vocab"`), and then consecutive ranks share a group.
-        head_dim: D.
-        partition: `vocab`: this rank owns rows `[rank·V/T, (rank+1)·V/T)` and a lookup communicates;
-            `head`: it owns all rows of its own groups' columns and a lookup needs no traffic.
-        lookup: how a vocabulary-parallel lookup communicates: `distinct` (see lookup_ahead.py), or `reduce_scatter`,
-            which needs a group for every rank.
         dtype: of the table.
         tp_group: the tensor-parallel process group.
-        on_host: keep the table in host memory (see host_tables.py); with `partition="vocab"`, `lookup="distinct"`.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        num_groups: int,
-        head_dim: int,
-        partition: str,
-        lookup: str,
-        dtype,
-        tp_group,
-        on_host: bool = False,
-    ):
+    def __init__(self, model: ModelConfig, vocab_size: int, dtype: torch.dtype, tp_group: dist.ProcessGroup):
         super().__init__()
-        self.tp_group, self.partition, self.lookup = tp_group, partition, lookup
-        self.head_dim, self.ranks_per_group = head_dim, max(tp_group.size() // num_groups, 1)
+        value = model.value
+        self.tp_group, self.partition = tp_group, value.table_partition
+        self.head_dim, self.ranks_per_group = model.kv_channels, max(tp_group.size() // model.kv_heads, 1)
         size, rank = tp_group.size(), tp_group.rank()
-        kv_dim = num_groups * head_dim
-        rows, columns = (vocab_size // size, kv_dim) if partition == "vocab" else (vocab_size, kv_dim // size)
-        self.first_row = rank * rows if partition == "vocab" else 0
-        self.on_host = on_host
-        if on_host:
+        kv_dim, by_rows = model.kv_dim, self.partition == "vocab"
+        rows, columns = (vocab_size // size, kv_dim) if by_rows else (vocab_size, kv_dim // size)
+        self.first_row = rank * rows if by_rows else 0
+        self.on_host = value.table_memory == "host"
+        if self.on_host:
             weight = host_tables.empty(rows, columns, dtype=dtype)
         else:
             weight = torch.empty(rows, columns, dtype=dtype, device=device())
         self.weight = torch.nn.Parameter(weight)
-        self.weight.on_host = on_host
-        self.partition_dim = 0 if partition == "vocab" else 1
-        self.ahead = on_host or (lookup == "distinct" and partition == "vocab" and size > 1)
-        """Whether rows are sent ahead of the layer, to be taken with a ticket."""
+        self.partition_dim = 0 if by_rows else 1
+        self.ahead = value.rows_sent_ahead(size)
+        """Whether rows are sent ahead of the layer, to be taken with a ticket (see lookup_ahead.py)."""
         if self.ahead and size > 1:
             self.lookup_group = process_groups.twin(tp_group)
 
     def forward(self, ids_BS: Tensor) -> Tensor:
-        """Values of every token for this rank's heads, `[S, B, G/T, D]`."""
+        """Values of every token for this rank's heads, `[S, B, G/T, D]`; not where rows are sent ahead."""
         if self.ahead:
-            with lookup_ahead.started(ids_BS, [self]) as ticket:
-                return lookup_ahead.take(ticket, self)
+            raise RuntimeError("this table's rows are sent ahead of its layer: use lookup_ahead.look_up")
         ids_SB = ids_BS.t().contiguous()
         if self.partition == "head" or self.tp_group.size() == 1:
             values_SBK = lookup_rows(self.weight, ids_SB, None)

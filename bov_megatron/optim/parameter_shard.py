@@ -1,0 +1,50 @@
+"""The rows of a parameter that this data-parallel rank updates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bov_megatron.optim.sharding import RowAssignment
+from bov_megatron.parallel.parameter import LocalParameter
+
+
+class ParameterShard:
+    """A parameter, which of its rows each data-parallel rank updates, and fp32 weights of this rank's.
+
+    `main` is None where this rank has no rows; else a view of fp32 weights, or a copy beside bf16 ones.
+    """
+
+    def __init__(self, local: LocalParameter, assignment: RowAssignment, data_parallel_rank: int):
+        self.local, self.assignment = local, assignment
+        self.rows = assignment.ranges[data_parallel_rank]
+        self.main: Tensor | None = None
+        if self.rows[0] < self.rows[1]:
+            weight = local.parameter.detach()[self.rows[0] : self.rows[1]]
+            self.main = weight.float() if self.has_separate_main else weight
+
+    @property
+    def has_separate_main(self) -> bool:
+        """Whether the fp32 main weights live beside the parameter rather than in it."""
+        return self.local.parameter.dtype != torch.float32
+
+    def reload_main(self) -> None:
+        """Take the main weights from the parameter again, after something else has written to it."""
+        if self.main is not None and self.has_separate_main:
+            self.main.copy_(self.local.parameter.detach()[self.rows[0] : self.rows[1]])
+
+    def gradient(self) -> Tensor:
+        """The local gradient, all rows: Megatron's fp32 `main_grad`, or `grad` where no DDP wraps the model."""
+        gradient = getattr(self.local.parameter, "main_grad", None)
+        if gradient is None:
+            gradient = self.local.parameter.grad
+        if gradient is None:
+            raise RuntimeError(
+                f"parameter {self.local.qualified_name} has no gradient: run backward over the whole model before "
+                "step(), or freeze it with requires_grad=False before the optimizer is made"
+            )
+        return gradient
+
+    def row_gradient(self) -> Tensor:
+        """fp32 gradient of this rank's rows."""
+        return self.gradient()[self.rows[0] : self.rows[1]].float()
