@@ -30,8 +30,8 @@ TEXT_BYTES = 4_000_000
 
 
 def bench_lookup(turns: int, quick: bool, threads: int) -> dict:
-    """Of one lookup, forward and backward: milliseconds (the slower rank's), speed against `reduce_scatter`, bytes that
-    a rank sends, counted. Of a training step with a table in every layer: tokens/s and their ratio. Of larger
+    """Of one lookup, forward and backward: milliseconds (the slower rank's), speed against `reduce_scatter`, counted
+    bytes that a rank sends. Of a training step with a table in every layer: tokens/s and their ratio. Of larger
     micro-batches and more ranks: bytes. All on natural text.
 
     Uses two GPUs with NCCL where there are as many, else two processes and gloo.

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bov_megatron.recipe import Recipe, fields  # noqa: E402
+from bov_megatron.recipe.limits import OneOf, limits_of  # noqa: E402
 
 SECTION_ORDER = (
     "",
@@ -102,15 +103,33 @@ def _is_section_list(wanted: typing.Any) -> bool:
 
 
 def _rows(cls: type) -> list[str]:
-    hints, docs, rows = typing.get_type_hints(cls), field_docstrings(cls), []
+    hints, docs, rows = typing.get_type_hints(cls, include_extras=True), field_docstrings(cls), []
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
             continue  # has its own table
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        kind = "list of sections" if _is_section_list(hints[field.name]) else _cell(field.type)
         meaning = _cell(docs[field.name].replace("\n", " "))
-        rows.append(f"| `{field.name}` | {kind.replace('None', 'null')} | `{_yaml(default)}` | {meaning} |")
+        rows.append(f"| `{field.name}` | {_kind(hints[field.name])} | `{_yaml(default)}` | {meaning} |")
     return rows
+
+
+def _kind(hint: typing.Any) -> str:
+    """A field's type and limits in words."""
+    if _is_section_list(hint):
+        return "list of sections"
+    limits = limits_of(hint)
+    allowed = [str(limit) for limit in limits if isinstance(limit, OneOf)]
+    return "; ".join(allowed or [_type(hint), *map(str, limits)])
+
+
+def _type(hint: typing.Any) -> str:
+    if typing.get_origin(hint) is typing.Annotated:
+        return _type(typing.get_args(hint)[0])
+    if typing.get_origin(hint) is list:
+        return f"list of {_type(typing.get_args(hint)[0])}"
+    if parts := typing.get_args(hint):
+        return " or ".join(map(_type, parts))
+    return "null" if hint is type(None) else hint.__name__
 
 
 def _yaml(value: typing.Any) -> str:

@@ -1,79 +1,12 @@
 #!/usr/bin/env python
-"""Run lm-eval on an exported model: on its own tasks, and on local YAML tasks.
+"""`bov evaluate`, for a checkout where the package is not installed."""
 
-  python tools/evaluate.py OUT --tasks hellaswag arc_easy --limit 200
-  python tools/evaluate.py OUT --tasks held_out --tasks-dir my_tasks --offline --json results.json
-  python tools/evaluate.py OUT --packed DATA/val         bits per byte on packed held-out samples, as in training
-
-Where every task is found in --tasks-dir (or is the path of a YAML file), lm-eval's own tasks are not indexed, which
-saves up to half a minute. A local task's data_files are relative to the current folder unless absolute.
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="OUT", help="folder written by `tools/convert.py to-hf`")
-    parser.add_argument("--tasks", nargs="+", default=[], help="names, or paths of YAML files; commas separate too")
-    parser.add_argument("--tasks-dir", help="folder searched (with its subfolders) for local YAML tasks")
-    parser.add_argument("--packed", metavar="MDS", help="score the packed samples of this folder of MDS shards as well")
-    parser.add_argument("--limit", type=float, help="examples per task (below 1: a share), or packed samples")
-    parser.add_argument("--num-fewshot", type=int, help="examples in the prompt; default: what the task says")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences per forward pass (default 8)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
-    parser.add_argument("--dtype", default="auto", help="auto (as stored), float32 or bfloat16")
-    parser.add_argument("--no-bos", action="store_true", help="don't start prompts with the bos token")
-    parser.add_argument("--offline", action="store_true", help="never ask the Hugging Face hub; for local tasks")
-    parser.add_argument("--json", metavar="FILE", help="write the scores there as well")
-    arguments = parser.parse_args(arguments)
-    arguments.tasks = [name for argument in arguments.tasks for name in argument.split(",") if name]
-    if not arguments.tasks and not arguments.packed:
-        parser.error("give --tasks or --packed: there is nothing to evaluate")
-    return arguments
-
-
-def main(arguments: list[str] | None = None) -> int:
-    arguments = parse_arguments(arguments)
-    if arguments.offline:  # read when the libraries are imported
-        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    from bov_megatron.errors import DataError, EvaluationError
-    from bov_megatron.evaluation.report import evaluate
-
-    try:
-        report = evaluate(
-            arguments.model,
-            tasks=arguments.tasks,
-            tasks_dir=arguments.tasks_dir,
-            packed=arguments.packed,
-            limit=arguments.limit,
-            num_fewshot=arguments.num_fewshot,
-            batch_size=arguments.batch_size,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            bos=not arguments.no_bos,
-        )
-    except (EvaluationError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for task, metrics in report["scores"].items():
-        for metric, value in metrics.items():
-            if not metric.endswith("_stderr"):
-                stderr = metrics.get(f"{metric}_stderr")
-                print(f"{task:32} {metric:16} {value:.6f}" + (f" ± {stderr:.6f}" if stderr is not None else ""))
-    if arguments.json:
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
-    return 0
-
+from bov_megatron.commands import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,46 +1,12 @@
-"""What a recipe costs, before anything runs: parameters, FLOPs, steps, memory per rank, checkpoint size, time.
+#!/usr/bin/env python
+"""`bov plan`, for a checkout where the package is not installed."""
 
-python tools/plan.py recipes/780m_bov.yaml --world-size 16
-python tools/plan.py recipes/780m_bov.yaml parallel.tensor_model_parallel_size=4 --json
-"""
-
-from __future__ import annotations
-
-import argparse
-import dataclasses
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bov_megatron.errors import RecipeError
-from bov_megatron.plan import DEFAULT_MFU, DEFAULT_PEAK_FLOPS, format_plan, plan  # noqa: E402
-from bov_megatron.recipe import load_recipe  # noqa: E402
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="recipe file, e.g. recipes/780m_bov.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, e.g. train.steps=100")
-    parser.add_argument("--json", action="store_true", help="machine-readable: every number, bytes and FLOPs unrounded")
-    parser.add_argument("--world-size", type=int, help="ranks (GPUs) in all; default: one copy of the model")
-    parser.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="share of the peak to assume (%(default)s)")
-    parser.add_argument(
-        "--peak-flops",
-        type=float,
-        help=f"FLOP/s of one device (default: logging.peak_flops, else {DEFAULT_PEAK_FLOPS:.3g}, an H100 in bf16)",
-    )
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        result = plan(recipe, options.world_size, options.mfu, options.peak_flops)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(dataclasses.asdict(result), indent=2) if options.json else format_plan(result))
-    return 0
-
+from bov_megatron.commands import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["plan", *sys.argv[1:]]))

@@ -1,41 +1,12 @@
-"""Should a training job that has ended be started again? slurm/launch.sh asks after each start.
+#!/usr/bin/env python
+"""`bov requeue`, for a checkout where the package is not installed."""
 
-Exit status 0: yes; 1: no. Either way one line says why.
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bov_megatron.errors import RecipeError
-from bov_megatron.lifecycle.restarts import LIMIT, decide  # noqa: E402
-from bov_megatron.recipe import load_recipe  # noqa: E402
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="Call it once after each start: starts that brought no new checkpoint are counted in restarts.json in "
-        "the run folder. Exit status 0: start again; 1: don't. docs/use/failures.md lists the statuses.",
-    )
-    parser.add_argument("recipe", help="the recipe that was trained")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="as given to the training")
-    parser.add_argument("--status", type=int, required=True, help="exit status of the training")
-    parser.add_argument(
-        "--limit", type=int, default=LIMIT, help=f"starts in a row without a new checkpoint before giving up ({LIMIT})"
-    )
-    options = parser.parse_intermixed_args()
-    try:
-        recipe = load_recipe(options.recipe, options.overrides)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    decision = decide(recipe.run_dir, options.status, options.limit)
-    print(decision.reason)
-    return 0 if decision.again else 1
-
+from bov_megatron.commands import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["requeue", *sys.argv[1:]]))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the virtual environment that everything here runs in, and keep it up to date.
+# Make the virtual environment that everything here runs in, `bov` included, and keep it up to date.
 #
 #   tools/setup_env.sh          create or update .venv; returns at once when nothing changed
 #   tools/setup_env.sh --help
@@ -12,6 +12,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${BOV_VENV:-$root/.venv}
 requirements=("$root/requirements.txt" "$root/requirements-dev.txt")
+pyproject=$root/pyproject.toml
 compat=$root/bov_megatron/compat.py
 stamp=$venv/.requirements.sum
 
@@ -57,7 +58,12 @@ choose_python() {
 
 # What the environment was made from. Contents, not times: a fresh checkout has new times for old files.
 fingerprint() {
-    cat "${requirements[@]}" "$compat" | cksum
+    cat "${requirements[@]}" "$pyproject" "$compat" | cksum
+}
+
+install() {
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" ||
+        die "pip failed (above). The next call tries again; docs/use/setup.md has a section on machines without network"
 }
 
 # A CPU build of torch beside torchvision's CUDA build: the latter fails to import, and with it every model class of
@@ -79,7 +85,7 @@ main() {
         *) die "unknown argument '$1' (see --help)" ;;
     esac
     local file
-    for file in "${requirements[@]}"; do
+    for file in "${requirements[@]}" "$pyproject"; do
         [[ -f $file ]] || die "$file is missing: is this a whole checkout?"
     done
 
@@ -102,8 +108,8 @@ main() {
     for file in "${requirements[@]}"; do
         arguments+=(-r "$file")
     done
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}" ||
-        die "pip failed (above). The next call tries again; docs/use/setup.md has a section on machines without network"
+    install "${arguments[@]}"
+    install --no-deps --no-build-isolation --editable "$root" # needs setuptools, which the requirements bring
     mend_torchvision
     fingerprint >"$stamp" # last, so that an interrupted installation is not taken for a whole one
     echo "setup_env: done, $("$venv/bin/python" --version) in $venv"

@@ -20,6 +20,7 @@ from bov_megatron.data.shards import SplitReader, open_data_sets, streams_of
 from bov_megatron.data.tokenizer import load_bytes_per_token
 from bov_megatron.errors import DataError
 from bov_megatron.recipe import DataConfig
+from bov_megatron.recipe.layout_checks import micro_batches_per_rank
 
 
 @dataclass
@@ -49,7 +50,8 @@ class TrainLoader:
         tokenizer_hash: a checkpoint's, to refuse data of another tokenizer.
 
     The global batch depends on step and skipped windows only, not on data_parallel_size.
-    Raises DataError, also from `next()`. Close it, or use it as a context manager, to end its threads.
+    Raises DataError, also from `next()`, and RecipeError where the batch does not divide. Close it, or use it as a
+    context manager, to end its threads.
     """
 
     def __init__(
@@ -66,11 +68,7 @@ class TrainLoader:
         skipped: Sequence[tuple[int, int]] = (),
         tokenizer_hash: str | None = None,
     ) -> None:
-        if global_batch_size % (micro_batch_size * data_parallel_size):
-            raise DataError(
-                f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size} times "
-                f"the data-parallel size {data_parallel_size}"
-            )
+        micro_batches_per_rank(global_batch_size, micro_batch_size, data_parallel_size)  # raises if not a whole number
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise DataError(f"data_parallel_rank {data_parallel_rank} is not in [0, {data_parallel_size})")
         self.data_sets = open_data_sets(data, sequence_length, vocab_size, tokenizer_hash)

@@ -63,11 +63,11 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a data set's manifest. Raises DataError if it is missing, of another version or damaged."""
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
-        raise DataError(f"data set {folder} does not exist; prepare it with tools/prepare_data.py")
+        raise DataError(f"data set {folder} does not exist; prepare it with `bov prepare-data`")
     if not path.is_file():
         raise DataError(
             f"data set {folder} has no {MANIFEST_NAME}, so it is not complete; "
-            "run tools/prepare_data.py again with the same arguments to finish it"
+            "run `bov prepare-data` again with the same arguments to finish it"
         )
     try:
         values = json.loads(path.read_bytes())

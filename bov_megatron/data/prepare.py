@@ -54,7 +54,7 @@ OWN_NAMES = frozenset({MANIFEST_NAME, WORK_NAME, LOCK_NAME, "tokenizer", *SPLITS
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Arguments of tools/prepare_data.py."""
+    """Arguments of `bov prepare-data`."""
 
     inputs: Sequence[str]
     tokenizer: str

@@ -154,7 +154,7 @@ def streams_of(data: DataConfig) -> list[StreamConfig]:
         raise DataError("data.path and data.streams are both set; give one of them")
     streams = data.streams or ([StreamConfig(data.path, data.remote)] if data.path else [])
     if not streams:
-        raise DataError("data.path is not set; give the folder that tools/prepare_data.py wrote, e.g. data.path=DIR")
+        raise DataError("data.path is not set; give the folder that `bov prepare-data` wrote, e.g. data.path=DIR")
     for number, stream in enumerate(streams):
         if not stream.path:
             raise DataError(f"data.streams[{number}].path is not set; with a remote it is the local cache's folder")

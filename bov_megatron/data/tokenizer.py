@@ -12,12 +12,16 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bov_megatron.data.corpus import Unit, find_files, make_units, read_documents
 from bov_megatron.data.files import write_atomically
 from bov_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BOS_TOKEN = "<|bos|>"
 BYTES_PER_TOKEN_NAME = "bytes_per_token.json"
@@ -43,10 +47,10 @@ CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
 
 @dataclass(frozen=True)
 class Encoder:
-    """A byte-level tokenizer. `fast` is a tokenizers.Tokenizer."""
+    """A byte-level tokenizer."""
 
     folder: Path
-    fast: object
+    fast: Tokenizer
     vocab_size: int
     """Highest id + 1."""
     bos_token_id: int
@@ -84,7 +88,7 @@ def load_encoder(folder: str | Path) -> Encoder:
     """
     path = Path(folder).expanduser() / "tokenizer.json"
     if not path.is_file():
-        raise DataError(f"--tokenizer {folder}: no tokenizer.json there; train one with tools/train_tokenizer.py")
+        raise DataError(f"--tokenizer {folder}: no tokenizer.json there; train one with `bov train-tokenizer`")
     return _load_encoder(str(path.parent), path.stat().st_mtime_ns)
 
 
@@ -147,7 +151,7 @@ def bytes_per_token(encoder: Encoder) -> np.ndarray:
         else:
             raise DataError(
                 f"{encoder.folder}: token {token!r} (id {index}) is not byte-level, so its bytes can't be counted; "
-                "use a byte-level BPE, e.g. from tools/train_tokenizer.py"
+                "use a byte-level BPE, e.g. from `bov train-tokenizer`"
             )
     return lengths
 

@@ -29,7 +29,7 @@ def evaluate(
     samples appear as the task `packed`. Other arguments as in `lm_eval_tasks.run_tasks`. Raises EvaluationError.
     """
     if not (Path(model_dir) / "config.json").is_file():
-        raise EvaluationError(f"{model_dir} has no config.json; give a folder written by tools/convert.py to-hf")
+        raise EvaluationError(f"{model_dir} has no config.json; give a folder written by `bov convert to-hf`")
     if packed is not None and limit is not None and limit != int(limit):
         raise EvaluationError(f"--limit {limit} with --packed: packed samples need a whole number")
     report: dict = {"model": str(model_dir), "scores": {}, "samples": {}}

@@ -1,6 +1,6 @@
 """What a recipe must satisfy before anything is built: the limits in its fields' annotations, then, one function a
-topic, what several fields must satisfy together. The first failure stops with a RecipeError that names the field, the value
-found and the remedy. Imports nothing heavy.
+topic, what several fields must satisfy together. The first failure stops with a RecipeError that names the field, the
+value found and the remedy. Imports nothing heavy.
 """
 
 from __future__ import annotations

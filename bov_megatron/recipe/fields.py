@@ -31,7 +31,7 @@ Decay = Annotated[float, Within(1.0, open_end=True)]
 class ValueConfig:
     """Where the target layers' attention values come from (arXiv 2606.02780)."""
 
-    source: Annotated[str, OneOf(VALUE_SOURCES)] = "projection"
+    source: Annotated[str, OneOf(VALUE_SOURCES)] = PROJECTION
     """What the target layers' values are made of; formulas in model/sources.py."""
     target_layers: Annotated[str | list[int], OneOf(TARGET_LAYERS, "or a list of 0-based layers")] = "last_third"
     """Layers that take their values from `source`. Ignored for `projection`; layer 0 is left out where the source reads
@@ -411,7 +411,7 @@ class Recipe:
     output_dir: str = "runs/{name}"
     """Run folder; `{name}` is replaced by the name."""
     engine: Literal["megatron", "deepspeed"] = "megatron"
-    """What trains: `megatron`, or `deepspeed` (ZeRO; AdamW only)."""
+    """What trains; `deepspeed` is ZeRO, with AdamW only."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)

@@ -33,19 +33,7 @@ def data_parallel_size(recipe: Recipe, world_size: int) -> int:
             "parallel.pipeline_model_parallel_size"
         )
     data_parallel = world_size // model_parallel
-    per_pass = train.micro_batch_size * data_parallel
-    if train.global_batch_size % per_pass:
-        fitting = [m for m in divisors(train.global_batch_size) if train.global_batch_size % (m * data_parallel) == 0]
-        remedy = (
-            f"train.micro_batch_size can be {', '.join(map(str, fitting))}"
-            if fitting
-            else f"train.global_batch_size must be a multiple of {data_parallel}"
-        )
-        raise RecipeError(
-            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
-            f"{train.micro_batch_size} × {data_parallel} data-parallel ranks = {per_pass}; {remedy}"
-        )
-    micro_batches = train.global_batch_size // per_pass
+    micro_batches = micro_batches_per_rank(train.global_batch_size, train.micro_batch_size, data_parallel)
     if p.virtual_pipeline_model_parallel_size > 1 and micro_batches % p.pipeline_model_parallel_size:
         raise RecipeError(
             f"an interleaved pipeline (parallel.virtual_pipeline_model_parallel_size="
@@ -54,6 +42,23 @@ def data_parallel_size(recipe: Recipe, world_size: int) -> int:
             "on each data-parallel rank; change train.micro_batch_size or train.global_batch_size, or don't interleave"
         )
     return data_parallel
+
+
+def micro_batches_per_rank(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> int:
+    """Micro-batches of a step on each data-parallel rank. Raises RecipeError where the batch does not divide."""
+    per_pass = micro_batch_size * data_parallel_size
+    if global_batch_size % per_pass:
+        fitting = [m for m in divisors(global_batch_size) if global_batch_size % (m * data_parallel_size) == 0]
+        remedy = (
+            f"train.micro_batch_size can be {', '.join(map(str, fitting))}"
+            if fitting
+            else f"train.global_batch_size must be a multiple of {data_parallel_size}"
+        )
+        raise RecipeError(
+            f"train.global_batch_size={global_batch_size} is not a multiple of train.micro_batch_size="
+            f"{micro_batch_size} × {data_parallel_size} data-parallel ranks = {per_pass}; {remedy}"
+        )
+    return global_batch_size // per_pass
 
 
 def _check_overlap(p: ParallelConfig) -> None:

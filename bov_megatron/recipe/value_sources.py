@@ -1,4 +1,4 @@
-"""What each value source is made of: one record per source. Nothing else in the package asks for a source's name."""
+"""What each value source is made of: one record per source, which every other module asks instead of the name."""
 
 from __future__ import annotations
 

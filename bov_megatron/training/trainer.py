@@ -21,12 +21,35 @@ from bov_megatron.errors import BovError, TrainingError
 from bov_megatron.lifecycle.interruption import StopReason
 from bov_megatron.parallel.device import device
 from bov_megatron.recipe.quantities import total_steps
-from bov_megatron.training.callbacks.base import Callback
 from bov_megatron.training.health import Health, Verdict
 from bov_megatron.training.throughput import Throughput
 
 VALIDATION_CHUNK = 16
 """Micro-batches a call of the engine: enough to fill a pipeline."""
+
+
+class Callback:
+    """What happens around steps; every method is called on every rank, in the order of the trainer's callbacks."""
+
+    def start(self, trainer: Trainer) -> None:
+        """At the start of the process; `trainer.step` steps are done already."""
+
+    def before_first_step(self, trainer: Trainer) -> None:
+        """All callbacks have started."""
+
+    def after_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """After each optimizer step. `record` is the step's line of metrics; a callback may add to it for those
+        that come after."""
+
+    def before_roll_back(self, trainer: Trainer) -> None:
+        """All ranks have decided to go back to the newest checkpoint; nothing has happened yet."""
+
+    def after_line(self, trainer: Trainer, line: dict[str, Any]) -> None:
+        """After something that is no step and has a line of metrics of its own: the run has rolled back to
+        `trainer.step` (Health.roll_back), or made up for a validation."""
+
+    def finish(self, trainer: Trainer) -> None:
+        """After the last step, or the one after which the run was told to stop; not called when training raises."""
 
 
 class Trainer:
@@ -65,7 +88,7 @@ class Trainer:
         self.recipe = engine.recipe
         self.bytes_per_token = bytes_per_token.to(device())
         self.step = start_step
-        self.batch: TrainBatch | None = None
+        self.batch: TrainBatch
         """The global batch of the step at hand."""
         self.data_seconds = 0.0
         """How long this rank waited for that batch."""
@@ -118,10 +141,11 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One step on `self.batch`; its line of metrics."""
         rates = self.engine.optimizer.learning_rates()
-        loss = self.engine.forward_backward(self.batch.micro_batches)
-        norm = self.engine.gradient_norm()
+        measured = [self.engine.forward_backward(self.batch.micro_batches)]
+        if (gradient_norm := self.engine.gradient_norm()) is not None:
+            measured.append(gradient_norm)
         # The host waits for the device here, and nowhere else in a step.
-        loss, *known_norm = self._agree(loss, *([] if norm is None else [norm]))
+        loss, *known_norm = self._agree(*measured)
         updated, norm = False, math.nan
         if self.health.judge(loss, *known_norm) is Verdict.TAKE:
             result = self.engine.update(*known_norm)

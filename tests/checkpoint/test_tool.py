@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bov_megatron.commands import main
 from bov_megatron.recipe import load_recipe
 from bov_megatron.recipe.parameters import parameter_specs
 from tests.checkpoint.test_integrity import flip_byte, largest
@@ -35,16 +36,11 @@ def copy(run_dir, tmp_path):
 @pytest.fixture
 def tool(monkeypatch, capsys):
     """`tool(*arguments)`: exit status, stdout, stderr of the command, in this process."""
-    import importlib.util
-
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    spec = importlib.util.spec_from_file_location("checkpoint_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def call(*arguments):
-        status = module.main([str(argument) for argument in arguments])
+        status = main(["checkpoint", *(str(argument) for argument in arguments)])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

@@ -15,7 +15,7 @@ from bov_megatron.data.loader import TrainLoader, ValidationLoader
 from bov_megatron.data.manifest import read_manifest
 from bov_megatron.data.shards import DataSet, open_data_sets
 from bov_megatron.data.tokenizer import train_tokenizer
-from bov_megatron.errors import DataError
+from bov_megatron.errors import DataError, RecipeError
 from bov_megatron.recipe import DataConfig, StreamConfig
 from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, prepare
 from tests.data.test_prepare import stored_tokens
@@ -142,7 +142,7 @@ def test_data_that_does_not_fit_the_model_is_refused(data_folder, other_data_fol
         train_loader(data_folder, vocab_size=1000)
     with pytest.raises(DataError, match="the checkpoint with abc"):
         train_loader(data_folder, tokenizer_hash="abc")
-    with pytest.raises(DataError, match="global_batch_size=24 is not a multiple of .*=5 times .* size 1"):
+    with pytest.raises(RecipeError, match="global_batch_size=24 is not a multiple of .*=5 × 1 data-parallel ranks"):
         train_loader(data_folder, micro_batch_size=5)
     with pytest.raises(DataError, match="data_parallel_rank 2"):
         train_loader(data_folder, data_parallel_rank=2, data_parallel_size=2)

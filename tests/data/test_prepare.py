@@ -137,7 +137,7 @@ def test_killed_in_the_middle_then_run_again_equals_undisturbed(library, tokeniz
     process.join()
     time.sleep(0.5)  # workers notice that their parent is gone
     assert not (killed / "manifest.json").exists(), "must be killed in the middle"
-    with pytest.raises(DataError, match=r"no manifest\.json, so it is not complete; run tools/prepare_data.py again"):
+    with pytest.raises(DataError, match=r"no manifest\.json, so it is not complete; run `bov prepare-data` again"):
         read_manifest(killed)
     with pytest.raises(DataError, match=r"unfinished data set begun with sequence_length=128 \(now 64\)"):
         prepare(inputs, tokenizer_folder, killed, **options, sequence_length=64)

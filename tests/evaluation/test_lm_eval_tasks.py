@@ -1,21 +1,18 @@
 """lm-eval on an export, on local YAML tasks, against the plain model."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from bov_megatron.commands import main
 from bov_megatron.data.tokenizer import load_bytes_per_token, load_encoder
 from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.bits_per_byte import score_samples, write_rolling_task
 from bov_megatron.evaluation.lm_eval_tasks import find_tasks, run_tasks
 from tests.evaluation.conftest import SEQUENCE_LENGTH
 from tests.evaluation.test_bits_per_byte import held_out_documents
-
-TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 
 
 def write_task(folder, name, rows, output_type, metrics, **fields):
@@ -100,12 +97,9 @@ def test_rolling_task_equals_the_trainers_definition(exported, tmp_path):
     task = write_rolling_task(
         [*held_out_documents(), "a <|bos|> inside", "“ü€𝄞”" * 40], folder, SEQUENCE_LENGTH, tmp_path
     )
-    spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     output = tmp_path / "results" / "scores.json"
     arguments = [str(folder), "--tasks", task.name, "--tasks-dir", str(task.tasks_dir), "--json", str(output)]
-    assert tool.main([*arguments, "--device", "cpu"]) == 0
+    assert main(["evaluate", *arguments, "--device", "cpu"]) == 0
     report = json.loads(output.read_text())
     ours = score_samples(model, task.samples, load_bytes_per_token(folder))
     assert report["scores"]["held_out"]["bits_per_byte"] == pytest.approx(ours.value, rel=1e-6)

@@ -74,6 +74,19 @@ def test_loads_and_generates_without_this_package(tmp_path, tokenizer_dir):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_an_export_without_facts_of_its_value_source_loads(tmp_path):
+    """As exports were before their configuration carried them."""
+    config, model = bank_model()
+    path = export(model.state_dict(), config, None, tmp_path / "out") / "config.json"
+    values = json.loads(path.read_text())
+    facts = values.pop("value_source_facts")
+    assert facts == {"projects": False, "reads": "table", "coefficients": 1, "gated": False}
+    path.write_text(json.dumps(values))
+    ids = random_ids(2, 12, vocab=VOCAB)
+    with torch.no_grad():
+        assert torch.equal(type(model).from_pretrained(path.parent)(ids).logits, model(ids).logits)
+
+
 def test_streamed_shards_hold_every_weight_once(tmp_path):
     config, model = bank_model()
     state = model.state_dict()

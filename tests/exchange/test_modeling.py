@@ -1,13 +1,16 @@
 """The exported model computes what the paper's reference does, for every value source."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bov_megatron.exchange.export import hf_config
+from bov_megatron.exchange.hf import configuration_bov
 from bov_megatron.exchange.hf.configuration_bov import BovConfig
 from bov_megatron.exchange.hf.modeling_bov import BovForCausalLM
-from bov_megatron.recipe import ValueConfig
+from bov_megatron.recipe import ValueConfig, value_sources
 from bov_megatron.recipe.parameters import parameter_specs
 from tests.support.golden_files import GOLDEN_NAMES, load_golden
 from tests.support.small_models import VARIANTS, random_ids, small_model, small_model_config
@@ -160,6 +163,11 @@ def test_bfloat16_stays_close():
 def test_configuration_refuses(fields, message):
     with pytest.raises(ValueError, match=message):
         BovConfig(**fields)
+
+
+def test_facts_of_value_sources_are_the_recipes():
+    records = {name: dataclasses.asdict(facts) for name, facts in value_sources.VALUE_SOURCES.items()}
+    assert records == configuration_bov.VALUE_SOURCES
 
 
 def test_bad_inputs_are_refused():

@@ -89,14 +89,17 @@ class BovAttention(nn.Module):
         kv_dim = self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.caches_values = self.projects or self.reads == "embedding"
-        if self.caches_values:
+        has_value_matrix = self.projects or self.reads == "embedding"
+        self.caches_values = has_value_matrix or facts["gated"]
+        if has_value_matrix:
             self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
         if self.reads == "table" and config.value_table == "per_layer":
             self.value_table = nn.Embedding(config.vocab_size, kv_dim)
         self.value_gate = nn.Linear(GATE_CHANNELS, self.num_kv_heads, bias=False) if facts["gated"] else None
-        # Fixed coefficients are plain numbers, not parameters.
-        self.is_sum, a, b = facts["coefficients"] == 2, 1.0, 1.0
+        # A fixed coefficient is a plain number, and no parameter.
+        self.is_sum = facts["coefficients"] == 2
+        a: nn.Parameter | float = 1.0
+        b: nn.Parameter | float = 1.0
         if config.value_coefficient == "learned" and facts["coefficients"]:
             b = nn.Parameter(torch.zeros(1) if self.is_sum else torch.ones(1))
             a = nn.Parameter(torch.ones(1)) if self.is_sum else 1.0

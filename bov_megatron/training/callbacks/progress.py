@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from bov_megatron.training.callbacks.base import Callback
+from bov_megatron.training.trainer import Callback
 
 
 class Progress(Callback):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from bov_megatron.parallel.device import device
-from bov_megatron.training.callbacks.base import Callback
+from bov_megatron.training.trainer import Callback
 
 
 class SlowestRank(Callback):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from bov_megatron.training.callbacks.base import Callback
+from bov_megatron.training.trainer import Callback
 
 
 class Validation(Callback):

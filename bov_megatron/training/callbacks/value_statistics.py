@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bov_megatron.training.callbacks.base import Callback
 from bov_megatron.training.table_statistics import coefficient_values, table_statistics
+from bov_megatron.training.trainer import Callback
 
 
 class ValueStatistics(Callback):
