@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -77,7 +78,7 @@ class MegatronEngine(Engine):
             len(micro_batches) * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         )
 
-    def table_sums(self, table: torch.nn.Parameter, rows: int) -> tuple[float, int]:
+    def table_sums(self, table: Any, rows: int) -> tuple[float, int]:
         """See Engine; every data-parallel rank has all of it."""
         touched = (table.main_grad[:rows] != 0).any(dim=1).sum()
         return float(table.detach()[:rows].double().square().sum()), int(touched)

@@ -85,7 +85,7 @@ class ValueSourceAttention(Attention):
         )
 
     def forward(
-        self, hidden_SBH: Tensor, attention_mask=None, key_value_states: Carried | None = None, rotary_pos_emb=None, **_
+        self, hidden_SBH: Tensor, attention_mask=None, *, key_value_states: Carried, rotary_pos_emb=None, **_
     ) -> tuple[Tensor, None]:
         """Attention output `[S, B, H]` (a chunk of it under sequence parallelism), and no bias.
 

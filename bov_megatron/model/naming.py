@@ -21,7 +21,7 @@ from bov_megatron.recipe.parameters import VOCABULARY_KINDS, ParameterSpec, para
 def local_parameters(model: GPTModel) -> list[LocalParameter]:
     """Every parameter of a BovModel, each exactly once, in the order of `model.named_parameters`."""
     specs = {spec.name: spec for spec in parameter_specs(model.recipe.model)}
-    named = {id(parameter): described for parameter, *described in _named(model)}
+    named = {id(entry[0]): entry[1:] for entry in _named(model)}
     ahead = {id(table.weight): table for table in model.tables_ahead}
     ranks = model.pg_collection.tp.size()
     found = []
@@ -77,12 +77,12 @@ def _named_attention(attention: ValueSourceAttention, prefix: str):
     if attention.value_source.facts.separate_projection:
         yield attention.linear_v.weight, (f"{prefix}.v_proj.weight",), 0, None
     source = attention.value_source
-    if getattr(source, "table", None) is not None:
+    if source.table is not None:
         yield source.table.weight, (f"{prefix}.value_table.weight",), source.table.partition_dim, None
-    if getattr(source, "gate", None) is not None:
+    if source.gate is not None:
         yield source.gate, (f"{prefix}.value_gate.weight",), 0, None
     for name in ("projection_coefficient", "source_coefficient"):
-        if getattr(source, name, None) is not None:
+        if getattr(source, name) is not None:
             yield getattr(source, name), (f"{prefix}.{name}",), -1, None
     yield attention.linear_proj.weight, (f"{prefix}.o_proj.weight",), 1, None
 

@@ -20,6 +20,7 @@ Shapes: S sequence, B batch, H hidden, G this rank's query groups, D head dimens
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -66,7 +67,7 @@ class ValueSource(torch.nn.Module):
         self.source_coefficient = _parameter(1, dtype=dtype) if learned else None
         self.projection_coefficient = _parameter(1, dtype=dtype) if learned == 2 else None
         groups = model.kv_heads // tp_group.size()
-        self.gate = _parameter(groups, GATE_CHANNELS, dtype=dtype) if facts.gated else None
+        self.gate: Any = _parameter(groups, GATE_CHANNELS, dtype=dtype) if facts.gated else None
         own_table = facts.has_table and model.value.table == "per_layer"
         self.table = ValueTable(model, vocab_size, dtype, tp_group) if own_table else None
         self.ahead = model.value.rows_sent_ahead(tp_group.size())
@@ -103,7 +104,7 @@ class ValueSource(torch.nn.Module):
             return lookup_ahead.take(carried, self.table)
         return carried if self.table is None else self.table(carried)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """Megatron's default for a module of torch's would store every parameter below it as replicated, a
         tensor-parallel rank's rows of the table in the place of all rows."""
         own: dict[str, Tensor] = {}
@@ -116,8 +117,8 @@ class ValueSource(torch.nn.Module):
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
-        for name, table in self.named_children():
-            state.update(table.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
+        if self.table is not None:
+            state.update(self.table.sharded_state_dict(f"{prefix}table.", sharded_offsets, metadata))
         return state
 
 

@@ -45,6 +45,6 @@ def clip_gradients(parameters: Sequence[ParameterShard], norm: float, maximum: f
     factor = maximum / (norm + 1e-6)
     if factor >= 1:
         return
-    mine = [p.gradient()[p.rows[0] : p.rows[1]] for p in parameters if p.main is not None]
+    mine = [p.gradient()[p.rows[0] : p.rows[1]] for p in parameters if p.has_rows]
     if mine:
         torch._foreach_mul_(mine, factor)

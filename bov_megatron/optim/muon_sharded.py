@@ -58,7 +58,9 @@ class MuonMatrix:
         factors = [muon.shape_factor(*shape) for shape in self.shard.local.piece_shapes()]
         if len(set(factors)) == 1:
             return factors[0]
-        per_group = [f for f, rows in zip(factors, self.shard.local.fused_split, strict=True) for _ in range(rows)]
+        per_group = [
+            f for f, rows in zip(factors, self.shard.local.fused_split or (), strict=True) for _ in range(rows)
+        ]
         column = torch.tensor(per_group).repeat(self.shard.local.full_shape[0] // len(per_group)).unsqueeze(1)
         return self.local_part(column, tensor_rank).to(self.momentum.device)
 

@@ -86,7 +86,7 @@ class BovOptimizer:
         self.host_gatherer = self._gatherer(on_host=True)
         if self.overlap_gather:
             wait_before_forward(chunks, self.gatherer, [local for local in trained if not local.on_host])
-        mine = [p for p in self.parameters if p.main is not None]
+        mine = [p for p in self.parameters if p.has_rows]
         self.muon = ShardedMuon(
             [p for p in mine if self.settings[p.local.kind].algorithm == "muon"],
             self.groups.tensor,
@@ -101,7 +101,7 @@ class BovOptimizer:
     def _gatherer(self, on_host: bool) -> WeightGatherer:
         parameters = [p for p in self.parameters if p.local.on_host == on_host]
         group = self.groups.data
-        if on_host and parameters and group_size(group) > 1:
+        if on_host and parameters and group is not None and group_size(group) > 1:
             group = twin(group, "gloo")
         return WeightGatherer(
             [p.local.parameter for p in parameters],
@@ -194,10 +194,11 @@ class BovOptimizer:
 
         `main_param` where it is separate, `momentum` for Muon, `exp_avg` and `exp_avg_sq` for AdamW.
         """
-        tensors = [("main_param", p, p.main) for p in self.parameters if p.main is not None and p.has_separate_main]
+        tensors = [("main_param", p, p.main) for p in self.parameters if p.has_rows and p.has_separate_main]
         tensors += [("momentum", matrix.shard, matrix.momentum) for matrix in self.muon.matrices]
         for name in MOMENTS:
-            tensors += [(name, p, self.adamw.state[p.main][name]) for p in self.adamw_parameters]
+            for p in self.adamw_parameters if self.adamw else ():
+                tensors.append((name, p, self.adamw.state[p.main][name]))
         return tensors
 
     def second_moments(self) -> list[tuple[str, ParameterShard, str, Tensor]]:

@@ -12,16 +12,18 @@ from bov_megatron.parallel.parameter import LocalParameter
 class ParameterShard:
     """A parameter, which of its rows each data-parallel rank updates, and fp32 weights of this rank's.
 
-    `main` is None where this rank has no rows; else a view of fp32 weights, or a copy beside bf16 ones.
+    `main` is a view of fp32 weights, or a copy beside bf16 ones; empty where this rank has no rows.
     """
 
     def __init__(self, local: LocalParameter, assignment: RowAssignment, data_parallel_rank: int):
         self.local, self.assignment = local, assignment
         self.rows = assignment.ranges[data_parallel_rank]
-        self.main: Tensor | None = None
-        if self.rows[0] < self.rows[1]:
-            weight = local.parameter.detach()[self.rows[0] : self.rows[1]]
-            self.main = weight.float() if self.has_separate_main else weight
+        weight = local.parameter.detach()[self.rows[0] : self.rows[1]]
+        self.main: Tensor = weight.float() if self.has_separate_main else weight
+
+    @property
+    def has_rows(self) -> bool:
+        return self.rows[0] < self.rows[1]
 
     @property
     def has_separate_main(self) -> bool:
@@ -30,7 +32,7 @@ class ParameterShard:
 
     def reload_main(self) -> None:
         """Take the main weights from the parameter again, after something else has written to it."""
-        if self.main is not None and self.has_separate_main:
+        if self.has_separate_main:
             self.main.copy_(self.local.parameter.detach()[self.rows[0] : self.rows[1]])
 
     def gradient(self) -> Tensor:

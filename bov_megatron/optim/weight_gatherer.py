@@ -73,7 +73,8 @@ class WeightGatherer:
     def _pack(self, indices: list[int], ranks: int, limit: int) -> list[list[list[int]]]:
         queues = []
         for rank in range(ranks):
-            queue, filled = [[]], 0
+            queue: list[list[int]] = [[]]
+            filled = 0
             for i in indices:
                 size = self._numel(i, rank)
                 if size == 0:
@@ -92,7 +93,7 @@ class WeightGatherer:
         parameter = self.parameters[index]
         return (stop - start) * (parameter.numel() // parameter.size(0))
 
-    def gather(self, main: Sequence[Tensor | None]) -> None:
+    def gather(self, main: Sequence[Tensor]) -> None:
         """Write all ranks' rows into the parameters; `main[i]` holds this rank's rows of parameter i, any dtype.
 
         Collective, one bucket at a time.
@@ -102,7 +103,7 @@ class WeightGatherer:
             self._send(number, main)
             self.finish()
 
-    def start(self, main: Sequence[Tensor | None]) -> None:
+    def start(self, main: Sequence[Tensor]) -> None:
         """Like `gather`, but return with everything under way; collective. `main` may be changed at once.
 
         Takes memory for all weights that are gathered, given back as `finish` comes to them.
@@ -120,13 +121,13 @@ class WeightGatherer:
             self._write(self._under_way.popleft())
 
     @torch.no_grad()
-    def _copy_replicated(self, main: Sequence[Tensor | None]) -> None:
+    def _copy_replicated(self, main: Sequence[Tensor]) -> None:
         for i in self.replicated:
             if main[i].data_ptr() != self.parameters[i].data_ptr():
                 self.parameters[i].copy_(main[i])
 
     @torch.no_grad()
-    def _send(self, number: int, main: Sequence[Tensor | None]) -> None:
+    def _send(self, number: int, main: Sequence[Tensor]) -> None:
         bucket = self.buckets[number]
         size = max(sum(self._numel(i, rank) for i in indices) for rank, indices in enumerate(bucket))
         parameter = self.parameters[next(i for indices in bucket for i in indices)]

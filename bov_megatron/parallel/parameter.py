@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ class LocalParameter:
 
     qualified_name: str
     """torch's name for it in its model chunk."""
-    parameter: nn.Parameter
+    parameter: Any
+    """An nn.Parameter, on which Megatron and DeepSpeed set attributes of their own (`main_grad`, `ds_tensor`, …)."""
     specs: tuple[ParameterSpec, ...]
     """The canonical parameters in it, one, or query, key (and value) of a fused matrix."""
     partition_dim: int = -1

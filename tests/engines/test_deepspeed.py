@@ -70,7 +70,13 @@ def test_equals_megatron(found, name):
         assert worst_gradient(rank["gradients"], expected["gradients"])[0] < (5e-3 if bf16 else 2e-6)
         if not bf16:
             assert worst_gradient(rank["weights"], expected["weights"])[0] < 5e-5
-        assert rank["statistics"] == pytest.approx(expected["statistics"], rel=2e-2 if bf16 else 1e-4, abs=2e-2 * bf16)
+        for key, value in expected["statistics"].items():
+            # AdamW divides gamma's gradient by its own size, so that bf16's rounding shows in full: on a CPU without
+            # AVX-512, 0.045 of the 0.54 that gamma has moved by; on one with it, less than 0.02.
+            absolute = 0.15 * abs(1 - value) if key.startswith("gamma") else 2e-2
+            approximately = pytest.approx(value, rel=2e-2, abs=absolute) if bf16 else pytest.approx(value, rel=1e-4)
+            assert rank["statistics"][key] == approximately, key
+        assert rank["statistics"].keys() == expected["statistics"].keys()
 
 
 def test_the_comparison_sees_something(found):

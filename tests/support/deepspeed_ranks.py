@@ -85,7 +85,7 @@ def gradients(engine) -> dict[str, torch.Tensor]:
     """Mean gradients of the global batch, whole, by canonical name; between backward and step."""
     if engine.recipe.engine == "megatron":
         return gather_full(engine, lambda parameter: parameter.main_grad)
-    return _gather_stretches(engine, lambda p: engine.optimizer.gradient(p))
+    return _gather_stretches(engine, lambda p: engine.optimizer.gradient(p, p.stretch))
 
 
 def weights(engine) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import deepspeed
 import torch
@@ -116,7 +117,9 @@ class DeepSpeedEngine(Engine):
                 width, start = p.shape[1], p.stretch.start
                 # Whole rows: the first and the last may be another rank's in part.
                 missing = (start % width, -p.stretch.stop % width)
-                has_gradient = torch.nn.functional.pad(self.optimizer.gradient(p) != 0, missing).view(-1, width)
+                has_gradient = torch.nn.functional.pad(self.optimizer.gradient(p, p.stretch) != 0, missing).view(
+                    -1, width
+                )
                 self._touched[id(p.local.parameter)] = start // width, has_gradient.any(dim=1)
 
     @torch.no_grad()
@@ -186,7 +189,7 @@ class DeepSpeedEngine(Engine):
 def zero_config(recipe: Recipe) -> dict:
     """DeepSpeed's configuration for the recipe."""
     train, bf16 = recipe.train, recipe.train.precision == "bf16"
-    zero = {
+    zero: dict[str, Any] = {
         "stage": recipe.deepspeed.zero_stage,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,

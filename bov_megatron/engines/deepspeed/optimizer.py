@@ -91,8 +91,8 @@ class ZeroOptimizer:
             return
         name, invalid = "scaled_global_norm", torch.tensor(-1.0)
         if self.partitions_weights:
-            name, invalid = "_get_norm_groups", [invalid]
-        setattr(zero, name, lambda: invalid)
+            name = "_get_norm_groups"
+        setattr(zero, name, lambda: [invalid] if self.partitions_weights else invalid)
         try:
             zero.step()
         finally:
@@ -110,14 +110,14 @@ class ZeroOptimizer:
             if zero.persistent_parameters:
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
-    def gradient(self, p: ZeroParameter) -> Tensor:
+    def gradient(self, p: ZeroParameter, stretch: Stretch) -> Tensor:
         """This rank's stretch of a parameter's mean gradient, flat; between backward and `step` only."""
         if self.partitions_weights:
             found = self.engine.optimizer.get_local_fp32_grad_for_param(p.local.parameter)
-            return found[: p.stretch.stop - p.stretch.start]
+            return found[: stretch.stop - stretch.start]
         found = p.local.parameter._hp_mapping.get_lp_grad_fragment(p.local.parameter._index_in_param_group).flatten()
         if found.numel() == p.shape.numel():  # ZeRO 1 in bf16 keeps all of it
-            found = found[p.stretch.start : p.stretch.stop]
+            found = found[stretch.start : stretch.stop]
         return found
 
     def learning_rates(self) -> dict[str, float]:

@@ -80,7 +80,7 @@ class ZeroParameter:
             read(self.stretch).copy_(elements)
 
 
-def gather_ranges(parameters: Sequence[ZeroParameter], group: dist.ProcessGroup) -> None:
+def gather_ranges(parameters: Sequence[ZeroParameter], group: dist.ProcessGroup | None) -> None:
     """Tell every rank which elements of which parameter each has; collective, once."""
     mine = [(p.stretch.start, p.stretch.stop) if p.stretch else (0, 0) for p in parameters]
     sent = torch.tensor(mine, device=device())

@@ -44,7 +44,8 @@ class BesideCompute:
         self.after_compute = after_compute
 
     def __enter__(self) -> BesideCompute:
-        self._event, self._block = None, contextlib.nullcontext()
+        self._event: torch.cuda.Event | None = None
+        self._block: contextlib.AbstractContextManager = contextlib.nullcontext()
         if has_gpu():
             stream = _copy_stream()
             if self.after_compute:

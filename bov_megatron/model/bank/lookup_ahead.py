@@ -24,6 +24,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -194,7 +195,7 @@ class _Lookup:
     def __init__(self, table: ValueTable, ids: _Distinct, readers: int):
         self.table, self.ids = table, ids
         self.reads_to_come = self.readers_to_come = readers
-        self.gradient_Uk: Tensor | None = None
+        self.gradient_Uk: Any = None
         self.dense_gradient: Tensor | None = None
         self.settled = False
         self.by_hand = hasattr(table.weight, "main_grad")
@@ -261,12 +262,12 @@ class _Lookup:
         """Rounded to the table's dtype, once per distinct row, as a weight's gradient is per micro-batch."""
         sent = self.gradient_Uk.to(self.table.weight.dtype)
         self.gradient_Uk = None
-        self.received = self._exchange(sent, self._own_counts_T, self.ids.counts_T)
+        self.received: Any = self._exchange(sent, self._own_counts_T, self.ids.counts_T)
 
     def settle(self) -> None:
         """Add the gradients of this rank's rows, once all ranks' have come."""
         self._wait()
-        weight = self.table.weight
+        weight: Any = self.table.weight
         target = weight.main_grad if self.by_hand else torch.zeros_like(weight)
         blocks, received = target.view(-1, self.ids.width), self.received
         self.received, self.settled = None, True

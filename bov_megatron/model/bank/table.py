@@ -6,6 +6,8 @@ T tensor-parallel ranks. A lookup returns this rank's groups: `[S, B, G/T, D]` (
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -74,7 +76,7 @@ class ValueTable(torch.nn.Module):
         # Its backward gathers: a plain slice after an all-reduce would leave each rank its own columns' gradient only.
         return reduce_scatter_last_dim_to_tensor_parallel_region(partial_SBK, group=self.tp_group)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         # The padded vocabulary, and so the global shape, differs between tensor-parallel sizes.
         key = f"{prefix}weight"
         return {
