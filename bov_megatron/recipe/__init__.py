@@ -1,7 +1,7 @@
 """The whole configuration of a run, and everything that follows from it by arithmetic. Imports no torch.
 
-value_sources, limits -> fields -> parameters -> quantities -> memory -> pipeline -> checks -> loading: each imports from
-those before it only.
+value_sources, limits -> fields -> parameters -> quantities -> memory -> pipeline -> checks -> loading: each imports
+from those before it only.
 """
 
 from bov_megatron.errors import RecipeError
