@@ -24,9 +24,10 @@ test: env  ## run the test suite
 faults: env  ## kill, cut off and damage real runs, and say what became of them
 	$(PY) -m pytest -s --durations=15 tests/faults $(ARGS)
 
-lint: env  ## check style, without changing anything
+lint: env  ## check style and types, without changing anything
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: env  ## apply the style
 	$(PY) -m ruff check --fix .

@@ -34,7 +34,7 @@ def register_missing_torchvision_ops() -> None:
     for schema in _TORCHVISION_SCHEMAS:
         library.define(schema)
     # The operators go when the Library is collected; torch.ops lives as long as the process.
-    torch.ops.torchvision._bov_megatron_library = library
+    torch.ops.torchvision._bov_megatron_library = library  # type: ignore[attr-defined]
 
 
 class _BeforeTorchvision(importlib.abc.MetaPathFinder):

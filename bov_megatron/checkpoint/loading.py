@@ -5,6 +5,7 @@ What is damaged is noticed by the manifest, reported and set aside, and the chec
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import warnings
@@ -83,7 +84,7 @@ def newest_valid(run_dir: Path) -> Path | None:
         damage = verify(path, contents=True)
         if not damage:
             return path
-        on_first_rank(lambda path=path, damage=damage: _set_aside(path, damage))
+        on_first_rank(functools.partial(_set_aside, path, damage))
     aside = on_first_rank(lambda: sorted(str(path) for path in (run_dir / CHECKPOINTS).glob(f"*{DAMAGED}")))
     if aside:
         raise CheckpointError(

@@ -133,7 +133,7 @@ def _unreadable(error: OSError) -> str:
     """Description of a file that the disk can't read (EIO); other errors, e.g. of permissions, are raised again."""
     if error.errno != errno.EIO:
         raise error
-    return error.strerror
+    return str(error.strerror)
 
 
 def describe_file(path: Path) -> FileEntry:

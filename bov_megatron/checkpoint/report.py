@@ -119,7 +119,7 @@ def format_layout(layout: dict[str, int]) -> str:
     return f"{layout['world_size']} ranks: {' × '.join(parts)}"
 
 
-def format_bytes(size: int) -> str:
+def format_bytes(size: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.1f} {unit}" if unit != "B" else f"{size} B"

@@ -96,12 +96,12 @@ class PendingSave:
         """Wait for all shares, give the checkpoint its name and remove old ones; collective. Raises SaveError on all
         ranks where one could not write."""
         written = self._writer.result()
-        all_written: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(written, all_written)
+        all_written: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+        dist.gather_object(written, all_written or None)
 
         def complete() -> None:
             with _removed_on_error(self._saving):
-                errors = [one.error for one in all_written or () if one.error]
+                errors = [one.error for one in all_written if one.error]
                 if errors:
                     raise SaveError(errors[0] + (f" (and {len(errors) - 1} more ranks)" if errors[1:] else ""))
                 self._complete(all_written)

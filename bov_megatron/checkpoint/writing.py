@@ -173,11 +173,12 @@ class ChecksummedFile:
     """
 
     def __init__(self, path: Path):
-        self.path, self.size, self.error = path, 0, None
+        self.path, self.size = path, 0
+        self.error: OSError | None = None
         self.digest = xxhash.xxh3_64()
         self.file = path.open("wb")
 
-    def __enter__(self) -> ChecksummedFile:
+    def __enter__(self) -> Any:  # torch asks for a file, and uses what is here
         return self
 
     def __exit__(self, kind, error, trace) -> None:

@@ -32,37 +32,37 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-bos", action="store_true", help="don't start prompts with the bos token")
     parser.add_argument("--offline", action="store_true", help="never ask the Hugging Face hub; for local tasks")
     parser.add_argument("--json", metavar="FILE", help="write the scores there as well")
-    arguments = parser.parse_args(arguments)
-    arguments.tasks = [name for argument in arguments.tasks for name in argument.split(",") if name]
-    if not arguments.tasks and not arguments.packed:
+    options = parser.parse_args(arguments)
+    options.tasks = [name for argument in options.tasks for name in argument.split(",") if name]
+    if not options.tasks and not options.packed:
         parser.error("give --tasks or --packed: there is nothing to evaluate")
-    return arguments
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = parse_arguments(arguments)
-    if arguments.offline:  # read when the libraries are imported
+    options = parse_arguments(arguments)
+    if options.offline:  # read when the libraries are imported
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     from bov_megatron.evaluation.report import evaluate
 
     report = evaluate(
-        arguments.model,
-        tasks=arguments.tasks,
-        tasks_dir=arguments.tasks_dir,
-        packed=arguments.packed,
-        limit=arguments.limit,
-        num_fewshot=arguments.num_fewshot,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        bos=not arguments.no_bos,
+        options.model,
+        tasks=options.tasks,
+        tasks_dir=options.tasks_dir,
+        packed=options.packed,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        batch_size=options.batch_size,
+        device=options.device,
+        dtype=options.dtype,
+        bos=not options.no_bos,
     )
     for task, metrics in report["scores"].items():
         for metric, value in metrics.items():
             if not metric.endswith("_stderr"):
                 stderr = metrics.get(f"{metric}_stderr")
                 print(f"{task:32} {metric:16} {value:.6f}" + (f" ± {stderr:.6f}" if stderr is not None else ""))
-    if arguments.json:
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
     return 0

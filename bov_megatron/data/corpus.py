@@ -14,10 +14,9 @@ import gzip
 import io
 import json
 import lzma
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from bov_megatron.errors import DataError
 
@@ -188,7 +187,7 @@ def read_documents(segment: Segment, text_field: str, invalid_utf8: str = "error
     """
     path = Path(segment.path)
     if segment.kind == "text":
-        pairs = [(path.read_bytes(), str(path))]
+        pairs: Iterable[tuple[bytes | str, str]] = [(path.read_bytes(), str(path))]
     elif segment.kind == "parquet":
         pairs = _parquet_rows(path, segment, text_field)
     else:
@@ -203,7 +202,7 @@ def _valid_utf8(raw: bytes | str, where: str, policy: str) -> bytes | None:
             return raw.encode()
         raw.decode()
         return raw
-    except UnicodeError as error:
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
         if policy == "error":
             place = f"{'byte' if isinstance(raw, bytes) else 'character'} {error.start}"
             raise DataError(
@@ -258,7 +257,7 @@ def _json_fields(path: Path, segment: Segment, field: str) -> Iterator[tuple[str
         raise DataError(f"{path} can't be unpacked after line {number}: {error}; is the file complete?") from None
 
 
-def _lines_from(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
+def _lines_from(file: io.BufferedIOBase, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
     """(offset, line) of the lines that start in [begin, end), so each line belongs to exactly one range."""
     if begin:
         file.seek(begin - 1)
@@ -270,7 +269,7 @@ def _lines_from(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, byt
         offset += len(line)
 
 
-def _open_compressed(path: Path) -> BinaryIO:
+def _open_compressed(path: Path) -> io.BufferedIOBase:
     if open_file := COMPRESSIONS[path.suffix.lower()]:
         return open_file(path)
     import pyarrow

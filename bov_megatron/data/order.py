@@ -270,11 +270,11 @@ class _PartOrder:
         number, position = divmod(begin, self.size)
         epoch = self._epoch(number)
         block = self._block_at(epoch, position)
-        here = self._fragments(epoch, block)
+        fragments = self._fragments(epoch, block)
         if block + 1 < len(epoch.block_ends):
-            return np.concatenate([epoch.shards[here], epoch.shards[self._fragments(epoch, block + 1)]])
+            return np.concatenate([epoch.shards[fragments], epoch.shards[self._fragments(epoch, block + 1)]])
         following = self._epoch(number + 1)
-        return np.concatenate([epoch.shards[here], following.shards[self._fragments(following, 0)]])
+        return np.concatenate([epoch.shards[fragments], following.shards[self._fragments(following, 0)]])
 
     @staticmethod
     def _block_at(epoch: _Epoch, position: int) -> int:

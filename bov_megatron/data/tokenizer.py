@@ -12,12 +12,16 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bov_megatron.data.corpus import Unit, find_files, make_units, read_documents
 from bov_megatron.data.files import write_atomically
 from bov_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BOS_TOKEN = "<|bos|>"
 BYTES_PER_TOKEN_NAME = "bytes_per_token.json"
@@ -43,10 +47,10 @@ CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
 
 @dataclass(frozen=True)
 class Encoder:
-    """A byte-level tokenizer. `fast` is a tokenizers.Tokenizer."""
+    """A byte-level tokenizer."""
 
     folder: Path
-    fast: object
+    fast: Tokenizer
     vocab_size: int
     """Highest id + 1."""
     bos_token_id: int

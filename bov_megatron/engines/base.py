@@ -8,8 +8,9 @@ a stage that hosts a bank looks values up by token id. So is every context-paral
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,7 +54,7 @@ class Engine(abc.ABC):
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.optimizer = None
+        self.optimizer: Any = None
         self.chunks = _build_chunks(recipe)
         """This pipeline stage's model: one chunk, or several of an interleaved pipeline."""
 
@@ -69,8 +70,7 @@ class Engine(abc.ABC):
         (chunk,) = self.chunks
         return chunk
 
-    @abc.abstractmethod
-    def finish_gather(self) -> None:
+    def finish_gather(self) -> None:  # noqa: B027  an engine whose updates are whole at once leaves it out
         """Wait until this rank has all weights of the last update. Call it before reading weights past a forward pass,
         and before writing them."""
 
@@ -125,14 +125,13 @@ class Engine(abc.ABC):
         for chunk in self.chunks:
             chunk.eval()
         micro_batches, counted = self._fill_groups(micro_batches, counted)
-        masks = iter(counted)
 
-        def sums(labels_BT: Tensor, loss_BT: Tensor):
-            sizes = bytes_per_token[labels_BT] * next(masks).to(labels_BT.device)[:, None]
+        def sums(labels_BT: Tensor, counted_B: Tensor, loss_BT: Tensor):
+            sizes = bytes_per_token[labels_BT] * counted_B.to(labels_BT.device)[:, None]
             nats = (loss_BT.double() * (sizes > 0)).sum()
             return loss_BT.mean(), torch.stack([nats, sizes.sum().double(), (sizes > 0).sum().double()])
 
-        results = self._run(self.chunks, micro_batches, sums, forward_only=True)
+        results = self._run(self.chunks, micro_batches, sums, counted)
         nats, size, tokens = self._sum_over_data_parallel(results, 3).tolist()
         return ScoreResult(nats, int(size), int(tokens))
 
@@ -155,7 +154,7 @@ class Engine(abc.ABC):
         return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model)}
 
     def load_state(self, model_state: dict, optimizer_state: dict | None) -> None:
-        """Take loaded weights and, with an optimizer, its state (see training/checkpoint.py)."""
+        """Take loaded weights and, with an optimizer, its state (see checkpoint/loading.py)."""
         self.finish_gather()  # weights that arrive later would overwrite those loaded
         for number, chunk in enumerate(self.chunks):
             chunk.load_state_dict(model_state[str(number)])
@@ -167,8 +166,17 @@ class Engine(abc.ABC):
         return list(micro_batches), list(counted)
 
     @abc.abstractmethod
-    def _run(self, chunks: list, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
-        """The micro-batches through the model, and back; what `loss_function(labels, losses)` gave beside the loss."""
+    def _run(
+        self,
+        chunks: list,
+        micro_batches: Sequence[Tensor],
+        loss_function: Callable[[Tensor, Any, Tensor], tuple[Tensor, Tensor]],
+        counted: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """The micro-batches through the model, and back unless `counted` is given.
+
+        Returns, on the last pipeline stage, what `loss_function(labels, counted, losses)` gave beside the loss.
+        """
 
     def _sum_over_data_parallel(self, results: list[Tensor], width: int) -> Tensor:
         """Sum of the last stage's results over micro-batches, data- and context-parallel ranks, on every rank."""

@@ -66,12 +66,12 @@ class MegatronEngine(Engine):
             wrapped.zero_grad_buffer()
         self.host_gradients.zero()
 
-        def mean_loss(labels_BT: Tensor, loss_BT: Tensor):
+        def mean_loss(labels_BT: Tensor, counted_B: None, loss_BT: Tensor):
             loss = loss_BT.mean()
             # The schedule multiplies by the context-parallel ranks and divides by the micro-batches, in place.
             return loss / parallel_state.get_context_parallel_world_size(), loss.detach().clone()
 
-        losses = self._run(self.wrapped, micro_batches, mean_loss, forward_only=False)
+        losses = self._run(self.wrapped, micro_batches, mean_loss)
         lookup_ahead.check_settled()
         return self._sum_over_data_parallel(losses, 1).squeeze(0) / (
             len(micro_batches) * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
@@ -105,21 +105,22 @@ class MegatronEngine(Engine):
         empty = torch.zeros_like(counted[-1])
         return [*micro_batches, *[micro_batches[-1]] * missing], [*counted, *[empty] * missing]
 
-    def _run(self, chunks: list, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
-        """Megatron's schedule over the micro-batches; what `loss_function(labels, losses)` gave beside the loss."""
+    def _run(self, chunks, micro_batches, loss_function, counted=None):
+        """See Engine; by Megatron's schedule."""
         group = parallel_state.get_context_parallel_group()
 
         def forward_step(iterator, chunk):
-            ids = next(iterator)  # on the CPU: the model finds its distinct ids without waiting for a GPU
+            ids, counted_B = next(iterator)  # on the CPU: the model finds its distinct ids without waiting for a GPU
             labels = to_device(context_parallel.take(ids[:, 1:], 1, group).contiguous())
-            return chunk(ids[:, :-1].contiguous(), labels), functools.partial(loss_function, labels)
+            return chunk(ids[:, :-1].contiguous(), labels), functools.partial(loss_function, labels, counted_B)
 
+        masks = counted or [None] * len(micro_batches)
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter(micro_batches) for _ in chunks],
+            data_iterator=[zip(micro_batches, masks, strict=True) for _ in chunks],
             model=chunks,
             num_microbatches=len(micro_batches),
             seq_length=self.recipe.model.sequence_length,
             micro_batch_size=micro_batches[0].size(0),
-            forward_only=forward_only,
+            forward_only=counted is not None,
         )

@@ -200,7 +200,7 @@ def _write_weights(
     if len(shards) == 1:
         (out / "shard-1.safetensors").rename(out / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (out / f"shard-{number}.safetensors").rename(out / file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import signal
 import time
+from typing import Any
 
 from bov_megatron.lifecycle.lease import Lease
 
@@ -37,7 +38,7 @@ class StopSignals:
 
     def __init__(self):
         self.reason = StopReason.NONE
-        self._former: dict[int, object] = {}
+        self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         self._former = {number: signal.signal(number, self._receive) for number in self.REASONS}
@@ -61,7 +62,8 @@ class StopRequest:
     """
 
     def __init__(self, signals: StopSignals, max_minutes: float | None):
-        self.signals, self.lease = signals, None
+        self.signals = signals
+        self.lease: Lease | None = None
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     def watch(self, lease: Lease) -> None:

@@ -131,9 +131,9 @@ class Lease:
             say(f"taking over from {holder.describe()}: it has ended without releasing the run folder")
             return
         if holder.machine != self.me.machine:
-            holder = self._watch(holder)
-            if holder is None:
+            if (alive := self._watch(holder)) is None:
                 return
+            holder = alive
         raise RunFolderError(
             f"run folder {self.path.parent} is in use: {holder.describe()}. Wait until that run has ended, end it, or "
             "start another one with name=… or output_dir=…"

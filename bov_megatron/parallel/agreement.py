@@ -27,7 +27,7 @@ def on_all_ranks(function: Callable[[], T]) -> T:
 def on_first_rank(function: Callable[[], T]) -> T:
     """What `function()` returns on rank 0, on every rank; collective. Where it raises, as in `on_all_ranks`, all do."""
     result, error = _attempt(function) if dist.get_rank() == 0 else (None, None)
-    answer = [result, error]
+    answer: list[Any] = [result, error]
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise answer[1] from error
@@ -50,7 +50,7 @@ def _raise_together(error: BovError | None) -> None:
     dist.all_reduce(first, op=dist.ReduceOp.MIN)
     if (source := int(first)) == world_size:
         return
-    shared = [error if source == rank else None]
+    shared: list[Any] = [error if source == rank else None]
     dist.broadcast_object_list(shared, src=source)
     where = f" (on rank {source})" if source else ""
     raise type(shared[0])(f"{shared[0]}{where}") from error

@@ -119,8 +119,9 @@ def _torchrun_world(environ: Mapping[str, str]) -> World:
             f"{', '.join(f'{name}={environ[name]}' for name in present)} set, but not {', '.join(missing)}: start with "
             f"torchrun or srun, which set them all, or unset {', '.join(present)}"
         )
-    numbers = (_integer(environ, name) for name in TORCHRUN_VARIABLES)
-    return World(*numbers, environ["MASTER_ADDR"], _integer(environ, "MASTER_PORT"), "torchrun")
+    rank, world_size, local_rank, local_world_size = (_integer(environ, name) for name in TORCHRUN_VARIABLES)
+    address, port = environ["MASTER_ADDR"], _integer(environ, "MASTER_PORT")
+    return World(rank, world_size, local_rank, local_world_size, address, port, "torchrun")
 
 
 def _slurm_world(environ: Mapping[str, str]) -> World:

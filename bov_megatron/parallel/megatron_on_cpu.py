@@ -8,6 +8,7 @@ CPU's random state, the functions as they are, and nothing.
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -26,16 +27,17 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@functools.cache
 def enable() -> None:
     """Make Megatron-core run on this machine's CPU. Does nothing on a GPU, or when called again."""
-    if has_gpu() or getattr(torch.cuda, "_bov_cpu_seam", False):
+    if has_gpu():
         return
-    torch.cuda._bov_cpu_seam = True
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when imported
     torch._dynamo.config.disable = True  # jit_fuser compiles: minutes on a CPU, for nothing
-    torch.cuda.current_device = lambda: "cpu"
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # data-parallel ranks exchanging a checkpoint's tensors
+    # Data-parallel ranks exchanging a checkpoint's tensors.
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(
         state

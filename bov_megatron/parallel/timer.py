@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ class DeviceTimer:
 
     def __init__(self):
         self._on_gpu = has_gpu()
-        self._started = self._stopped = None
+        self._started: Any = None  # seconds, or an event of the GPU's stream
+        self._stopped: Any = None
 
     def start(self) -> None:
         self._started, self._stopped = self._now(), None

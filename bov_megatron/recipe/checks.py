@@ -85,7 +85,7 @@ def _check_value(m: ModelConfig) -> None:
     if v.table_memory == "host":
         _check_host_tables(m)
     if not isinstance(v.target_layers, str):
-        _check_explicit_targets(m)
+        _check_explicit_targets(m, v.target_layers)
     if v.source != PROJECTION and not m.layers_from_source():
         raise RecipeError(
             f"model.value.target_layers={v.target_layers!r} selects no layer of {m.num_layers} for source "
@@ -104,8 +104,7 @@ def _check_host_tables(m: ModelConfig) -> None:
         )
 
 
-def _check_explicit_targets(m: ModelConfig) -> None:
-    layers = m.value.target_layers
+def _check_explicit_targets(m: ModelConfig, layers: list[int]) -> None:
     found = f"model.value.target_layers={layers}"
     for layer in layers:
         if not 0 <= layer < m.num_layers:

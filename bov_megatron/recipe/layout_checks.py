@@ -106,7 +106,7 @@ def _check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     if virtual > 1:
         name, part = f"{name} × parallel.virtual_pipeline_model_parallel_size", "model chunk"
     if p.pipeline_layers is not None:
-        _check_pipeline_layers(m, p)
+        _check_pipeline_layers(m, p, p.pipeline_layers)
     elif p.pipeline_balance == "layers":
         why = f"each {part} takes equally many layers, unless parallel.pipeline_balance=time or memory"
         divides(("model.num_layers", m.num_layers), (name, stages * virtual), why)
@@ -128,21 +128,20 @@ def _check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
         )
 
 
-def _check_pipeline_layers(m: ModelConfig, p: ParallelConfig) -> None:
-    found, chunks = f"parallel.pipeline_layers={p.pipeline_layers}", p.pipeline_model_parallel_size
+def _check_pipeline_layers(m: ModelConfig, p: ParallelConfig, layers: list[int]) -> None:
+    found, chunks = f"parallel.pipeline_layers={layers}", p.pipeline_model_parallel_size
     chunks *= p.virtual_pipeline_model_parallel_size
     if p.pipeline_balance != "layers":
         raise RecipeError(f"{found} and parallel.pipeline_balance={p.pipeline_balance} are both set; set one of them")
-    if len(p.pipeline_layers) != chunks:
+    if len(layers) != chunks:
         raise RecipeError(
-            f"{found}: needs {chunks} numbers, found {len(p.pipeline_layers)} (parallel.pipeline_model_parallel_size="
+            f"{found}: needs {chunks} numbers, found {len(layers)} (parallel.pipeline_model_parallel_size="
             f"{p.pipeline_model_parallel_size} × parallel.virtual_pipeline_model_parallel_size="
             f"{p.virtual_pipeline_model_parallel_size})"
         )
-    if min(p.pipeline_layers) < 1 or sum(p.pipeline_layers) != m.num_layers:
+    if min(layers) < 1 or sum(layers) != m.num_layers:
         raise RecipeError(
-            f"{found}: must be at least 1 each and add up to model.num_layers={m.num_layers}, found "
-            f"{sum(p.pipeline_layers)}"
+            f"{found}: must be at least 1 each and add up to model.num_layers={m.num_layers}, found {sum(layers)}"
         )
 
 

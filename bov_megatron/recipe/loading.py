@@ -169,7 +169,7 @@ def _convert(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
     """`value` as the annotated type, or a RecipeError that names the field. Limits are checked later (checks.py)."""
     if typing.get_origin(wanted) is typing.Literal:
         wanted = type(typing.get_args(wanted)[0])
-    if dataclasses.is_dataclass(wanted):
+    if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
         return build(wanted, value, where + ".")
     if _is_union(wanted):
         return _convert_union(wanted, value, where)

@@ -34,7 +34,7 @@ def layer_flops(model: ModelConfig) -> list[int]:
     """Training FLOPs of one token in each layer, as `flops_per_token` counts them."""
     flops = [12 * model.query_dim * min(window, model.sequence_length) for window in model.windows()]
     for spec in parameter_specs(model):
-        if spec.kind == "matrix":
+        if spec.kind == "matrix" and spec.layer is not None:
             flops[spec.layer] += 6 * spec.size
     return flops
 

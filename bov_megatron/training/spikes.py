@@ -23,12 +23,13 @@ class SpikeDetector:
     """
 
     def __init__(self, window: int, losses: list[float] | None = None):
+        self._window = window
         self._losses: deque[float] = deque(losses or [], maxlen=window)
 
     def deviations(self, loss: float) -> float:
         """Standard deviations by which `loss` exceeds the window's median; 0 before the window is full."""
         # In a run's first steps the trend of the loss exceeds its noise.
-        if len(self._losses) < self._losses.maxlen or not math.isfinite(loss):
+        if len(self._losses) < self._window or not math.isfinite(loss):
             return 0.0
         median = statistics.median(self._losses)
         spread = statistics.median(abs(previous - median) for previous in self._losses)

@@ -88,7 +88,7 @@ class Trainer:
         self.recipe = engine.recipe
         self.bytes_per_token = bytes_per_token.to(device())
         self.step = start_step
-        self.batch: TrainBatch | None = None
+        self.batch: TrainBatch
         """The global batch of the step at hand."""
         self.data_seconds = 0.0
         """How long this rank waited for that batch."""
@@ -141,10 +141,11 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One step on `self.batch`; its line of metrics."""
         rates = self.engine.optimizer.learning_rates()
-        loss = self.engine.forward_backward(self.batch.micro_batches)
-        norm = self.engine.gradient_norm()
+        measured = [self.engine.forward_backward(self.batch.micro_batches)]
+        if (gradient_norm := self.engine.gradient_norm()) is not None:
+            measured.append(gradient_norm)
         # The host waits for the device here, and nowhere else in a step.
-        loss, *known_norm = self._agree(loss, *([] if norm is None else [norm]))
+        loss, *known_norm = self._agree(*measured)
         updated, norm = False, math.nan
         if self.health.judge(loss, *known_norm) is Verdict.TAKE:
             result = self.engine.update(*known_norm)

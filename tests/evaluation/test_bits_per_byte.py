@@ -95,5 +95,5 @@ def test_what_cannot_be_scored_is_refused(exported, tmp_path):
         evaluate(folder, packed=tmp_path)
     with pytest.raises(EvaluationError, match=r"has no config\.json; give a folder written by `bov convert to-hf`"):
         evaluate(tmp_path, packed=tmp_path)
-    with pytest.raises(EvaluationError, match=r"--limit 0\.5 with --packed: .* give a whole number"):
+    with pytest.raises(EvaluationError, match=r"--limit 0\.5 with --packed: .* need a whole number"):
         evaluate(folder, packed=tmp_path, limit=0.5)

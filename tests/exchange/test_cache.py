@@ -99,7 +99,7 @@ def test_cropped_cache_continues():
 
 def test_other_caches_are_refused():
     model, ids = small_model(VARIANTS["bank"]), random_ids(1, 4)
-    with pytest.raises(ValueError, match="cache_implementation='static' cannot work"):
+    with pytest.raises(ValueError, match="cache_implementation='static' doesn't work"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static", pad_token_id=PAD)
     with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
         model(ids, past_key_values=DynamicCache())

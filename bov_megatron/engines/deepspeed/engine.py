@@ -74,31 +74,30 @@ class DeepSpeedEngine(Engine):
         """See Engine; DeepSpeed keeps the gradients."""
         self.zero.train()
 
-        def mean_loss(labels_BT: Tensor, loss_BT: Tensor):
+        def mean_loss(labels_BT: Tensor, counted_B: None, loss_BT: Tensor):
             loss = loss_BT.mean()
             return loss, loss.detach()
 
-        losses = self._run(self.chunks, micro_batches, mean_loss, forward_only=False)
+        losses = self._run(self.chunks, micro_batches, mean_loss)
         lookup_ahead.check_settled()
         self._note_touched_rows()
         return self._sum_over_data_parallel(losses, 1).squeeze(0) / (
             len(micro_batches) * parallel_state.get_data_parallel_world_size()
         )
 
-    def _run(self, chunks: list, micro_batches: Sequence[Tensor], loss_function, forward_only: bool) -> list[Tensor]:
+    def _run(self, chunks, micro_batches, loss_function, counted=None):
         results = []
-        for number, ids_BT in enumerate(micro_batches, 1):
+        masks = counted or [None] * len(micro_batches)
+        for number, (ids_BT, counted_B) in enumerate(zip(micro_batches, masks, strict=True), 1):
             labels_BT = to_device(ids_BT[:, 1:].contiguous())
-            if not forward_only:
+            if counted is None:
                 self.zero.set_gradient_accumulation_boundary(number == len(micro_batches))
-            loss, result = loss_function(labels_BT, self.zero(ids_BT[:, :-1].contiguous(), labels_BT))
-            if not forward_only:
+            losses_BT = self.zero(ids_BT[:, :-1].contiguous(), labels_BT)
+            loss, result = loss_function(labels_BT, counted_B, losses_BT)
+            if counted is None:
                 self.zero.backward(loss / len(micro_batches), scale_wrt_gas=False)
             results.append(result)
         return results
-
-    def finish_gather(self) -> None:
-        """Nothing to do: DeepSpeed's step gathers before it returns."""
 
     def gradient_norm(self) -> None:
         """See Engine. DeepSpeed computes it in its own step."""

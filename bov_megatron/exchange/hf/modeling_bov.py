@@ -96,8 +96,10 @@ class BovAttention(nn.Module):
         if self.reads == "table" and config.value_table == "per_layer":
             self.value_table = nn.Embedding(config.vocab_size, kv_dim)
         self.value_gate = nn.Linear(GATE_CHANNELS, self.num_kv_heads, bias=False) if facts["gated"] else None
-        # Fixed coefficients are plain numbers, not parameters.
-        self.is_sum, a, b = facts["coefficients"] == 2, 1.0, 1.0
+        # A fixed coefficient is a plain number, and no parameter.
+        self.is_sum = facts["coefficients"] == 2
+        a: nn.Parameter | float = 1.0
+        b: nn.Parameter | float = 1.0
         if config.value_coefficient == "learned" and facts["coefficients"]:
             b = nn.Parameter(torch.zeros(1) if self.is_sum else torch.ones(1))
             a = nn.Parameter(torch.ones(1)) if self.is_sum else 1.0

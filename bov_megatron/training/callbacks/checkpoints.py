@@ -41,13 +41,13 @@ class Checkpoints(Callback):
         last = trainer.stopping or trainer.step == trainer.total_steps
         due = last or trainer.is_due(self.config.interval)
         if self.pending is not None and (due or self.pending.is_written()):
-            self._finish(last)
+            self._finish(self.pending, last)
         if due:
             self._save(trainer, last)
 
     def before_roll_back(self, trainer):
         if self.pending is not None:
-            self._finish(last=False)
+            self._finish(self.pending, last=False)
 
     def after_line(self, trainer, line):
         """Save once more: which samples a roll back leaves out, and that no validation is owed, is in a checkpoint."""
@@ -56,7 +56,7 @@ class Checkpoints(Callback):
     def _save(self, trainer, last: bool) -> None:
         self._begin(trainer, last)
         if self.pending is not None and (last or not self.config.asynchronous):
-            self._finish(last)
+            self._finish(self.pending, last)
 
     def finish(self, trainer):
         if self.failure is None:
@@ -80,8 +80,8 @@ class Checkpoints(Callback):
         except checkpoint.SaveError as error:
             self._note(trainer.step, error, last)
 
-    def _finish(self, last: bool) -> None:
-        pending, self.pending = self.pending, None
+    def _finish(self, pending: checkpoint.PendingSave, last: bool) -> None:
+        self.pending = None
         try:
             pending.finish()
             self.failure = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ class MetricsFile(Callback):
     """A line with one of these is written whatever the interval."""
 
     def __init__(self, run_dir: Path, interval: int):
-        self.path, self.interval, self.file = run_dir / run_folder.METRICS, interval, None
+        self.path, self.interval = run_dir / run_folder.METRICS, interval
+        self.file: FileIO | None = None
         self.unwritten = b""
 
     def start(self, trainer):
@@ -39,7 +41,7 @@ class MetricsFile(Callback):
 
     def after_step(self, trainer, record):
         if self.file and (trainer.is_due(self.interval) or self.ALWAYS & record.keys()):
-            self._write(json.dumps(record).encode() + b"\n")
+            self._write(self.file, json.dumps(record).encode() + b"\n")
 
     def after_line(self, trainer, line):
         if not self.file:
@@ -52,19 +54,19 @@ class MetricsFile(Callback):
         size = min(begin, self.path.stat().st_size)
         self.file.truncate(size)
         self.unwritten = b"".join(line for line, kept in zip(lines, true, strict=True) if kept)[size:]
-        self._write(json.dumps(line).encode() + b"\n")
+        self._write(self.file, json.dumps(line).encode() + b"\n")
 
     def finish(self, trainer):
         if self.file:
-            self._write(b"")
+            self._write(self.file, b"")
             self.file.close()
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, file: FileIO, line: bytes) -> None:
         failed_before = bool(self.unwritten)
         self.unwritten += line
         try:
             while self.unwritten:  # part of it may be taken
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+                self.unwritten = self.unwritten[file.write(self.unwritten) :]
         except OSError as error:
             if not failed_before:
                 warn(f"cannot write {self.path}: {error.strerror}; its lines are kept until it can be")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -16,8 +17,9 @@ class Wandb(Callback):
     """Weights & Biases, offline unless told otherwise; rank 0 only. Of steps that a roll back repeats, it keeps the
     first."""
 
-    def __init__(self, run_dir: Path, mode: str, project: str):
-        self.run_dir, self.mode, self.project, self.run = run_dir, mode, project, None
+    def __init__(self, run_dir: Path, mode: Literal["offline", "online", "disabled"], project: str):
+        self.run_dir, self.mode, self.project = run_dir, mode, project
+        self.run: Any = None
 
     def start(self, trainer):
         if dist.get_rank() != 0 or self.mode == "disabled":
@@ -40,7 +42,7 @@ class Wandb(Callback):
 
     def after_step(self, trainer, record):
         if self.run is not None:
-            # A resumed offline run starts to count at 0 again: the step must be said with every line.
+            # A resumed offline run counts from 0 again unless every line says its step.
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
             self.run.log(numbers, step=record["step"])
 
