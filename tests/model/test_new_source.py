@@ -51,7 +51,7 @@ def train_rank(rank, world_size, recipe_dict):
     engine = MegatronEngine(recipe)
     initial = gather_full(engine, lambda parameter: parameter)
     load_weights(engine, random_weights(recipe.model))
-    losses = [engine.forward_backward(my_micro_batches(recipe, batch(0)))]
+    losses = [float(engine.forward_backward(my_micro_batches(recipe, batch(0))))]
     gradients = gather_gradients(engine)
     assert engine.optimizer.step().applied
     losses.append(engine.train_step(my_micro_batches(recipe, batch(1))).loss)
