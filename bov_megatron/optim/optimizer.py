@@ -196,9 +196,9 @@ class BovOptimizer:
         """
         tensors = [("main_param", p, p.main) for p in self.parameters if p.has_rows and p.has_separate_main]
         tensors += [("momentum", matrix.shard, matrix.momentum) for matrix in self.muon.matrices]
-        for name in MOMENTS:
-            for p in self.adamw_parameters if self.adamw else ():
-                tensors.append((name, p, self.adamw.state[p.main][name]))
+        if self.adamw is not None:
+            state = self.adamw.state
+            tensors += [(name, p, state[p.main][name]) for name in MOMENTS for p in self.adamw_parameters]
         return tensors
 
     def second_moments(self) -> list[tuple[str, ParameterShard, str, Tensor]]:
