@@ -115,7 +115,7 @@ def _resume(engine: Engine) -> checkpoint.Loaded | None:
 
 
 def _validation_owed(start: checkpoint.Loaded | None) -> bool:
-    # Before version 0.2 the line of the step was stored instead.
+    # Checkpoints saved before version 0.1 hold the line of that step instead.
     return start is not None and bool(start.extra.get("validation_owed") or start.extra.get("unfinished"))
 
 
