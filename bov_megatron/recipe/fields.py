@@ -327,9 +327,9 @@ class DataConfig:
     num_canonical_nodes: Size = 1
     """Parts of the data set that are read side by side, so that a node needs only some of the shards."""
     num_workers: Count = 1
-    """Processes that read ahead on each rank; 0 reads in the training process."""
+    """Threads that read ahead on each rank; 0 reads when the step asks for its batch."""
     prefetch_factor: Size = 8
-    """Batches that each worker reads ahead."""
+    """Batches that a rank reads ahead, over all its threads."""
 
 
 @dataclass
