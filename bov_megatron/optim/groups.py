@@ -1,7 +1,8 @@
 """Optimizer settings per parameter kind. Imports no torch.
 
-Rates and decays come from `plan.effective_rates`, which scales the recipe's by batch size and width; this adds which
-algorithm takes a kind, and AdamW's betas. Source: arXiv 2606.02780, "Optimisation", and its reference implementation.
+Rates and decays come from `recipe.quantities.effective_rates`, which scales the recipe's by batch size and width; this
+adds which algorithm takes a kind, and AdamW's betas. Source: arXiv 2606.02780, "Optimisation", and its reference
+implementation.
 """
 
 from __future__ import annotations

@@ -310,7 +310,7 @@ class StreamConfig:
 
 @dataclass
 class DataConfig:
-    """Which tokens, in which order. The order is a function of these fields alone, never of the layout."""
+    """Which tokens, in which order: a function of these fields and `train.global_batch_size`, never of the layout."""
 
     path: str | None = None
     """Folder written by tools/prepare_data.py. Shorthand for a single stream."""
@@ -327,9 +327,9 @@ class DataConfig:
     num_canonical_nodes: Size = 1
     """Parts of the data set that are read side by side, so that a node needs only some of the shards."""
     num_workers: Count = 1
-    """Processes that read ahead on each rank; 0 reads in the training process."""
+    """Threads that read ahead on each rank; 0 reads when the step asks for its batch."""
     prefetch_factor: Size = 8
-    """Batches that each worker reads ahead."""
+    """Batches that a rank reads ahead, over all its threads."""
 
 
 @dataclass
@@ -393,7 +393,7 @@ class LoggingConfig:
     print_interval: Size = 10
     """Steps between printed lines where output is not a terminal."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
-    """Whether Weights & Biases gets the run: at once, later from its folder, or not."""
+    """Whether Weights & Biases gets the run: `offline` later, from its folder, `online` at once, `disabled` not."""
     wandb_project: str = "bov_megatron"
     """Project that the run is logged to."""
     table_interval: Size = 50

@@ -16,7 +16,7 @@ from bov_megatron.training.trainer import Callback
 
 
 class MetricsFile(Callback):
-    """One JSON object a step in RUN/metrics.jsonl, and one for each roll back, with `step` and `rollback` alone.
+    """One JSON object a step in RUN/metrics.jsonl, and one for each roll back or validation made up for.
 
     A resumed run first drops the lines after its checkpoint; so does one that rolls back. Lines that a full disk
     doesn't take are said once, kept, and written when it does.
