@@ -117,6 +117,8 @@ def limited_rank(rank, world_size, run_dir):
     """Errors of a save while the second rank alone can write no large file, and of one after it can again."""
     import resource
 
+    import torch.distributed as dist
+
     from bov_megatron import checkpoint
 
     engine = start_engine(rank, world_size)
@@ -126,6 +128,7 @@ def limited_rank(rank, world_size, run_dir):
     with pytest.raises(checkpoint.SaveError) as error:
         checkpoint.save(engine, run_dir, 2, keep_last=1, extra={})
     left = names(run_dir)
+    dist.barrier()  # rank 0 begins the next save without waiting
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     checkpoint.save(engine, run_dir, 3, keep_last=1, extra={})
     return str(error.value), left
@@ -140,6 +143,8 @@ def test_one_rank_s_failure_is_everybody_s(tmp_path):
 
 def unwritable_rank(rank, world_size, run_dir, file):
     """The error where rank 0 cannot write one of the files that it alone writes, as a folder is in its place."""
+    import torch.distributed as dist
+
     from bov_megatron import checkpoint
     from bov_megatron.checkpoint import writing
 
@@ -156,6 +161,7 @@ def unwritable_rank(rank, world_size, run_dir, file):
         checkpoint.save(engine, run_dir, 1, keep_last=1, extra={})
     writing.plan_share = plan
     left = names(run_dir)
+    dist.barrier()
     checkpoint.save(engine, run_dir, 2, keep_last=1, extra={})
     return str(error.value), left
 
