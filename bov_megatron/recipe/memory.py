@@ -77,7 +77,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 
 def _offloaded(recipe: Recipe, data_parallel_size: int) -> int:
-    """Bytes of ZeRO-Offload in one rank's host memory: optimizer state, gradients, and a copy of gradients or weights."""
+    """Bytes of ZeRO-Offload on one rank's host: optimizer state, gradients, and a copy of gradients or weights."""
     if recipe.deepspeed.offload_optimizer == "none":
         return 0
     copy = MAIN_BYTES if recipe.deepspeed.zero_stage == 3 else weight_bytes(recipe)  # of gradients, or of weights
