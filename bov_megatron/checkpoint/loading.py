@@ -1,6 +1,6 @@
-"""Reading checkpoints: any layout of ranks reads what any other has written.
+"""Reading checkpoints, in any layout of ranks, whichever layout wrote them.
 
-What is damaged is noticed by the manifest, reported and set aside, and the checkpoint before it is used.
+A checkpoint whose files differ from its manifest is reported and set aside, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from bov_megatron.parallel.agreement import gather_items, on_all_ranks, on_first
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a checkpoint says besides weights and optimizer state."""
+    """What a checkpoint contains besides weights and optimizer state."""
 
     step: int
     """Optimizer steps done."""
     recipe: dict
     """The resolved recipe of the run that saved it."""
     extra: dict[str, Any]
-    """Whatever `save` was given, e.g. the data's fingerprint."""
+    """What `save` was given, e.g. the data's fingerprint."""
 
 
 def load(engine: Engine, path: Path, contents: bool = False) -> Loaded:
-    """Read weights, and optimizer state if the engine has an optimizer, into this layout; collective.
+    """Load weights, and optimizer state if the engine has an optimizer, into this layout; collective.
 
     Args:
-        contents: compare the checksums of all files first, not only their sizes.
+        contents: first compare the checksums of all files, not only their sizes.
 
-    Raises CheckpointError where `path` is no complete checkpoint, RecipeError where it has another model or another
-    optimizer's state.
+    Raises CheckpointError where `path` is not a complete checkpoint, RecipeError where it is of another model or
+    optimizer.
     """
     if damage := verify(path, contents):
         raise _damaged(path, damage[0])
@@ -62,23 +62,23 @@ def load(engine: Engine, path: Path, contents: bool = False) -> Loaded:
         parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
     try:
-        with warnings.catch_warnings():  # Megatron-core 0.16.1 calls torch under a name that is deprecated
+        with warnings.catch_warnings():  # Megatron-core 0.16.1 uses a deprecated name of torch
             warnings.simplefilter("ignore", FutureWarning)
             loaded = dist_checkpointing.load(state, str(path), strategy)
-    except CheckpointException as error:  # torch's, of all ranks; no Exception, so that only this catches it
+    except CheckpointException as error:  # torch's, with the failures of all ranks; a BaseException
         raise _damaged(path, next(iter(error.failures.values()))[0]) from error
-    except Exception as error:  # Megatron's own types, and the operating system's
+    except Exception as error:  # Megatron has its own types, and there are OSErrors
         raise _damaged(path, error) from error
     engine.load_state(loaded["model"], loaded.get("optimizer"))
     return Loaded(stored["step"], stored["recipe"], stored["extra"])
 
 
 def newest_valid(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run whose every byte is as it was written, or None where the run has none;
+    """The newest checkpoint of a run whose files have their checksums, or None where the run has no checkpoint;
     collective, the same on every rank.
 
-    Damaged ones that are newer are reported and renamed to `step_….damaged`, never deleted. Raises CheckpointError
-    where only damaged ones are left: starting from the beginning is for a person to decide.
+    Newer, damaged ones are reported and renamed to `step_….damaged`, never deleted. Raises CheckpointError where all
+    are damaged: whether to start from step 0 is for the user to decide.
     """
     while path := on_first_rank(lambda: latest_checkpoint(run_dir)):
         damage = verify(path, contents=True)
@@ -96,21 +96,21 @@ def newest_valid(run_dir: Path) -> Path | None:
 
 
 def verify(path: Path, contents: bool) -> list[Damage]:
-    """What is wrong with a checkpoint's files, the same on every rank: each looks at its share; collective.
+    """What is wrong with a checkpoint's files, the same on every rank; collective. Each rank checks a share of them.
 
     Args:
         contents: compare checksums, not only sizes.
 
-    Raises CheckpointError where a rank doesn't see the folder or may not read it: that is no damage.
+    Raises CheckpointError where a rank cannot see or read the folder.
     """
-    found = gather_items(on_all_ranks(lambda: _damage_of_share(path, contents)))
-    found = list(dict.fromkeys(found))  # every rank reads the manifest
-    manifest_alone = [one.file for one in found] == [manifest.MANIFEST_FILE]
-    if manifest_alone and on_first_rank(lambda: is_without_manifest(path)):
+    damage = gather_items(on_all_ranks(lambda: _damage_of_share(path, contents)))
+    damage = list(dict.fromkeys(damage))  # every rank reads the manifest
+    manifest_only = [item.file for item in damage] == [manifest.MANIFEST_FILE]
+    if manifest_only and on_first_rank(lambda: is_without_manifest(path)):
         if contents and dist.get_rank() == 0:
-            warn(f"checkpoint {path} has no manifest, an earlier version wrote it: its files are not verified")
+            warn(f"checkpoint {path} is from an earlier version without manifests: its files are not verified")
         return []
-    return found
+    return damage
 
 
 def _damage_of_share(path: Path, contents: bool) -> list[Damage]:
@@ -130,10 +130,10 @@ def read_run(path: Path) -> dict[str, Any]:
     """Step, recipe and extra of a checkpoint, without its tensors and without process groups."""
     try:
         common = dist_checkpointing.load_common_state_dict(str(path))
-    except Exception as error:  # Megatron raises its own types here, and torch's for a damaged file
+    except Exception as error:  # Megatron's own types, or torch's for a damaged file
         raise _damaged(path, error) from error
     if "run" not in common:
-        raise CheckpointError(f"{path} is a Megatron checkpoint, but no run of bov_megatron wrote it")
+        raise CheckpointError(f"{path} is a Megatron checkpoint, but was not written by bov_megatron")
     version = common["run"]["version"]
     if version not in (1, writing.FORMAT_VERSION):
         raise CheckpointError(
@@ -143,7 +143,7 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def is_without_manifest(path: Path) -> bool:
-    """Whether a checkpoint is so old that it has none, rather than having lost it."""
+    """Whether a checkpoint is of format 1, which had no manifest; False where the manifest is lost."""
     if (path / manifest.MANIFEST_FILE).exists():
         return False
     try:
@@ -162,7 +162,7 @@ def _damaged(path: Path, error: BaseException | Damage) -> CheckpointError:
 
 
 def _set_aside(path: Path, damage: list[Damage]) -> None:
-    """Report what is wrong with a checkpoint, and take its name away."""
+    """Rename a damaged checkpoint, and warn."""
     aside = path.with_name(path.name + DAMAGED)
     if aside.exists():
         aside = path.with_name(f"{path.name}.{os.urandom(2).hex()}{DAMAGED}")

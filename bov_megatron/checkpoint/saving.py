@@ -1,8 +1,8 @@
-"""Saving checkpoints: all ranks write into a folder beside the final name, which is renamed in one operation.
+"""Saving checkpoints: all ranks write into a temporary folder, which is then renamed.
 
-A crash at any moment leaves either the complete new checkpoint or the previous ones as they were. Old checkpoints lose
-their name before their files, so that a crash while deleting leaves nothing that looks like a checkpoint either. A
-checkpoint that some rank cannot write leaves nothing behind and raises SaveError on all ranks.
+A crash at any time leaves either the complete new checkpoint or the previous ones unchanged. Old checkpoints are
+renamed before they are deleted, so that no partial one is left under a checkpoint's name. If any rank cannot write, all
+ranks raise SaveError and the temporary folder is removed.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from bov_megatron.recipe import Recipe
 
 
 class SaveError(CheckpointError):
-    """A checkpoint that could not be written: the same on all ranks, nothing is left of it, and training can go on."""
+    """A checkpoint could not be written. Raised on all ranks alike; nothing is left of it, and training can go on."""
 
 
 def save(engine: Engine, run_dir: Path, step: int, keep_last: int, extra: dict[str, Any], keep_every: int = 0) -> Path:
-    """Write the checkpoint of `step`; collective. Every rank writes its own share, replicas are divided among the
-    data-parallel ranks. Then all but the newest `keep_last` and every step that `keep_every` divides are removed.
+    """Write the checkpoint of `step`, then remove all but the newest `keep_last` and the multiples of `keep_every`;
+    collective. Replicated tensors are divided among the data-parallel ranks.
 
-    Raises SaveError on all ranks where one cannot write.
+    Raises SaveError on all ranks if any cannot write.
     """
     return begin_save(engine, run_dir, step, keep_last, extra, keep_every, asynchronous=False).finish()
 
@@ -55,10 +55,10 @@ def begin_save(
     keep_every: int = 0,
     asynchronous: bool = True,
 ) -> PendingSave:
-    """Like `save`, but returns when this rank's share is copied, and a process beside this one writes it; collective.
+    """Like `save`, but returns once this rank's share is copied; a background process writes it. Collective.
 
-    Training may go on at once: the checkpoint holds what was there when this was called. It exists once
-    `PendingSave.finish` has returned. One at a time.
+    Training may go on at once: the checkpoint holds the state at this call. It is complete when `PendingSave.finish`
+    returns. Only one save may be pending.
     """
     final = checkpoint_path(run_dir, step)
     saving = _begin(final)
@@ -79,29 +79,30 @@ def begin_save(
 
 
 class PendingSave:
-    """A checkpoint that is being written; the same on every rank."""
+    """A checkpoint that is being written."""
 
     def __init__(self, step: int, final: Path, saving: Path, writer, complete: Callable[[list[Written]], None]):
         self.step, self.final = step, final
         self._saving, self._writer, self._complete = saving, writer, complete
 
     def is_written(self) -> bool:
-        """Whether all ranks have written their shares, so that `finish` waits for none; one number from each rank,
-        collective."""
+        """Whether all ranks have written their shares, so that `finish` does not wait; collective, one number."""
         done = torch.tensor(float(self._writer.done()), device=device())
         dist.all_reduce(done, op=dist.ReduceOp.MIN)
         return bool(done)
 
     def finish(self) -> Path:
-        """Wait for all shares, give the checkpoint its name and remove old ones; collective. Raises SaveError on all
-        ranks where one could not write."""
+        """Wait for all shares, give the checkpoint its final name and remove old ones; collective.
+
+        Raises SaveError on all ranks if any could not write.
+        """
         written = self._writer.result()
         all_written: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
         dist.gather_object(written, all_written or None)
 
         def complete() -> None:
             with _removed_on_error(self._saving):
-                errors = [one.error for one in all_written if one.error]
+                errors = [written.error for written in all_written if written.error]
                 if errors:
                     raise SaveError(errors[0] + (f" (and {len(errors) - 1} more ranks)" if errors[1:] else ""))
                 self._complete(all_written)
@@ -111,7 +112,7 @@ class PendingSave:
 
 
 def _layout(recipe: Recipe) -> dict[str, int]:
-    """Who saves, for the manifest."""
+    """The layout that saves, for the manifest."""
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     return {
         "world_size": dist.get_world_size(),
@@ -121,10 +122,10 @@ def _layout(recipe: Recipe) -> dict[str, int]:
 
 
 def _begin(final: Path) -> Path:
-    """Delete what crashes have left and make the folder to write into; collective."""
+    """Delete leftovers of crashes and make the temporary folder; collective."""
 
     def make() -> Path:
-        # A new name each time: writers of a killed run may outlive it for a moment.
+        # A new name each time: writer processes of a killed run may still be writing.
         saving = final.with_name(f"{final.name}.{os.urandom(2).hex()}{SAVING}")
         with _removed_on_error(saving):
             for leftover in final.parent.glob(f"*{SAVING}"):
@@ -137,10 +138,10 @@ def _begin(final: Path) -> Path:
 
 @contextlib.contextmanager
 def _removed_on_error(saving: Path) -> Iterator[None]:
-    """Turn any error inside into a SaveError, with nothing left of the checkpoint."""
+    """Remove the temporary folder on any error, and raise it as SaveError."""
     try:
         yield
-    except Exception as error:  # whatever it is, the other ranks wait to hear of it
+    except Exception as error:  # any error, as the other ranks wait for the outcome
         reason = str(error) if isinstance(error, SaveError) else writing.describe_error(error, saving)
         existing = next(path for path in saving.parents if path.exists())
         free = shutil.disk_usage(existing).free / 2**20
@@ -151,38 +152,34 @@ def _removed_on_error(saving: Path) -> Iterator[None]:
 
 
 def _prune(run_dir: Path, keep_last: int, keep_every: int, asynchronous: bool) -> None:
-    """Remove what neither rule keeps; a folder that cannot be removed is no reason to stop. Names go at once; files,
-    which takes a file system its time, in a thread if `asynchronous`."""
+    """Remove checkpoints that neither rule keeps, in a thread if `asynchronous`; a failure is only a warning."""
     for step, old in list_checkpoints(run_dir)[:-keep_last]:
         if keep_every and step % keep_every == 0:
             continue
         try:
-            nameless = _take_name(old)
+            renamed = _rename_to_remove(old)
             if asynchronous:
-                threading.Thread(target=shutil.rmtree, args=(nameless, True)).start()
+                threading.Thread(target=shutil.rmtree, args=(renamed, True)).start()
             else:
-                shutil.rmtree(nameless, ignore_errors=True)
+                shutil.rmtree(renamed, ignore_errors=True)
         except OSError as error:
             warn(f"cannot remove the old checkpoint {old}: {error.strerror}")
 
 
 def _publish(saving: Path, final: Path) -> None:
-    """Flush the folder, look that it is whole, and give it its final name, in this order. Files are flushed where they
-    are written; Megatron doesn't for this one."""
-    flush(saving / writing.FORMAT_FILE)
+    """Flush the temporary folder, check that it is complete, and give it its final name."""
+    flush(saving / writing.FORMAT_FILE)  # written by Megatron without flushing; the other files are flushed already
     flush(saving)
     if damage := manifest.find_damage(saving, contents=False):
         reason = f"written, but {damage[0]}: the run folder must be on a file system that all nodes share"
         raise OSError(errno.EIO, reason, str(saving))
-    replaced = _take_name(final) if final.exists() else None  # the same step saved again
+    replaced = _rename_to_remove(final) if final.exists() else None  # the same step saved again
     saving.rename(final)
     flush(final.parent)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _take_name(path: Path) -> Path:
-    """Rename a checkpoint before its files are removed: half a one must not look like a whole one."""
-    nameless = path.with_name(f"{path.name}.{os.urandom(2).hex()}{SAVING}")
-    path.rename(nameless)
-    return nameless
+def _rename_to_remove(path: Path) -> Path:
+    # Under another name, a partly deleted checkpoint is not mistaken for a complete one.
+    return path.rename(path.with_name(f"{path.name}.{os.urandom(2).hex()}{SAVING}"))

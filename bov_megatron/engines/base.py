@@ -1,8 +1,8 @@
-"""What the engines have in common.
+"""The interface of the engines, and what they have in common.
 
-Shapes: B micro-batch, T sequence length. Micro-batches are token ids `[B, T+1]`: inputs `[:, :-1]`, targets
-`[:, 1:]`. Every rank that shares a data-parallel rank is given the same micro-batches, on every pipeline stage:
-a stage that hosts a bank looks values up by token id. So is every context-parallel rank, which cuts its part out.
+Shapes: B micro-batch, T sequence length. Micro-batches are token ids `[B, T+1]`: inputs `[:, :-1]`, targets `[:, 1:]`.
+All ranks of a model replica get the same micro-batches: every pipeline stage with a bank looks values up by token id,
+and every context-parallel rank takes its part of the sequence.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bov_megatron.recipe import Recipe
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did; the same on every rank."""
+    """Result of one step; the same on every rank."""
 
     loss: float
     """Mean cross-entropy of the global batch, nats per token, before the update."""
@@ -42,14 +42,14 @@ class ScoreResult:
     nats: float
     bytes: int
     tokens: int
-    """Targets that count: special tokens count neither nats nor bytes."""
+    """Targets, without special tokens, which count neither nats nor bytes."""
 
 
 class Engine(abc.ABC):
-    """Model, gradients and optimizer of one rank. A subclass says how gradients and updates are made.
+    """Model, gradients and optimizer of one rank.
 
-    `optimizer` is None for evaluation, else has `step`, `step_count`, `learning_rates`, `sharded_state_dict`,
-    `load_state_dict` and `reload_model_params`, as optim.BovOptimizer describes them.
+    `optimizer` is None for evaluation, else has the methods `step`, `learning_rates`, `sharded_state_dict`,
+    `load_state_dict` and `reload_model_params` and the attribute `step_count` of optim.optimizer.BovOptimizer.
     """
 
     def __init__(self, recipe: Recipe):
@@ -60,19 +60,19 @@ class Engine(abc.ABC):
 
     @property
     def gradient_seconds(self) -> float | None:
-        """From the start of the last `forward_backward` until this rank's gradients were ready for their reduction over
-        data-parallel ranks; None where that cannot be told."""
+        """Time from the start of the last `forward_backward` until this rank's gradients were ready to be reduced over
+        data-parallel ranks; None where it is not measured."""
         return None
 
     @property
     def model(self) -> BovModel:
-        """This pipeline stage's model where it is one chunk, as it is unless the pipeline is interleaved."""
+        """This pipeline stage's model; only where the pipeline is not interleaved."""
         (chunk,) = self.chunks
         return chunk
 
-    def finish_gather(self) -> None:  # noqa: B027  an engine whose updates are whole at once leaves it out
-        """Wait until this rank has all weights of the last update. Call it before reading weights past a forward pass,
-        and before writing them."""
+    def finish_gather(self) -> None:  # noqa: B027  nothing to wait for, unless an engine gathers weights in background
+        """Wait until this rank has all weights of the last update. Call it before reading weights outside a forward
+        pass, and before writing them."""
 
     def local_parameters(self) -> list[LocalParameter]:
         """Every parameter of this rank, with the last update's weights (see `finish_gather`)."""
@@ -81,33 +81,34 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def forward_backward(self, micro_batches: Sequence[Tensor]) -> Tensor:
-        """Leave the global batch's mean gradient for `update`.
+        """Compute the global batch's mean gradient, for `update`.
 
         Args:
             micro_batches: this data-parallel rank's share of the global batch, each `[B, T+1]`.
 
-        Returns its mean loss in nats per token: one fp64 number on the device, which the host has not waited for.
+        Returns the global batch's mean loss in nats per token, a 0-dim fp64 tensor on the device, without waiting for
+        it.
         """
 
     @abc.abstractmethod
     def gradient_norm(self) -> Tensor | None:
-        """Global L2 norm of the gradients: one fp64 number on the device, `nan` if any element is not finite;
+        """Global L2 norm of the gradients, a 0-dim fp64 tensor on the device, `nan` if any element is not finite;
         collective. None where only `update` computes it."""
 
     @abc.abstractmethod
     def update(self, gradient_norm: float | None = None) -> UpdateResult:
-        """One optimizer step from the gradients at hand, left out where they are not finite; collective.
+        """One optimizer step from the current gradients, left out where they are not finite; collective.
 
         Args:
-            gradient_norm: what `gradient_norm()` gave, if it has been read.
+            gradient_norm: value of `gradient_norm()`, if it is known.
         """
 
     @abc.abstractmethod
     def discard_gradients(self) -> None:
-        """Forget gradients that no update is made from; collective."""
+        """Drop the current gradients without an update; collective."""
 
     def train_step(self, micro_batches: Sequence[Tensor]) -> StepResult:
-        """Forward, backward and update with nobody to ask: the trainer's step without its agreement."""
+        """Forward, backward and update, without the trainer's checks in between."""
         loss = self.forward_backward(micro_batches)
         result = self.update()
         return StepResult(float(loss), result.grad_norm, result.applied)
@@ -119,7 +120,7 @@ class Engine(abc.ABC):
         Args:
             micro_batches: this data-parallel rank's, each `[B, T+1]`; every rank passes equally many.
             bytes_per_token: UTF-8 bytes of each token id, 0 for special tokens, `[vocab_size]`.
-            counted: per micro-batch, True for the rows that count `[B]` (padding rows don't).
+            counted: per micro-batch, `[B]`, False for padding rows, which are not scored.
         """
         self.finish_gather()
         for chunk in self.chunks:
@@ -138,15 +139,12 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def table_sums(self, table: torch.nn.Parameter, rows: int) -> tuple[float, int]:
         """Sum of squares of the first `rows` rows of this rank's part of a value table, and how many of them have a
-        gradient; both the same on all data-parallel ranks, collective among them."""
+        gradient; collective over data-parallel ranks, the same on all of them."""
 
     def sharded_state_dict(self, metadata: dict) -> dict:
-        """This rank's weights, by chunk, and its optimizer's state, for megatron.core.dist_checkpointing; collective.
-
-        Megatron changes what it is given of `metadata`, and gets a copy.
-        """
+        """This rank's weights, by chunk, and optimizer state, for megatron.core.dist_checkpointing; collective."""
         self.finish_gather()
-        model = {
+        model = {  # a copy of metadata, which Megatron modifies
             str(number): chunk.sharded_state_dict(metadata=dict(metadata)) for number, chunk in enumerate(self.chunks)
         }
         if self.optimizer is None:
@@ -154,15 +152,15 @@ class Engine(abc.ABC):
         return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model)}
 
     def load_state(self, model_state: dict, optimizer_state: dict | None) -> None:
-        """Take loaded weights and, with an optimizer, its state (see checkpoint/loading.py)."""
-        self.finish_gather()  # weights that arrive later would overwrite those loaded
+        """Set weights and, with an optimizer, its state from a loaded checkpoint (see checkpoint/loading.py)."""
+        self.finish_gather()  # a pending gather would overwrite the loaded weights
         for number, chunk in enumerate(self.chunks):
             chunk.load_state_dict(model_state[str(number)])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(optimizer_state)
 
     def _fill_groups(self, micro_batches: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[list, list]:
-        """The micro-batches to score, and their rows that count, in as many as the schedule takes."""
+        """Micro-batches and `counted`, padded to a number that the schedule accepts."""
         return list(micro_batches), list(counted)
 
     @abc.abstractmethod
@@ -173,9 +171,10 @@ class Engine(abc.ABC):
         loss_function: Callable[[Tensor, Any, Tensor], tuple[Tensor, Tensor]],
         counted: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """The micro-batches through the model, and back unless `counted` is given.
+        """Forward, and backward unless `counted` is given, of all micro-batches.
 
-        Returns, on the last pipeline stage, what `loss_function(labels, counted, losses)` gave beside the loss.
+        Returns, on the last pipeline stage, the second results of `loss_function(labels, counted, losses)`; the first
+        is the loss.
         """
 
     def _sum_over_data_parallel(self, results: list[Tensor], width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one place that chooses an engine."""
+"""Choice of the engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bov_megatron.recipe import Recipe
 
 
 def build_engine(recipe: Recipe, with_optimizer: bool = True) -> Engine:
-    """The engine that the recipe's field `engine` names; without an optimizer Megatron's, whatever it names.
+    """The engine of the recipe's field `engine`; without an optimizer always Megatron's.
 
     Call parallel.process_groups.initialize first. Weights are initialised from the recipe's seed.
     """

@@ -47,14 +47,13 @@ class MegatronEngine(Engine):
             self.optimizer = BovOptimizer(self.local_parameters(), recipe, total_steps(recipe), self.chunks)
 
     def finish_gather(self) -> None:
-        """See Engine: updated weights may arrive in the course of the next forward pass only
-        (`parallel.overlap_param_gather`)."""
+        """See Engine; with `parallel.overlap_param_gather`, weights arrive during the next forward pass."""
         if self.optimizer is not None:
             self.optimizer.finish_gather()
 
     @property
     def gradient_seconds(self) -> float | None:
-        """See Engine; None on later pipeline stages, which the first one waits for."""
+        """See Engine; None on later pipeline stages: the first one waits for them."""
         if parallel_state.get_pipeline_model_parallel_rank() > 0:
             return None
         return self._gradient_timer.seconds()
@@ -69,7 +68,7 @@ class MegatronEngine(Engine):
 
         def mean_loss(labels_BT: Tensor, counted_B: None, loss_BT: Tensor):
             loss = loss_BT.mean()
-            # The schedule multiplies by the context-parallel ranks and divides by the micro-batches, in place.
+            # The schedule multiplies the loss by the context-parallel size and divides by the micro-batches, in place.
             return loss / parallel_state.get_context_parallel_world_size(), loss.detach().clone()
 
         losses = self._run(self.wrapped, micro_batches, mean_loss)
@@ -79,7 +78,7 @@ class MegatronEngine(Engine):
         )
 
     def table_sums(self, table: Any, rows: int) -> tuple[float, int]:
-        """See Engine; every data-parallel rank has all of it."""
+        """See Engine; every data-parallel rank has the whole table, so nothing is communicated."""
         touched = (table.main_grad[:rows] != 0).any(dim=1).sum()
         return float(table.detach()[:rows].double().square().sum()), int(touched)
 
@@ -93,13 +92,13 @@ class MegatronEngine(Engine):
         """See Engine. The next `forward_backward` clears the buffers."""
 
     def _finalize_gradients(self, *arguments, **options) -> None:
-        """Megatron's reductions after the last backward pass, and those of tables in host memory."""
+        """Reduce gradients after the last backward pass: Megatron's, and those of tables in host memory."""
         self._gradient_timer.stop()
         finalize_model_grads(*arguments, **options)
         self.host_gradients.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
 
     def _fill_groups(self, micro_batches: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[list, list]:
-        """An interleaved pipeline takes micro-batches in groups of its stages: add some that count nothing."""
+        """An interleaved pipeline takes a multiple of its stages: append micro-batches that don't count."""
         missing = -len(micro_batches) % self.recipe.parallel.pipeline_model_parallel_size
         if len(self.chunks) == 1:
             missing = 0
@@ -107,11 +106,11 @@ class MegatronEngine(Engine):
         return [*micro_batches, *[micro_batches[-1]] * missing], [*counted, *[empty] * missing]
 
     def _run(self, chunks, micro_batches, loss_function, counted=None):
-        """See Engine; by Megatron's schedule."""
+        """See Engine; runs Megatron's schedule."""
         group = parallel_state.get_context_parallel_group()
 
         def forward_step(iterator, chunk):
-            ids, counted_B = next(iterator)  # on the CPU: the model finds its distinct ids without waiting for a GPU
+            ids, counted_B = next(iterator)  # on the CPU: its distinct ids are computed without waiting for the GPU
             labels = to_device(context_parallel.take(ids[:, 1:], 1, group).contiguous())
             return chunk(ids[:, :-1].contiguous(), labels), functools.partial(loss_function, labels, counted_B)
 

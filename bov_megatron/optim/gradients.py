@@ -18,25 +18,24 @@ def global_gradient_norm(parameters: Sequence[ParameterShard], groups: Optimizer
     """L2 norm over every element of the model once, `nan` if any gradient is not finite; collective.
 
     Weights that tensor-parallel ranks replicate count on the first rank only. Returns a 0-dim fp64 tensor on the
-    gradients' device, without waiting for it; the same bits on every rank, so that ranks decide alike.
+    gradients' device, without waiting for it; bitwise the same on every rank, so that all ranks decide alike.
     """
     first = group_rank(groups.tensor) == 0
     counted = [p.gradient() for p in parameters if first or p.local.partition_dim >= 0]
-    others = [p.gradient() for p in parameters if not (first or p.local.partition_dim >= 0)]
-    devices = [
-        p.local.parameter.device for p in parameters if not p.local.on_host
-    ]  # host tables' norms join the others there
+    replicas = [p.gradient() for p in parameters if not (first or p.local.partition_dim >= 0)]
+    # Norms of host tables move to the device of the others.
+    devices = [p.local.parameter.device for p in parameters if not p.local.on_host]
     device = devices[0] if devices else torch.device("cpu")
     squares = torch.nn.utils.get_total_norm(counted).to(device, torch.float64).square()
-    if others:  # add nothing, unless this rank's copy of them has gone bad: 0 · nan and 0 · inf are nan
-        squares += 0 * torch.nn.utils.get_total_norm(others).to(device, torch.float64)
+    if replicas:  # they add 0, or nan if this rank's copy is not finite
+        squares += 0 * torch.nn.utils.get_total_norm(replicas).to(device, torch.float64)
     if group_size(groups.model) > 1:
         dist.all_reduce(squares, group=groups.model)
     finite = squares.isfinite()
-    verdict = torch.stack([torch.where(finite, squares, 0.0), (~finite).double()])
-    if group_size(groups.data) > 1:  # the maximum also evens out what rounding makes of the sums
-        dist.all_reduce(verdict, op=dist.ReduceOp.MAX, group=groups.data)
-    return torch.where(verdict[1] > 0, math.nan, verdict[0].sqrt())
+    maxima = torch.stack([torch.where(finite, squares, 0.0), (~finite).double()])
+    if group_size(groups.data) > 1:  # also removes rounding differences between the sums of data-parallel ranks
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=groups.data)
+    return torch.where(maxima[1] > 0, math.nan, maxima[0].sqrt())
 
 
 @torch.no_grad()

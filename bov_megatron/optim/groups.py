@@ -21,7 +21,7 @@ BETAS = {
     "projection_coefficient": (0.8, 0.95),
     "smear": (0.8, 0.95),
 }
-"""AdamW betas per kind; those of `matrix` are a recipe field, since only plain AdamW runs need them."""
+"""AdamW betas per kind; those of `matrix` are a recipe field, as only runs with plain AdamW use them."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class GroupSettings:
     lr: float
     weight_decay: float
     betas: tuple[float, float] | None
-    """AdamW's. Muon has none: its momentum follows a schedule, its beta2 is `optimizer.muon_beta2`."""
+    """AdamW's; None under Muon, whose momentum follows a schedule and whose beta2 is `optimizer.muon_beta2`."""
 
 
 def group_settings(recipe: Recipe) -> dict[str, GroupSettings]:
     """Settings of every kind in `parameters.KINDS`.
 
-    Muon takes `matrix`, and nothing but: a table is two-dimensional too, yet a lookup, not a linear map.
+    Muon takes only `matrix`. A table is two-dimensional too, but a lookup, not a linear map.
     """
     rates = effective_rates(recipe)
     matrix_betas = (recipe.optimizer.adamw_matrix_betas[0], recipe.optimizer.adamw_matrix_betas[1])

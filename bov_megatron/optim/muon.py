@@ -1,11 +1,11 @@
-"""Muon's update of one whole matrix, as pure functions. Nothing here knows about ranks.
+"""Muon's update of one whole matrix on one rank, as functions.
 
 Steps, in the order of the reference: Nesterov momentum, orthogonalisation by Polar Express in bf16, NorMuon variance
 normalisation, cautious weight decay. Shapes: a matrix is `[R, C]` (rows = outputs, columns = inputs).
 
-Sources: Muon (kellerjordan.github.io/posts/muon); Polar Express, arXiv 2505.16932; NorMuon, arXiv 2510.05491;
-used together in arXiv 2606.02780. Later versions of the code base of the published runs add row equilibration
-("MuonEq") and a fixed norm ("Muon+"), both in one change: with the former, the reference's weights are not reproduced.
+Sources: Muon (kellerjordan.github.io/posts/muon); Polar Express, arXiv 2505.16932; NorMuon, arXiv 2510.05491; used
+together in arXiv 2606.02780. Later versions of that paper's code add row equilibration ("MuonEq") and a fixed norm
+("Muon+"); they are left out, because row equilibration does not reproduce the reference's weights.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Quintic coefficients (a, b, c) of each Polar Express iteration: arXiv 2505.16932 for 5 iterations, safety factor
-# 2e-2, cushion 2. Later iterations repeat the last one.
+# Quintic coefficients (a, b, c) of each Polar Express iteration: arXiv 2505.16932 for 5 iterations, safety factor 2e-2,
+# cushion 2. Further iterations repeat the last ones.
 POLAR_EXPRESS_COEFFICIENTS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -23,7 +23,7 @@ POLAR_EXPRESS_COEFFICIENTS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 NORM_MARGIN = 1.01
-"""Singular values start below 1 / this: iterations diverge above 1, and bf16 norms are rounded."""
+"""Scales singular values to at most 1 / this: iterations diverge above 1, and norms in bf16 are rounded."""
 
 
 def nesterov(gradient: Tensor, momentum_buffer: Tensor, momentum: float) -> Tensor:
@@ -49,12 +49,12 @@ def polar_express(direction_RC: Tensor, steps: int = 5) -> Tensor:
 
 
 def second_moment_size(rows: int, columns: int) -> int:
-    """Length of a matrix's second-moment vector: one per row, or per column if the matrix is wider than tall."""
+    """Length of a matrix's second-moment vector: one entry per row, or per column if it is wider than tall."""
     return max(rows, columns)
 
 
 def normalize_variance(update_RC: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
-    """NorMuon: even out the rows (columns, if wider than tall) of an orthogonalised update, keeping its norm.
+    """NorMuon: normalise the rows (columns, if wider than tall) of an orthogonalised update, keeping its total norm.
 
     `second_moment`, fp32 `[max(R, C)]`, is updated in place. Returns fp32 `[R, C]`.
     """
@@ -64,7 +64,7 @@ def normalize_variance(update_RC: Tensor, second_moment: Tensor, beta2: float) -
     mean_square = update_RC.square().mean(dim=along)
     second_moment.lerp_(mean_square, 1 - beta2)
     scale = second_moment.clamp_min(1e-10).rsqrt()
-    # Both norms without the common factor sqrt(size of `along`), which cancels.
+    # Both norms omit the factor sqrt(size of `along`), which cancels.
     old_norm = mean_square.sum().sqrt()
     new_norm = (mean_square * scale.square()).sum().sqrt()
     scale = scale * (old_norm / new_norm.clamp_min(1e-10))
@@ -72,15 +72,14 @@ def normalize_variance(update_RC: Tensor, second_moment: Tensor, beta2: float) -
 
 
 def shape_factor(rows: int, columns: int) -> float:
-    """Factor on the learning rate of an `[R, C]` matrix: tall matrices take longer steps."""
+    """Factor on the learning rate of an `[R, C]` matrix, above 1 for tall matrices."""
     return max(1.0, rows / columns) ** 0.5
 
 
 def cautious_update_(weight: Tensor, update: Tensor, lr: float | Tensor, weight_decay: float) -> None:
-    """`weight -= lr * (update + weight_decay * weight)`, decaying only where `update` already shrinks the weight.
+    """`weight -= lr * (update + weight_decay * weight)`, with decay only where `update` shrinks the weight.
 
-    In place, elementwise, any shape; `lr` may be a tensor that broadcasts. Where the two disagree in sign the decay
-    would undo the update.
+    In place, elementwise, any shape; `lr` may be a tensor that broadcasts.
     """
-    decay = torch.where(update * weight >= 0, weight, 0.0)
+    decay = torch.where(update * weight >= 0, weight, 0.0)  # elsewhere decay would counteract the update
     weight.sub_(lr * decay.mul_(weight_decay).add_(update))

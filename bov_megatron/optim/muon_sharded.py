@@ -1,10 +1,11 @@
-"""Muon on matrices that tensor-parallel ranks hold in parts, and that a module may have fused.
+"""Muon on matrices that are split over tensor-parallel ranks, and that may be fused.
 
-Orthogonalising a shard, or q and k together, is a different optimizer. So the momentum's direction is gathered over
-tensor-parallel ranks (in bf16, as orthogonalisation wants it), taken apart into the matrices it is made of, and each
-whole matrix updated as on one process; every rank then applies its own part. The gathered matrices being the same on
-every rank, so are the updates: the result does not depend on the layout. All ranks of a tensor-parallel group repeat
-the orthogonalisation: reckoned from FLOPs, 1% of a step of the 780M model on 16 GPUs at TP 2, 4% at TP 8.
+Orthogonalising a shard, or query and key together, would be a different optimizer. So the direction is gathered over
+tensor-parallel ranks in bf16, unfused, and every whole matrix is updated as on one process; each rank applies its part.
+The gathered matrices are the same on every rank, so the updates are too, and don't depend on the layout.
+
+All ranks of a tensor-parallel group repeat the orthogonalisation. By FLOPs that is 1% of a step of the 780M model on
+16 GPUs at TP 2, and 4% at TP 8.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from bov_megatron.optim.sharding import group_rank, group_size
 from bov_megatron.parallel.parameter import LocalParameter
 
 GATHER_ELEMENTS = 32 * 1024 * 1024
-"""Local elements whose directions travel in one tensor-parallel all-gather."""
+"""Local elements per tensor-parallel all-gather."""
 
 
 def orthogonalisation_cost(local: LocalParameter) -> float:
-    """Multiplications of one iteration, up to a constant: what data-parallel ranks are balanced by."""
+    """Multiplications of one iteration, up to a constant factor; used to balance data-parallel ranks."""
     return float(sum(rows * columns * min(rows, columns) for rows, columns in local.piece_shapes()))
 
 
 class MuonMatrix:
-    """Muon's state of one parameter that this rank owns: fp32 momentum like the local shard, second moments."""
+    """Muon's state of one parameter that this rank owns: fp32 momentum of the local shard, and second moments."""
 
     def __init__(self, shard: ParameterShard):
         self.shard = shard
@@ -39,33 +40,29 @@ class MuonMatrix:
             torch.zeros(muon.second_moment_size(*shape), device=shard.main.device)
             for shape in shard.local.piece_shapes()
         ]
-        """One per canonical name, of the whole matrix: the same on all tensor-parallel ranks."""
+        """Of each whole matrix, one per canonical name; the same on all tensor-parallel ranks."""
 
     def direction(self, momentum: float) -> Tensor:
-        """Advance the momentum; return the local part of the direction to orthogonalise, bf16."""
+        """Advance the momentum and return the local part of the direction to orthogonalise, in bf16."""
         return muon.nesterov(self.shard.row_gradient(), self.momentum, momentum).bfloat16()
 
     def whole_update(self, direction: Tensor, steps: int, beta2: float) -> Tensor:
-        """fp32 update of the whole, fused parameter, scaled per matrix by its shape."""
-        updates = []
-        for piece, second_moment in zip(self.shard.local.unfuse(direction), self.second_moments, strict=True):
-            update = muon.normalize_variance(muon.polar_express(piece, steps), second_moment, beta2)
-            updates.append(update)
+        """fp32 update of the whole, fused parameter, from the whole direction."""
+        pieces = zip(self.shard.local.unfuse(direction), self.second_moments, strict=True)
+        updates = [muon.normalize_variance(muon.polar_express(p, steps), moment, beta2) for p, moment in pieces]
         return self.shard.local.fuse(updates)
 
     def local_lr_factor(self, tensor_rank: int) -> float | Tensor:
-        """`muon.shape_factor` of the matrix that each local row belongs to: a number, or `[rows, 1]` if fused."""
+        """`muon.shape_factor` of each local row's matrix: a number, or `[rows, 1]` where fused matrices differ."""
         factors = [muon.shape_factor(*shape) for shape in self.shard.local.piece_shapes()]
         if len(set(factors)) == 1:
             return factors[0]
-        per_group = [
-            f for f, rows in zip(factors, self.shard.local.fused_split or (), strict=True) for _ in range(rows)
-        ]
-        column = torch.tensor(per_group).repeat(self.shard.local.full_shape[0] // len(per_group)).unsqueeze(1)
+        per_group = torch.tensor(factors).repeat_interleave(torch.tensor(self.shard.local.fused_split))
+        column = per_group.repeat(self.shard.local.full_shape[0] // len(per_group)).unsqueeze(1)
         return self.local_part(column, tensor_rank).to(self.momentum.device)
 
     def local_part(self, whole: Tensor, tensor_rank: int) -> Tensor:
-        """This tensor-parallel rank's part of a tensor that spans all of them."""
+        """This tensor-parallel rank's part of a whole tensor."""
         if self.shard.local.tensor_parallel_size == 1:
             return whole
         dim = self.shard.local.partition_dim
@@ -74,22 +71,20 @@ class MuonMatrix:
 
 
 class ShardedMuon:
-    """Muon over the matrices of which this data-parallel rank is an owner.
+    """Muon over the matrices that this data-parallel rank owns.
 
-    All ranks of a tensor-parallel group own the same matrices, so they enter the same collectives in the same order.
+    All ranks of a tensor-parallel group own the same matrices, so they call the same collectives in the same order.
     """
 
     def __init__(
         self,
         owned: Sequence[ParameterShard],
         tensor_group: dist.ProcessGroup | None,
-        newton_schulz_steps: int = 5,
-        beta2: float = 0.9,
+        newton_schulz_steps: int,
+        beta2: float,
     ):
-        self.tensor_group = tensor_group
-        self.tensor_rank = group_rank(tensor_group)
-        self.newton_schulz_steps = newton_schulz_steps
-        self.beta2 = beta2
+        self.tensor_group, self.tensor_rank = tensor_group, group_rank(tensor_group)
+        self.newton_schulz_steps, self.beta2 = newton_schulz_steps, beta2
         self.matrices = [MuonMatrix(shard) for shard in owned]
         self.lr_factors = [matrix.local_lr_factor(self.tensor_rank) for matrix in self.matrices]
         self.buckets = consecutive_buckets([matrix.momentum.numel() for matrix in self.matrices])
@@ -108,9 +103,11 @@ class ShardedMuon:
 
 
 def gather_partitioned(tensors: Sequence[Tensor], dims: Sequence[int], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Whole tensors from their tensor-parallel parts: part `i` is partitioned along `dims[i]`, -1 if replicated.
+    """Whole tensors from their tensor-parallel parts, by one all-gather.
 
-    One all-gather for all of them. Tensors `[R, C]` of one dtype.
+    Args:
+        tensors: local parts `[R, C]`, of one dtype.
+        dims: the dimension along which each is split; -1 if replicated.
     """
     ranks = group_size(group)
     partitioned = [i for i, dim in enumerate(dims) if dim >= 0]
@@ -130,7 +127,7 @@ def gather_partitioned(tensors: Sequence[Tensor], dims: Sequence[int], group: di
 
 
 def consecutive_buckets(sizes: Sequence[int], limit: int = GATHER_ELEMENTS) -> list[list[int]]:
-    """Consecutive indices whose sizes add up to at most `limit`, or single ones that exceed it."""
+    """Group consecutive indices such that the sizes of a group add up to at most `limit`, unless it has one index."""
     buckets: list[list[int]] = []
     filled = 0
     for i, size in enumerate(sizes):

@@ -1,9 +1,8 @@
 """The optimizer of a run: Muon and AdamW over Megatron model chunks, sharded over data-parallel ranks (ZeRO stage 1).
 
-One step, in order: global gradient norm; stop here, changing nothing, if it is not finite; clip; Muon on the matrices
-that this rank owns; AdamW on the rows that it owns; gather everybody's updated weights, or with
-`parallel.overlap_param_gather` send them off, for the next forward pass to wait for. The state is the tensors and
-one step count: every schedule is a function of that count.
+One step: compute the global gradient norm, and return without an update if it is not finite; clip; update the matrices
+(Muon) and rows (AdamW) that this rank owns; gather all ranks' updated weights, in the background with
+`parallel.overlap_param_gather`. The state is tensors and one step count; every schedule is a function of that count.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ from bov_megatron.recipe import Recipe
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one call of `step` did."""
+    """Result of `BovOptimizer.step`."""
 
     applied: bool
-    """False where a gradient was not finite: weights, state and step count are then as before."""
+    """False where a gradient was not finite; weights, state and step count are then unchanged."""
     grad_norm: float
     """Global L2 norm before clipping; `nan` where it was not finite."""
 
@@ -52,16 +51,15 @@ class UpdateResult:
 class BovOptimizer:
     """Muon + AdamW (arXiv 2606.02780, "Optimisation"), or AdamW alone, by `recipe.optimizer.name`.
 
-    Gradients are Megatron's `main_grad`, already reduced over data and context parallel ranks (DistributedDataParallel
-    with `use_distributed_optimizer=False`); parameters without it are read from `grad`. Parameters may be fp32, updated
-    in place, or bf16, with fp32 main weights beside them. Frozen ones are left alone.
+    Gradients are Megatron's `main_grad`, already reduced over data- and context-parallel ranks (DistributedDataParallel
+    with `use_distributed_optimizer=False`), or `grad` where there is none. fp32 parameters are updated in place; bf16
+    ones have separate fp32 main weights. Frozen parameters are ignored.
 
-    Make it after the model has its initial weights, or call `reload_model_params` when they have been written.
-    All ranks must call `step` together.
+    Construct it after the model has its initial weights, or call `reload_model_params` once they are set.
 
     Args:
-        parameters: of this rank's model chunks, in an order that is the same on all data-parallel ranks.
-        chunks: their modules, which with `parallel.overlap_param_gather` wait for their weights.
+        parameters: of this rank's model chunks, in the same order on all data-parallel ranks.
+        chunks: the model chunks, whose modules wait for their weights with `parallel.overlap_param_gather`.
     """
 
     def __init__(
@@ -80,7 +78,7 @@ class BovOptimizer:
         trained = [local for local in parameters if local.parameter.requires_grad]
         assignments = self._assign_rows(trained, sharded=recipe.parallel.use_distributed_optimizer)
         rank = group_rank(self.groups.data)
-        self.parameters = [ParameterShard(*both, rank) for both in zip(trained, assignments, strict=True)]
+        self.parameters = [ParameterShard(*pair, rank) for pair in zip(trained, assignments, strict=True)]
         self.overlap_gather = recipe.parallel.overlap_param_gather
         self.gatherer = self._gatherer(on_host=False)
         self.host_gatherer = self._gatherer(on_host=True)
@@ -111,7 +109,7 @@ class BovOptimizer:
         )
 
     def _assign_rows(self, parameters: Sequence[LocalParameter], sharded: bool) -> list[RowAssignment]:
-        """Decide which data-parallel rank updates what; the same decision on every rank."""
+        """Which data-parallel rank updates which rows of each parameter; the same on every rank."""
         ranks = group_size(self.groups.data)
         matrices = [local for local in parameters if self.settings[local.kind].algorithm == "muon"]
         owners = dict(zip(matrices, balance([orthogonalisation_cost(local) for local in matrices], ranks), strict=True))
@@ -127,23 +125,23 @@ class BovOptimizer:
         return assignments
 
     def gradient_norm(self) -> Tensor:
-        """Global L2 norm of the gradients at hand, `nan` if any is not finite; collective. See global_gradient_norm."""
+        """See `global_gradient_norm`; collective."""
         return global_gradient_norm(self.parameters, self.groups)
 
     @torch.no_grad()
     def step(self, gradient_norm: float | None = None) -> UpdateResult:
-        """Apply one update from the gradients at hand; collective. Gradients are left as they are, or clipped.
+        """Apply one update from the current gradients, which may be clipped in place; collective.
 
         With `parallel.overlap_param_gather` modules wait for their own weights; call `finish_gather` before reading
         weights in any other way.
 
         Args:
-            gradient_norm: of these gradients, as `gradient_norm()` gave it; None computes it, and waits for the device.
+            gradient_norm: value of `gradient_norm()`; None computes it, and waits for the device.
         """
         norm = self.gradient_norm().item() if gradient_norm is None else gradient_norm
         if not math.isfinite(norm):
             return UpdateResult(applied=False, grad_norm=norm)
-        self.finish_gather()  # what is still to be written would overwrite this update
+        self.finish_gather()  # a pending gather would overwrite this update
         if self.config.clip_grad > 0:
             clip_gradients(self.parameters, norm, self.config.clip_grad)
         self._step_muon()
@@ -175,24 +173,24 @@ class BovOptimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def finish_gather(self) -> None:
-        """Wait until all weights of the last update have arrived. Concerns this rank alone."""
+        """Wait until this rank has all weights of the last update; not collective."""
         self.gatherer.finish()
 
     def reload_model_params(self) -> None:
-        """Take the fp32 main weights from the model again, e.g. after loading weights without optimizer state."""
+        """Set the fp32 main weights from the model's, e.g. after loading weights without optimizer state."""
         self.finish_gather()
         for p in self.parameters:
             p.reload_main()
 
     def learning_rates(self) -> dict[str, float]:
-        """Learning rate of each kind that the next step will use, for logging."""
+        """Learning rate of each kind in the next step."""
         multiplier = schedules.lr_multiplier(self.step_count, self.total_steps, self.config)
         return {kind: settings.lr * multiplier for kind, settings in self.settings.items()}
 
     def state_tensors(self) -> list[tuple[str, ParameterShard, Tensor]]:
-        """This rank's state as (state name, parameter, tensor like the parameter's rows on this rank).
+        """This rank's state as (state name, parameter, tensor with the shape of this rank's rows).
 
-        `main_param` where it is separate, `momentum` for Muon, `exp_avg` and `exp_avg_sq` for AdamW.
+        Names: `main_param` where it is separate, `momentum` for Muon, `exp_avg` and `exp_avg_sq` for AdamW.
         """
         tensors = [("main_param", p, p.main) for p in self.parameters if p.has_rows and p.has_separate_main]
         tensors += [("momentum", matrix.shard, matrix.momentum) for matrix in self.muon.matrices]
@@ -201,10 +199,10 @@ class BovOptimizer:
             tensors += [(name, p, state[p.main][name]) for name in MOMENTS for p in self.adamw_parameters]
         return tensors
 
-    def second_moments(self) -> list[tuple[str, ParameterShard, str, Tensor]]:
-        """Muon's second moments on this rank as (`second_moment`, parameter, canonical name, `[n]` tensor)."""
+    def second_moments(self) -> list[tuple[ParameterShard, str, Tensor]]:
+        """Muon's second moments on this rank as (parameter, canonical name, `[n]` tensor)."""
         return [
-            ("second_moment", matrix.shard, canonical, tensor)
+            (matrix.shard, canonical, tensor)
             for matrix in self.muon.matrices
             for canonical, tensor in zip(matrix.shard.local.names, matrix.second_moments, strict=True)
         ]
@@ -214,6 +212,6 @@ class BovOptimizer:
         return sharded_state.build(self, model_sharded_state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `dist_checkpointing.load` returned for the result of `sharded_state_dict`."""
+        """Load what `dist_checkpointing.load` returned for the result of `sharded_state_dict`."""
         self.finish_gather()
         sharded_state.restore(self, state_dict)

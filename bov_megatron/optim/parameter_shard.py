@@ -1,4 +1,4 @@
-"""The rows of a parameter that this data-parallel rank updates."""
+"""A parameter and the rows of it that this data-parallel rank updates."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from bov_megatron.parallel.parameter import LocalParameter
 
 
 class ParameterShard:
-    """A parameter, which of its rows each data-parallel rank updates, and fp32 weights of this rank's.
-
-    `main` is a view of fp32 weights, or a copy beside bf16 ones; empty where this rank has no rows.
-    """
+    """`main` are the fp32 weights of this rank's rows: a view of an fp32 parameter, a copy of a bf16 one."""
 
     def __init__(self, local: LocalParameter, assignment: RowAssignment, data_parallel_rank: int):
         self.local, self.assignment = local, assignment
@@ -27,16 +24,17 @@ class ParameterShard:
 
     @property
     def has_separate_main(self) -> bool:
-        """Whether the fp32 main weights live beside the parameter rather than in it."""
+        """Whether the fp32 main weights are a copy."""
         return self.local.parameter.dtype != torch.float32
 
     def reload_main(self) -> None:
-        """Take the main weights from the parameter again, after something else has written to it."""
+        """Set the main weights from the parameter, after something else has written to it."""
         if self.has_separate_main:
             self.main.copy_(self.local.parameter.detach()[self.rows[0] : self.rows[1]])
 
     def gradient(self) -> Tensor:
-        """The local gradient, all rows: Megatron's fp32 `main_grad`, or `grad` where no DDP wraps the model."""
+        """The local gradient, all rows: Megatron's fp32 `main_grad`, or `grad` where there is none. Raises RuntimeError
+        without a gradient."""
         gradient = getattr(self.local.parameter, "main_grad", None)
         if gradient is None:
             gradient = self.local.parameter.grad

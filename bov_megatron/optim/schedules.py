@@ -1,7 +1,7 @@
-"""What changes from step to step, as pure functions of the step: learning rate, Muon's momentum and decay.
+"""Schedules of the learning rate and of Muon's momentum and decay, as functions of the step.
 
-`step` is 0-based: the number of updates already applied. Nothing here is stored, so a resumed run continues the
-schedule from its step count alone. Source: arXiv 2606.02780, "Optimisation".
+`step` is 0-based: the number of updates already applied. A resumed run needs no other state to continue a schedule.
+Source: arXiv 2606.02780, "Optimisation".
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from bov_megatron.recipe import OptimizerConfig
 def lr_multiplier(step: int, total_steps: int, config: OptimizerConfig) -> float:
     """Factor on every learning rate at `step`: linear warmup, constant, linear warmdown.
 
-    The first update runs at 1 / warmup_steps, not at 0. The warmdown covers the last `warmdown_ratio` of the run and
-    heads for `final_lr_fraction`, which it would reach at `total_steps`, one step after the last.
+    The first update has factor 1 / warmup_steps, not 0. The warmdown covers the last `warmdown_ratio` of the run and
+    would reach `final_lr_fraction` at `total_steps`, one step after the last.
     """
     warmdown_steps = _warmdown_steps(total_steps, config)
     if step < config.warmup_steps:
@@ -27,9 +27,9 @@ def lr_multiplier(step: int, total_steps: int, config: OptimizerConfig) -> float
 
 
 def muon_momentum(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Muon's momentum at `step`: start -> peak over the first steps, peak -> final over the warmdown.
+    """Muon's momentum at `step`: start -> peak over `momentum_warmup_steps`, peak -> final over the warmdown.
 
-    Where a short run's warmdown begins before the rise has ended, the rise goes first, as in the reference.
+    Where these overlap in a short run, the rise comes first, as in the reference.
     """
     warmdown_steps = _warmdown_steps(total_steps, config)
     start, peak, final = config.momentum_start, config.momentum_peak, config.momentum_final

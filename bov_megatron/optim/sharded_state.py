@@ -1,31 +1,30 @@
 """Optimizer state in checkpoints: every tensor as a part of a global one, so that any layout can load it.
 
-A state tensor has the global shape and offsets of its parameter in the model's own sharded state dict; rows that
-data-parallel ranks divide among themselves are further offsets. Keys are `optimizer.<state>.<model key>`. Muon's
-second moments belong to a whole matrix and are keyed by its canonical name, which no layout changes. The step count
-is one number. No rank ever holds another's state.
+A state tensor has the global shape and offsets of its parameter in the model's sharded state dict, plus the offset of
+this data-parallel rank's rows. Its key is `optimizer.<state>.<model key>`. Muon's second moments belong to a whole
+matrix and are keyed by its canonical name, which does not depend on the layout. The step count is one number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
 
 from bov_megatron.optim.sharding import OptimizerProcessGroups, RowAssignment, group_rank
 from bov_megatron.parallel.parameter import LocalParameter
 
-if TYPE_CHECKING:
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
 PREFIX = "optimizer"
 
 
 class Shard(Protocol):
-    """A parameter, and the rows of it that each data-parallel rank stores."""
+    """A parameter and the rows of it that each data-parallel rank stores."""
 
     local: LocalParameter
     assignment: RowAssignment
@@ -40,19 +39,20 @@ class Stateful(Protocol):
     step_count: int
 
     def state_tensors(self) -> Sequence[tuple[str, Shard, Tensor]]:
-        """(state name, parameter, tensor like this rank's rows of the parameter)"""
+        """(state name, parameter, tensor with the shape of this rank's rows)"""
 
-    def second_moments(self) -> Sequence[tuple[str, Shard, str, Tensor]]:
-        """(`second_moment`, parameter, canonical name of one matrix in it, `[n]` tensor)"""
+    def second_moments(self) -> Sequence[tuple[Shard, str, Tensor]]:
+        """(parameter, canonical name of a matrix in it, `[n]` tensor)"""
 
 
 def build(optimizer: Stateful, model_sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
-    """`{"step": int, "state": {local key: ShardedTensor}}` around the live tensors of `optimizer`.
+    """`{"step": int, "state": {local key: ShardedTensor}}`; its tensors are those of `optimizer`, not copies.
 
-    `model_sharded_state_dict` is what the model chunks' `sharded_state_dict` returned, any nesting; its tensors must
-    be the parameters themselves. Raises ValueError where it lacks a parameter.
+    `model_sharded_state_dict` is from the model chunks' `sharded_state_dict`, with any nesting; its tensors must be the
+    parameters themselves. Raises ValueError where it lacks a parameter.
     """
-    model_tensors = _by_parameter(model_sharded_state_dict)
+    sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+    model_tensors: dict[int, Any] = {id(tensor.data): tensor for tensor in nested_values(sharded)}
     state = {}
     for name, shard, tensor in optimizer.state_tensors():
         model_tensor = model_tensors.get(id(shard.local.parameter))
@@ -64,20 +64,19 @@ def build(optimizer: Stateful, model_sharded_state_dict: dict[str, Any]) -> dict
         state[_local_key(name, shard.local.names[0])] = rows_of(
             shard, tensor, model_tensor, f"{PREFIX}.{name}.{model_tensor.key}"
         )
-    for name, shard, canonical, tensor in optimizer.second_moments():
-        state[_local_key(name, canonical)] = _second_moment(optimizer, shard, canonical, tensor)
+    for shard, canonical, tensor in optimizer.second_moments():
+        state[_local_key("second_moment", canonical)] = _second_moment(optimizer, shard, canonical, tensor)
     return {"step": optimizer.step_count, "state": state}
 
 
 @torch.no_grad()
 def restore(optimizer: Stateful, state_dict: dict[str, Any]) -> None:
-    """Copy loaded tensors into `optimizer` and take the step count.
+    """Copy loaded tensors and step count into `optimizer`.
 
-    Raises ValueError, before anything is changed, where a tensor is missing or has another shape.
+    Raises ValueError, before changing anything, where a tensor is missing or has another shape.
     """
     live = {_local_key(name, shard.local.names[0]): tensor for name, shard, tensor in optimizer.state_tensors()}
-    for name, _, canonical, tensor in optimizer.second_moments():
-        live[_local_key(name, canonical)] = tensor
+    live |= {_local_key("second_moment", canonical): tensor for _, canonical, tensor in optimizer.second_moments()}
     loaded = state_dict["state"]
     for key, tensor in live.items():
         if key not in loaded:
@@ -92,23 +91,15 @@ def restore(optimizer: Stateful, state_dict: dict[str, Any]) -> None:
 
 
 def _local_key(name: str, canonical: str) -> str:
-    """Name of a tensor inside this rank's state dict; checkpoints store the `ShardedTensor`'s key instead."""
+    """Key of a tensor in this rank's state dict; checkpoints use the `ShardedTensor`'s key instead."""
     return f"{name}/{canonical}"
 
 
-def _by_parameter(model_sharded_state_dict: dict[str, Any]) -> dict[int, Any]:
-    """Sharded tensors (and factories) of the model by the identity of the parameter they hold."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-
-    tensors, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
-    return {id(tensor.data): tensor for tensor in nested_values(tensors)}
-
-
 def rows_of(shard: Shard, tensor: Tensor, model_tensor: Any, key: str) -> Any:
-    """`tensor`, something of this rank's rows of a parameter, as a part of the parameter's global tensor `key`."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    """`tensor`, weights or state of this rank's rows of a parameter, as part of the global tensor `key`.
 
+    `model_tensor` is the parameter's ShardedTensor or factory in the model's sharded state dict.
+    """
     # The last entry of a replica id counts data-parallel copies; state that is not replicated has one copy.
     replica_id = model_tensor.replica_id
     if not shard.assignment.replicated:
@@ -133,15 +124,13 @@ def rows_of(shard: Shard, tensor: Tensor, model_tensor: Any, key: str) -> Any:
         dtype=tensor.dtype,
         local_shape=tuple(tensor.shape),
         global_offset=tuple(offset),
-        axis_fragmentations=None,  # no regular grid: shares may be uneven
+        axis_fragmentations=None,  # shares may be uneven, so they are not on a regular grid
         replica_id=replica_id,
     )
 
 
 def _second_moment(optimizer: Stateful, shard: Shard, canonical: str, tensor: Tensor) -> ShardedTensor:
-    """A second moment: whole on every tensor-parallel rank, and on the data-parallel ranks that own the matrix."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
+    """A second moment; every tensor-parallel rank of the data-parallel ranks that own the matrix has all of it."""
     data_replica = group_rank(optimizer.groups.data) if shard.assignment.replicated else 0
     return ShardedTensor.from_rank_offsets(
         f"{PREFIX}.second_moment.{canonical}",

@@ -1,4 +1,4 @@
-"""How updated weights come back to all data-parallel ranks, at once or while the next forward pass is under way."""
+"""All-gather of updated weights over data-parallel ranks, at once or during the next forward pass."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from bov_megatron.optim.sharding import RowAssignment, group_rank, group_size
 from bov_megatron.parallel.parameter import LocalParameter
 
 BUCKET_ELEMENTS = 128 * 1024 * 1024
-"""Elements that one collective brings: large enough for full bandwidth, small against a rank's memory."""
+"""Elements per collective: large enough for full bandwidth, small compared with a rank's memory."""
 
 
 @dataclass
-class _UnderWay:
-    """A bucket whose weights have not been written into the parameters yet."""
+class _Pending:
+    """An all-gather whose weights have not been written into the parameters yet."""
 
     bucket: int
     sent: Tensor
@@ -29,17 +29,16 @@ class _UnderWay:
 
 
 class WeightGatherer:
-    """Brings every rank's updated rows to all data-parallel ranks, in the parameters' own dtype.
+    """Gathers every rank's updated rows on all data-parallel ranks, in the parameters' own dtype.
 
-    One all-gather per bucket, of up to `bucket_elements` over all ranks: each contributes whole row ranges, packed back
-    to back.
+    Uses one all-gather per bucket, of up to `bucket_elements` over all ranks; each rank contributes whole row ranges.
 
-    `gather` does it at once. `start` sends everything off and returns: until `finish` the parameters hold rows from
-    before the update. `finish` concerns this rank alone, so that a rank may read weights that others don't.
+    `gather` is synchronous. `start` returns at once, and other ranks' rows are old until `finish`. `finish` is not
+    collective: a rank may read weights that others don't.
 
     Args:
-        positions: of each parameter, when the forward pass reads it (any ascending numbers); a bucket then holds
-            parameters of one position only, and `finish(position)` waits for those up to it. Default: all alike.
+        positions: of each parameter, when the forward pass reads it (any ascending numbers). A bucket holds parameters
+            of one position only, so that `finish(position)` waits for no later ones. Default: all the same.
     """
 
     def __init__(
@@ -55,20 +54,20 @@ class WeightGatherer:
         self.assignments = list(assignments)
         self.replicated = [i for i, assignment in enumerate(assignments) if assignment.replicated]
         positions = positions or [0] * len(parameters)
-        together: dict[tuple[int, torch.dtype], list[int]] = {}
+        gathered: dict[tuple[int, torch.dtype], list[int]] = {}
         for i, assignment in enumerate(assignments):
             if not assignment.replicated:
-                together.setdefault((positions[i], parameters[i].dtype), []).append(i)
+                gathered.setdefault((positions[i], parameters[i].dtype), []).append(i)
         ranks = group_size(group)
         self.buckets: list[list[list[int]]] = []
-        """In the order of positions; each lists, per rank, the parameters whose rows that rank contributes."""
+        """Ascending by position; for each rank, the parameters whose rows it contributes."""
         self.positions: list[int] = []
-        """One per bucket."""
-        for position, dtype in sorted(together, key=lambda key: key[0]):
-            packed = self._pack(together[position, dtype], ranks, bucket_elements // ranks)
+        """Of each bucket."""
+        for position, dtype in sorted(gathered, key=lambda key: key[0]):
+            packed = self._pack(gathered[position, dtype], ranks, bucket_elements // ranks)
             self.buckets += packed
             self.positions += [position] * len(packed)
-        self._under_way: deque[_UnderWay] = deque()
+        self._pending: deque[_Pending] = deque()
 
     def _pack(self, indices: list[int], ranks: int, limit: int) -> list[list[list[int]]]:
         queues = []
@@ -94,9 +93,9 @@ class WeightGatherer:
         return (stop - start) * (parameter.numel() // parameter.size(0))
 
     def gather(self, main: Sequence[Tensor]) -> None:
-        """Write all ranks' rows into the parameters; `main[i]` holds this rank's rows of parameter i, any dtype.
+        """Write all ranks' rows into the parameters, one bucket at a time; collective.
 
-        Collective, one bucket at a time.
+        `main[i]` are this rank's rows of parameter i, in any dtype.
         """
         self._copy_replicated(main)
         for number in range(len(self.buckets)):
@@ -104,9 +103,9 @@ class WeightGatherer:
             self.finish()
 
     def start(self, main: Sequence[Tensor]) -> None:
-        """Like `gather`, but return with everything under way; collective. `main` may be changed at once.
+        """Like `gather`, but asynchronous; collective. `main` may be changed at once.
 
-        Takes memory for all weights that are gathered, given back as `finish` comes to them.
+        Allocates memory for all gathered weights; `finish` frees it bucket by bucket.
         """
         self.finish()
         self._copy_replicated(main)
@@ -115,10 +114,9 @@ class WeightGatherer:
 
     @torch.no_grad()
     def finish(self, position: int | None = None) -> None:
-        """Wait for what `start` sent off, up to and including `position` (None: all), and write it into the
-        parameters."""
-        while self._under_way and (position is None or self.positions[self._under_way[0].bucket] <= position):
-            self._write(self._under_way.popleft())
+        """Wait for weights of `start` up to and including `position` (None: all); write them into the parameters."""
+        while self._pending and (position is None or self.positions[self._pending[0].bucket] <= position):
+            self._write(self._pending.popleft())
 
     @torch.no_grad()
     def _copy_replicated(self, main: Sequence[Tensor]) -> None:
@@ -138,28 +136,27 @@ class WeightGatherer:
             offset += main[i].numel()
         received = torch.empty(size * len(bucket), dtype=parameter.dtype, device=parameter.device)
         work = dist.all_gather_into_tensor(received, sent, group=self.group, async_op=True)
-        self._under_way.append(_UnderWay(number, sent, received, work))
+        self._pending.append(_Pending(number, sent, received, work))
 
-    def _write(self, arrived: _UnderWay) -> None:
-        arrived.work.wait()
-        bucket = self.buckets[arrived.bucket]
-        size = arrived.sent.numel()
+    def _write(self, pending: _Pending) -> None:
+        pending.work.wait()
+        bucket = self.buckets[pending.bucket]
+        size = pending.sent.numel()
         for rank, indices in enumerate(bucket):
             offset = rank * size
             for i in indices:
                 start, stop = self.assignments[i].ranges[rank]
                 rows = self.parameters[i].detach()[start:stop]
-                rows.copy_(arrived.received[offset : offset + rows.numel()].view_as(rows))
+                rows.copy_(pending.received[offset : offset + rows.numel()].view_as(rows))
                 offset += rows.numel()
 
 
 def wait_before_forward(
     chunks: Iterable[nn.Module], gatherer: WeightGatherer, parameters: Sequence[LocalParameter]
 ) -> None:
-    """Make every module wait for its own weights before its forward pass.
+    """Make every module wait for its own parameters before its forward pass.
 
-    Only what a module reads of its own parameters, when called as a module, is waited for. Whoever else reads weights
-    calls `await_weight` or `gatherer.finish` first.
+    Code that reads weights in any other way must call `await_weight` or `gatherer.finish` first.
 
     Args:
         parameters: those that `gatherer` gathers.

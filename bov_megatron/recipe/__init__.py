@@ -1,7 +1,6 @@
-"""The whole configuration of a run, and everything that follows from it by arithmetic. Imports no torch.
+"""The configuration of a run, and what follows from it by arithmetic. Imports no torch, so that `plan` starts fast.
 
-value_sources, limits -> fields -> parameters -> quantities -> memory -> pipeline -> checks -> loading: each imports
-from those before it only.
+Import order: value_sources, limits -> fields -> parameters -> quantities -> memory -> pipeline -> checks -> loading.
 """
 
 from bov_megatron.errors import RecipeError

@@ -1,6 +1,6 @@
-"""What a recipe must satisfy before anything is built: the limits in its fields' annotations, then, one function a
-topic, what several fields must satisfy together. The first failure stops with a RecipeError that names the field, the
-value found and the remedy. Imports nothing heavy.
+"""Checks of a recipe: the limits in its fields' annotations, then conditions on several fields, by topic.
+
+The first failure raises RecipeError with the field, the value found and the remedy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bov_megatron.recipe.value_sources import PROJECTION
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise RecipeError at the first field that cannot work, whatever the world size."""
+    """Raise RecipeError at the first field that cannot work at any world size."""
     _check_fields(recipe)
     _check_naming(recipe)
     _check_model_sizes(recipe.model)
@@ -34,7 +34,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _check_fields(section: typing.Any, where: str = "") -> None:
-    """Every field against the limits in its annotation, sections within `section` included."""
+    """Check every field of `section`, nested sections included, against the limits in its annotation."""
     for field, hint in typing.get_type_hints(type(section), include_extras=True).items():
         name, value = f"{where}{field}", getattr(section, field)
         items = value if isinstance(value, list) else [value]
@@ -51,9 +51,9 @@ def _check_naming(recipe: Recipe) -> None:
     try:
         fields = {name for _, name, _, _ in string.Formatter().parse(recipe.output_dir) if name is not None}
     except ValueError as error:
-        raise RecipeError(f"output_dir={recipe.output_dir!r}: {error}; only {{name}} may stand in braces") from None
+        raise RecipeError(f"output_dir={recipe.output_dir!r}: {error}; only {{name}} may be in braces") from None
     if not recipe.output_dir or fields - {"name"}:
-        raise RecipeError(f"output_dir={recipe.output_dir!r}: must be a path in which only {{name}} stands in braces")
+        raise RecipeError(f"output_dir={recipe.output_dir!r}: must be a path in which only {{name}} is in braces")
 
 
 def _check_model_sizes(m: ModelConfig) -> None:
@@ -124,10 +124,6 @@ def _check_train(t: TrainConfig) -> None:
         ("train.micro_batch_size", t.micro_batch_size),
         "a step is a whole number of micro-batches",
     )
-    if t.steps is None and t.budget_flops is None:
-        raise RecipeError(
-            "train.steps and train.budget_flops are both null: the run has no end; set one, e.g. train.steps=1000"
-        )
 
 
 def _check_fp8(recipe: Recipe) -> None:
@@ -137,12 +133,12 @@ def _check_fp8(recipe: Recipe) -> None:
     if recipe.model.linear_layers != "transformer_engine":
         raise RecipeError(
             f"train.fp8={fp8} needs model.linear_layers=transformer_engine, found '{recipe.model.linear_layers}': "
-            "Megatron's own linear layers would leave FP8 out without a word; set it, or train.fp8=none"
+            "Megatron's own linear layers would silently ignore FP8; set it, or train.fp8=none"
         )
     if recipe.train.precision != "bf16":
         raise RecipeError(
-            f"train.fp8={fp8} needs train.precision=bf16, found '{recipe.train.precision}': what is not in FP8 "
-            "is in bf16; set it, or train.fp8=none"
+            f"train.fp8={fp8} needs train.precision=bf16, found '{recipe.train.precision}': everything that is not in "
+            "FP8 is in bf16; set it, or train.fp8=none"
         )
 
 

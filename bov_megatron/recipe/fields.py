@@ -1,8 +1,7 @@
-"""The whole configuration of a run: dataclasses.
+"""The recipe: dataclasses that hold every setting of a run.
 
-A recipe is a YAML file whose sections are the dataclasses below. `base:` names another recipe
-(relative to the file) to build on. Any field can be overridden as `section.field=value`.
-Imports nothing heavy: `plan` must start without torch.
+A recipe is a YAML file with these dataclasses as sections. `base:` names another recipe to build on, relative to the
+file. Any field can be overridden as `section.field=value`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from bov_megatron.recipe.limits import AboveZero, AtLeast, OneOf, Within
 from bov_megatron.recipe.value_sources import PROJECTION, VALUE_SOURCES, ValueSourceFacts
 
 SMEAR_CHANNELS = 24
-"""Leading channels of a token that decide its smear (arXiv 2606.02780)."""
+"""Leading channels of a token that its smear gate reads (arXiv 2606.02780)."""
 TARGET_LAYERS = ("last_third", "every", "every_second", "second_half", "last_two_thirds")
 
 Size = Annotated[int, AtLeast(1)]
@@ -32,23 +31,23 @@ class ValueConfig:
     """Where the target layers' attention values come from (arXiv 2606.02780)."""
 
     source: Annotated[str, OneOf(VALUE_SOURCES)] = PROJECTION
-    """What the target layers' values are made of; formulas in model/sources.py."""
+    """What the target layers' values are computed from; formulas in model/sources.py."""
     target_layers: Annotated[str | list[int], OneOf(TARGET_LAYERS, "or a list of 0-based layers")] = "last_third"
-    """Layers that take their values from `source`. Ignored for `projection`; layer 0 is left out where the source reads
-    it."""
+    """Layers that take their values from `source`. Ignored for `projection`. Layer 0 is excluded for sources that read
+    its values."""
     coefficient: Literal["learned", "fixed"] = "learned"
-    """`fixed` is 1 for a single source, 0.5 + 0.5 for a sum. Ignored where a source has none: `projection` and
-    `gated_value_embedding`."""
+    """`fixed` is 1 for a single source, 0.5 + 0.5 for a sum. Ignored for `projection` and `gated_value_embedding`,
+    which have no coefficient."""
     table: Literal["per_layer", "shared"] = "per_layer"
     """`shared`: one table for all target layers."""
     table_partition: Literal["vocab", "head"] = "vocab"
-    """How tensor-parallel ranks split a table: by `vocab` rows, as the embedding is, or by `head`."""
+    """How tensor-parallel ranks split a table: by `vocab` rows, like the embedding, or by `head`."""
     lookup: Literal["distinct", "reduce_scatter"] = "distinct"
-    """Communication of a vocabulary-parallel lookup: `distinct` (each distinct row once, ahead of its layer),
-    or, as the plain reference, `reduce_scatter` (all tokens' rows, in the layer)."""
+    """How a vocabulary-parallel lookup communicates: `distinct` sends each distinct row once, ahead of its layer;
+    `reduce_scatter`, the simple reference, sends every token's row inside the layer."""
     table_memory: Literal["device", "host"] = "device"
-    """Where tables, their gradients and their optimizer state are kept: `device`, or `host`, from where a micro-batch's
-    distinct rows are copied to the device ahead of their layers."""
+    """Where tables, their gradients and their optimizer state live: `device`, or `host`, with the distinct rows of each
+    micro-batch copied to the device ahead of their layers."""
 
     @property
     def facts(self) -> ValueSourceFacts:
@@ -78,11 +77,12 @@ class ModelConfig:
     ffn_hidden_size: Size | None = None
     """Width of the feed-forward layer; `null` means 4 * hidden_size."""
     vocab_size: Size = 32768
-    """True vocabulary size, special tokens included; padding for tensor parallelism is added apart."""
+    """Vocabulary size with special tokens, without the padding that tensor parallelism adds."""
     sequence_length: Size = 2048
-    """Tokens per training sample, and what the windows are computed from."""
+    """Tokens per training sample; the attention windows are computed from it."""
     window_pattern: str = "SSSL"
-    """Tiled over layers, the last layer always L. L sees sequence_length, S a quarter of it rounded up to 128."""
+    """Attention windows, repeated over the layers; the last layer is always L. L is `sequence_length`, S a quarter of
+    it, rounded up to a multiple of 128."""
     rotary_base: Positive = 100000.0
     """Base of the rotary position embedding's frequencies."""
     logit_softcap: Positive = 15.0
@@ -90,11 +90,11 @@ class ModelConfig:
     qk_scale: Positive = 1.2
     """Factor on q and on k after their per-head norm."""
     core_attention: Literal["auto", "sdpa", "flex"] = "auto"
-    """`auto`: sdpa on CPU; on GPU flash through SDPA, FlexAttention for windows."""
+    """`auto`: SDPA on a CPU; on a GPU flash attention through SDPA, and FlexAttention for windows."""
     linear_layers: Literal["megatron", "transformer_engine"] = "megatron"
-    """The blocks' linear layers; `transformer_engine` where it is installed."""
+    """Implementation of the blocks' linear layers; `transformer_engine` must be installed."""
     value: ValueConfig = field(default_factory=ValueConfig)
-    """Where the target layers' values come from; the fields are in the section `model.value`."""
+    """Where the target layers' values come from; see section `model.value`."""
 
     @property
     def kv_heads(self) -> int:
@@ -106,7 +106,7 @@ class ModelConfig:
 
     @property
     def kv_dim(self) -> int:
-        """Width of one token's values in a layer: the row length of a value table."""
+        """Width of one token's values in a layer, which is the width of a value table."""
         return self.kv_heads * self.kv_channels
 
     @property
@@ -118,7 +118,7 @@ class ModelConfig:
         return self.ffn_hidden_size or 4 * self.hidden_size
 
     def windows(self) -> list[int]:
-        """Keys visible to the left of each layer's query, besides itself; length num_layers."""
+        """Attention window of each layer: how many earlier keys a query sees."""
         short = -(-self.sequence_length // (4 * 128)) * 128
         size = {"L": self.sequence_length, "S": short}
         pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.num_layers)]
@@ -142,52 +142,50 @@ class ModelConfig:
         return layers
 
     def source_of(self, layer: int) -> str:
-        """The value source of one layer."""
         return self.value.source if layer in self.layers_from_source() else PROJECTION
 
     def facts_of(self, layer: int) -> ValueSourceFacts:
-        """What the values of one layer are made of."""
         return VALUE_SOURCES[self.source_of(layer)]
 
 
 @dataclass
 class ParallelConfig:
-    """How the model is spread over ranks. What is left of the world is data parallel."""
+    """How the model is split over ranks. The remaining ranks are data parallel."""
 
     tensor_model_parallel_size: Size = 1
-    """Ranks among which heads, feed-forward width and vocabulary rows (tables included) are split."""
+    """Tensor-parallel ranks; they split heads, feed-forward width and vocabulary rows (value tables included)."""
     pipeline_model_parallel_size: Size = 1
-    """Pipeline stages, each of which holds consecutive layers."""
+    """Pipeline stages; each holds consecutive layers."""
     virtual_pipeline_model_parallel_size: Size = 1
-    """Model chunks of each pipeline stage. More than one is an interleaved pipeline: smaller bubbles, more messages."""
+    """Model chunks per pipeline stage. More than one is an interleaved pipeline: smaller bubbles, more messages."""
     pipeline_balance: Literal["layers", "time", "memory"] = "layers"
-    """What stages have equally much of: `layers`, or as nearly as layers allow `time` (FLOPs: a bank saves some, the
-    output matrix adds some) or `memory` (tables, logits and micro-batches in flight included)."""
+    """What to balance over the stages: the number of `layers`, the `time` (FLOPs: a bank saves some, the output matrix
+    adds some) or the `memory` (with tables, logits and micro-batches in flight)."""
     pipeline_layers: list[int] | None = None
-    """Layers of each stage, in place of `pipeline_balance`; interleaved: of the first model chunk of every stage, then
-    of the second of every stage, and so on."""
+    """Number of layers of each stage, instead of `pipeline_balance`. Interleaved: of the first model chunk of every
+    stage, then of the second, and so on."""
     context_parallel_size: Size = 1
-    """Ranks among which a sequence is split, in two stretches each; every rank gathers all keys and values."""
+    """Context-parallel ranks; each holds two chunks of the sequence and gathers all keys and values."""
     sequence_parallel: bool = False
-    """Split the activations between tensor-parallel regions along the sequence; needs tensor parallelism."""
+    """Split activations outside the tensor-parallel regions along the sequence; needs tensor parallelism."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state and main weights over data-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients over data-parallel ranks bucket by bucket, while the backward pass goes on."""
+    """Reduce gradients over data-parallel ranks bucket by bucket during the backward pass."""
     overlap_param_gather: bool = False
-    """Gather updated weights layer by layer, while the next forward pass goes on; until it has read them they take
-    memory twice. Needs `use_distributed_optimizer`, without which nothing is gathered."""
+    """Gather updated weights layer by layer during the next forward pass; until then they take twice the memory. Needs
+    `use_distributed_optimizer`."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: `selective` of core attention, `full` of whole layers."""
     recompute_num_layers: int | None = None
-    """With `recompute: full`, how many layers of each pipeline stage to recompute (interleaved: of each of its model
-    chunks), the first ones; `null` means all."""
+    """With `recompute: full`, recompute only so many layers at the start of each pipeline stage (interleaved: of each
+    model chunk); `null` means all."""
     make_vocab_size_divisible_by: Size = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
 
     @property
     def virtual_stages(self) -> int | None:
-        """Model chunks of a stage as Megatron wants them: None where the pipeline is not interleaved."""
+        """Model chunks of a stage in Megatron's form: None where the pipeline is not interleaved."""
         return self.virtual_pipeline_model_parallel_size if self.virtual_pipeline_model_parallel_size > 1 else None
 
     @property
@@ -197,12 +195,12 @@ class ParallelConfig:
 
 @dataclass
 class DeepSpeedConfig:
-    """How ZeRO shards a run with `engine: deepspeed`; without meaning for any other."""
+    """ZeRO's settings; ignored unless `engine: deepspeed`."""
 
     zero_stage: Literal[1, 2, 3] = 1
-    """What data-parallel ranks share: 1 optimizer state, 2 gradients as well, 3 weights as well."""
+    """What is sharded over data-parallel ranks: 1 optimizer state, 2 gradients as well, 3 weights as well."""
     offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where optimizer state and its update are: on the device (`none`) or in host memory (`cpu`)."""
+    """Where the optimizer state lives and the update runs: on the device (`none`) or on the host (`cpu`)."""
 
 
 @dataclass
@@ -218,22 +216,22 @@ class TrainConfig:
     budget_flops: Positive | None = None
     """Training FLOPs to spend, as `plan` counts them; used when `steps` is null."""
     max_minutes: Positive | None = None
-    """Minutes after which a start of the run saves and ends with status 143, to be started again; `null`: no limit."""
+    """Save and exit with status 143 after so many minutes, to be started again; `null`: no limit."""
     seed: Count = 1234
-    """Seed of the initial weights, which depend on it and on parameter names alone."""
+    """Seed of the initial weights, which depend only on it and on the parameter names."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16` keeps fp32 main weights and gradients."""
     fp8: Literal["none", "tensorwise", "blockwise", "mxfp8"] = "none"
-    """Products of the blocks' linear layers in FP8, by how operands are scaled: `none`, `tensorwise` (H100 and later),
-    `blockwise` (of 128 values, H100) or `mxfp8` (of 32, B200). Needs `model.linear_layers: transformer_engine`."""
+    """FP8 scaling of the blocks' matrix products: `none`, `tensorwise` (H100 and later), `blockwise` (128 values, H100)
+    or `mxfp8` (32 values, B200). Needs `model.linear_layers: transformer_engine`."""
     deterministic: bool = False
-    """Ask torch for deterministic kernels."""
+    """Use deterministic kernels where torch has them."""
 
 
 @dataclass
 class OptimizerConfig:
-    """Muon + AdamW (arXiv 2606.02780). Learning rates and decays are given at the reference batch and
-    width; `recipe.quantities.effective_rates` scales them by the batch-size rule and by (hidden_size / 768)^-0.5."""
+    """Muon + AdamW (arXiv 2606.02780). Learning rates and decays hold at the reference batch and width;
+    `recipe.quantities.effective_rates` scales them to the run's batch and by (hidden_size / 768)^-0.5."""
 
     name: Literal["muon", "adamw"] = "muon"
     """`muon` (Muon for block matrices, AdamW for the rest) or `adamw` (AdamW for everything)."""
@@ -246,13 +244,13 @@ class OptimizerConfig:
     table_lr: NotNegative = 0.15
     """Value tables; also × (hidden_size / 768)^-0.5."""
     coefficient_lr: NotNegative = 0.5
-    """gamma, and b: the coefficient of the source that is not the layer's own projection."""
+    """gamma, and b of a sum: the coefficient of the table, embedding or first-layer values."""
     projection_coefficient_lr: NotNegative = 0.005
-    """a: the coefficient of the layer's own projected values in a sum."""
+    """a of a sum: the coefficient of the layer's own projected values."""
     smear_lr: NotNegative = 0.2
     """The smear's gate and scale."""
     weight_decay: NotNegative = 0.28
-    """Muon's; follows a half cosine to 0."""
+    """Block matrices under Muon; follows a half cosine to 0."""
     embedding_weight_decay: NotNegative = 0.001
     """Token embedding."""
     output_weight_decay: NotNegative = 0.01
@@ -260,21 +258,21 @@ class OptimizerConfig:
     table_weight_decay: NotNegative = 0.01
     """Value tables."""
     projection_coefficient_weight_decay: NotNegative = 0.05
-    """a, the coefficient of the layer's own projected values in a sum."""
+    """a of a sum: the coefficient of the layer's own projected values."""
     adamw_matrix_lr: NotNegative = 0.0006
     """Block matrices when `name` is `adamw`."""
     adamw_matrix_weight_decay: NotNegative = 0.1
     """Block matrices when `name` is `adamw`."""
     adamw_matrix_betas: list[Decay] = field(default_factory=lambda: [0.9, 0.95])
-    """Two numbers; block matrices when `name` is `adamw`."""
+    """Block matrices when `name` is `adamw`; two numbers."""
     eps: Positive = 1e-10
     """AdamW's epsilon."""
     warmup_steps: Count = 40
-    """Steps over which the rate rises linearly from 0."""
+    """Steps over which learning rates rise linearly from 0."""
     warmdown_ratio: Share = 0.65
-    """Share of the steps over which the rate falls linearly to `final_lr_fraction`."""
+    """Last share of the steps, over which learning rates fall linearly to `final_lr_fraction`."""
     final_lr_fraction: Share = 0.05
-    """Share of the peak rate that the warmdown ends at."""
+    """Learning rates at the end of the warmdown, as a share of the peak."""
     momentum_start: Decay = 0.85
     """Muon's momentum at step 0."""
     momentum_peak: Decay = 0.97
@@ -290,20 +288,21 @@ class OptimizerConfig:
     clip_grad: NotNegative = 0.0
     """Maximum global gradient norm; 0 means no clipping."""
     reference_batch_tokens: Annotated[int | None, AtLeast(1, "null turns this scaling off")] = 524288
-    """Batch at which the rates above hold: every lr × sqrt(B / this), decay likewise. `null`: no scaling."""
+    """Batch size B in tokens at which the rates above hold: every learning rate and `weight_decay` × sqrt(B / this).
+    `null`: no scaling."""
     reference_parameters: Annotated[int | None, AtLeast(1, "null turns this scaling off")] = 110100480
-    """Matrix and output parameters at which the decays hold: decay × this / N, since the horizon grows with N.
+    """Matrix and output parameters N at which `weight_decay` holds: × this / N, because larger models train longer.
     `null`: no scaling."""
 
 
 @dataclass
 class StreamConfig:
-    """One prepared data set among several that are mixed."""
+    """One prepared data set of a mixture."""
 
     path: str = ""
     """Folder written by tools/prepare_data.py, or the local cache of `remote`."""
     remote: str | None = None
-    """Where the folder lives if not on this machine, e.g. s3://bucket/prefix."""
+    """Location of the data if not on this machine, e.g. s3://bucket/prefix."""
     weight: Positive = 1.0
     """Share of the training samples, relative to the other streams' weights."""
 
@@ -313,19 +312,19 @@ class DataConfig:
     """Which tokens, in which order: a function of these fields and `train.global_batch_size`, never of the layout."""
 
     path: str | None = None
-    """Folder written by tools/prepare_data.py. Shorthand for a single stream."""
+    """Folder written by tools/prepare_data.py; short for a single stream."""
     remote: str | None = None
-    """Remote home of `path`, if it is a local cache."""
+    """Remote location of `path`, which is then a local cache."""
     streams: list[StreamConfig] = field(default_factory=list)
     """Several weighted data sets, instead of `path`."""
     shuffle: bool = True
-    """Whether training samples are shuffled."""
+    """Shuffle the training samples."""
     shuffle_seed: Count = 9176
     """Seed of the sample order; independent of `train.seed`."""
     shuffle_block_size: Size = 65536
-    """Samples among which order is random; a block spans whole shards."""
+    """Samples that are shuffled together; a block spans whole shards."""
     num_canonical_nodes: Size = 1
-    """Parts of the data set that are read side by side, so that a node needs only some of the shards."""
+    """Parts of the data set that are read in parallel, so that a node needs only some of the shards."""
     num_workers: Count = 1
     """Threads that read ahead on each rank; 0 reads when the step asks for its batch."""
     prefetch_factor: Size = 8
@@ -339,54 +338,54 @@ class ValidationConfig:
     interval: Count = 250
     """Steps between validations; 0 means only at the end."""
     tokens: Size = 41_943_040
-    """Held-out tokens to score, at most."""
+    """Maximum number of held-out tokens to score."""
     micro_batch_size: Size | None = None
-    """`null` means train.micro_batch_size."""
+    """Sequences per forward pass; `null` means train.micro_batch_size."""
 
 
 @dataclass
 class CheckpointConfig:
-    """When to save, and how much to keep."""
+    """When to save, and what to keep."""
 
     interval: Count = 1000
     """Steps between checkpoints; 0 means only at the end."""
     keep_last: Size = 3
-    """Newest checkpoints kept; older ones are deleted."""
+    """Newest checkpoints to keep; older ones are deleted."""
     keep_every: Count = 0
-    """Kept as well, for good: checkpoints of steps that this divides; 0 means none."""
+    """Also keep, for good, every checkpoint whose step is a multiple of this; 0 means none."""
     asynchronous: bool = False
-    """Write while training goes on, which then stalls for a copy in host memory only. Linux."""
+    """Write in the background: training stops only for a copy to host memory. Linux only."""
 
 
 @dataclass
 class HealthConfig:
-    """When a run is not well, and what happens then."""
+    """How hangs, loss spikes and numbers that are not finite are handled."""
 
     hang_minutes: NotNegative = 20.0
-    """Without a finished step, validation chunk or checkpoint for so long, every rank writes its stacks to
-    `stacks/` in the run folder and ends with status 4; 0 means never."""
+    """After so long without a finished step, validation chunk or checkpoint, every rank writes its stacks to
+    `stacks/` in the run folder and exits with status 4; 0 means never."""
     on_spike: Literal["warn", "skip", "rollback"] = "warn"
-    """What happens to a step whose loss is a spike: `warn` (taken, and remarked on), `skip` (weights and optimizer
-    state stay as they were) or `rollback` (the run goes back to its newest checkpoint, and on without the samples of
-    the steps since). Steps whose loss or gradients are not finite are always skipped."""
+    """What to do when the loss of a step is a spike: `warn` (update and print a warning), `skip` (leave out the update)
+    or `rollback` (go back to the newest checkpoint and leave out the samples used since). Steps whose loss or gradients
+    are not finite are always skipped."""
     spike_deviations: NotNegative = 12.0
-    """A loss so many robust standard deviations above the median of the window is a spike; 0 means none is."""
-    spike_window: Annotated[int, AtLeast(4, "of fewer losses there is no telling what is usual")] = 128
-    """Losses of steps taken that a loss is compared with; nothing is judged before there are so many."""
+    """A loss is a spike if it is so many robust standard deviations above the median of the window; 0 means never."""
+    spike_window: Annotated[int, AtLeast(4, "fewer losses give no estimate of their spread")] = 128
+    """Number of previous losses that a loss is compared with; no loss is a spike before there are so many."""
     max_not_finite_steps: Size = 10
-    """So many steps on end whose loss or gradients are not finite end the run with status 3; with `on_spike: rollback`
-    they are rolled back."""
+    """After so many steps in a row whose loss or gradients are not finite, the run ends with status 3, or with
+    `on_spike: rollback` is rolled back."""
     max_skips: Count = 20
-    """More skipped steps than this, among the last `max_skips_within`, end the run with status 3."""
+    """The run ends with status 3 when more of the last `max_skips_within` steps were skipped."""
     max_skips_within: Size = 1000
-    """Steps among which `max_skips` may be skipped."""
+    """Number of steps over which skipped steps are counted."""
     max_rollbacks: Count = 10
-    """One more roll back than this, over the whole run, ends it with status 3 instead."""
+    """Rollbacks allowed over the whole run; instead of one more, it ends with status 3."""
 
 
 @dataclass
 class LoggingConfig:
-    """What is written down."""
+    """Metrics and console output."""
 
     interval: Size = 1
     """Steps between lines of metrics.jsonl."""
@@ -395,11 +394,11 @@ class LoggingConfig:
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """Whether Weights & Biases gets the run: `offline` later, from its folder, `online` at once, `disabled` not."""
     wandb_project: str = "bov_megatron"
-    """Project that the run is logged to."""
+    """Weights & Biases project."""
     table_interval: Size = 50
     """Steps between statistics of the value tables (row norms, share of rows touched)."""
     peak_flops: Positive | None = None
-    """Peak FLOP/s of one device for MFU; `null` means look the device up."""
+    """Peak FLOP/s of one device for MFU; `null` means the known value for the device."""
 
 
 @dataclass
@@ -411,7 +410,7 @@ class Recipe:
     output_dir: str = "runs/{name}"
     """Run folder; `{name}` is replaced by the name."""
     engine: Literal["megatron", "deepspeed"] = "megatron"
-    """What trains; `deepspeed` is ZeRO, with AdamW only."""
+    """Training engine; `deepspeed` is ZeRO, with AdamW only."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
@@ -433,10 +432,10 @@ class Recipe:
         return self.train.global_batch_size * self.model.sequence_length
 
     def padded_vocab_size(self) -> int:
-        """Rows of embedding, output and tables as stored: a multiple every tensor-parallel rank can split."""
+        """Rows of embedding, output and tables with padding, a multiple of the tensor-parallel size."""
         multiple = self.parallel.make_vocab_size_divisible_by * self.parallel.tensor_model_parallel_size
         return -(-self.model.vocab_size // multiple) * multiple
 
     def to_dict(self) -> dict:
-        """Plain, fully resolved form: what is stored with runs and checkpoints. `recipe_from_dict` reads it back."""
+        """Nested dicts of plain values, as stored with runs and checkpoints; `recipe_from_dict` reads them back."""
         return dataclasses.asdict(self)

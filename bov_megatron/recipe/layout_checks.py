@@ -1,4 +1,4 @@
-"""What a recipe must satisfy for its layout over ranks and its engine; the rest is in checks.py."""
+"""Checks of a recipe's layout over ranks and of its engine; the others are in checks.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bov_megatron.recipe.pipeline import chunk_sizes
 
 
 def check_layout(recipe: Recipe) -> None:
-    """Raise RecipeError at the first field that cannot work, whatever the world size."""
+    """Raise RecipeError at the first field that cannot work at any world size."""
     _check_overlap(recipe.parallel)
     _check_tensor_parallel(recipe.model, recipe.parallel)
     _check_pipeline(recipe.model, recipe.parallel)
@@ -19,9 +19,9 @@ def check_layout(recipe: Recipe) -> None:
 
 
 def data_parallel_size(recipe: Recipe, world_size: int) -> int:
-    """Data-parallel ranks when the recipe runs on `world_size` ranks.
+    """Number of data-parallel ranks when the recipe runs on `world_size` ranks.
 
-    Raises RecipeError where the world cannot hold whole model copies or the batch does not divide.
+    Raises RecipeError where `world_size` is no multiple of a model copy's ranks or the batch does not divide.
     """
     p, train = recipe.parallel, recipe.train
     model_parallel = p.model_parallel_size
@@ -45,7 +45,7 @@ def data_parallel_size(recipe: Recipe, world_size: int) -> int:
 
 
 def micro_batches_per_rank(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> int:
-    """Micro-batches of a step on each data-parallel rank. Raises RecipeError where the batch does not divide."""
+    """Micro-batches per step on each data-parallel rank. Raises RecipeError where the batch does not divide."""
     per_pass = micro_batch_size * data_parallel_size
     if global_batch_size % per_pass:
         fitting = [m for m in divisors(global_batch_size) if global_batch_size % (m * data_parallel_size) == 0]
@@ -80,7 +80,7 @@ def _check_tensor_parallel(m: ModelConfig, p: ParallelConfig) -> None:
 
 
 def _check_shared_groups(m: ModelConfig, p: ParallelConfig) -> None:
-    """Fewer query groups than tensor-parallel ranks: consecutive ranks share one."""
+    """With fewer query groups than tensor-parallel ranks, consecutive ranks share a group."""
     tp = ("parallel.tensor_model_parallel_size", p.tensor_model_parallel_size)
     divides(tp, ("model.num_query_groups", m.kv_heads), "equally many ranks share each key/value head")
     divides(("model.num_query_groups × model.head_dim", m.kv_dim), tp, "ranks store equal shares of key/value heads")

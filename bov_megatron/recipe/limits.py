@@ -1,4 +1,4 @@
-"""Limits that fields of a recipe must keep. A check raises RecipeError with the field, the value and the remedy."""
+"""Limits on the fields of a recipe, given in their annotations. A check raises RecipeError."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from bov_megatron.errors import RecipeError
 
 @dataclass(frozen=True)
 class AtLeast:
-    """Limit of a number, in its field's annotation, as are those below."""
-
     least: float
     why: str = ""
 
@@ -36,7 +34,7 @@ class AboveZero:
 
 @dataclass(frozen=True)
 class Within:
-    """From 0 to `end`."""
+    """Between 0 and `end`."""
 
     end: float
     open_end: bool = False
@@ -51,7 +49,7 @@ class Within:
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """The allowed values of a type; those of another type belong to another part of a union, which `more` names."""
+    """Allowed values. Values of another type pass: they belong to another part of a union, which `more` describes."""
 
     known: typing.Collection
     more: str = ""
@@ -69,7 +67,7 @@ class OneOf:
 
 
 def limits_of(hint: typing.Any) -> list:
-    """All limits in a field's annotation; a `Literal` is one."""
+    """All limits in a field's annotation; a `Literal` becomes OneOf."""
     if typing.get_origin(hint) is typing.Literal:
         return [OneOf(typing.get_args(hint))]
     inner = [limit for part in typing.get_args(hint) for limit in limits_of(part)]
@@ -77,7 +75,7 @@ def limits_of(hint: typing.Any) -> list:
 
 
 def nearest(key: str, known: typing.Iterable[str], prefix: str = "") -> str:
-    """`; did you mean 'x'?` where a known name is close, else `; known: …`. For the end of an error message."""
+    """End of an error message: `; did you mean 'x'?` where a known name is close, else `; known: …`."""
     known = list(known)
     close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
     listing = f"known: {', '.join(known)}"
@@ -85,7 +83,7 @@ def nearest(key: str, known: typing.Iterable[str], prefix: str = "") -> str:
 
 
 def divides(whole: tuple[str, int], part: tuple[str, int], why: str) -> None:
-    """Raise unless part's value divides whole's; the message offers the values of `part` that would."""
+    """Raise RecipeError unless the value of `part` divides that of `whole`; both are (field name, value)."""
     (name, size), (divisor_name, divisor) = whole, part
     if size % divisor:
         fitting = ", ".join(map(str, divisors(size)[:12]))

@@ -1,4 +1,4 @@
-"""From YAML text and `section.field=value` overrides to dataclasses, refusing whatever was not understood."""
+"""Recipes from YAML files and `section.field=value` overrides; unknown fields and wrong types are errors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ from bov_megatron.recipe.limits import nearest
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, its bases and `section.field=value` overrides; return it validated.
-
-    Raises RecipeError, whose message says which field, what was found and what to do.
-    """
+    """Read a recipe file and its bases, apply `section.field=value` overrides and check it. Raises RecipeError."""
     values = read_with_bases(path)
     values.setdefault("name", Path(path).stem)
     apply_overrides(values, overrides)
@@ -29,17 +26,17 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
 
 
 def recipe_from_dict(values: dict) -> Recipe:
-    """A validated recipe from nested mappings, such as `Recipe.to_dict()` makes."""
+    """A checked recipe from nested mappings, such as those of `Recipe.to_dict()`. Raises RecipeError."""
     recipe = build(Recipe, values)
     check_recipe(recipe)
     return recipe
 
 
 def read_with_bases(path: str | Path) -> dict:
-    """The mapping in recipe file `path`, laid over the file its `base:` names, and so on down.
+    """The mapping in recipe file `path`, merged over its `base:`, that base's own, and so on.
 
-    Sections merge field by field; lists are replaced whole. Raises RecipeError for a missing file, invalid YAML,
-    a field given twice, a section that is no mapping, or a circle of bases.
+    Sections merge field by field; lists are replaced whole. Raises RecipeError for a missing file, invalid YAML, a
+    field given twice, a section that is not a mapping, or a cycle of bases.
     """
     return _read(Path(path), ())
 
@@ -90,7 +87,7 @@ def _listing(folder: Path) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice; YAML would silently keep the last."""
+    """SafeLoader that rejects duplicate keys, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -117,8 +114,8 @@ def _merge(base: dict, over: dict) -> dict:
 def apply_overrides(values: dict, overrides: typing.Sequence[str]) -> None:
     """Write each `section.field=value` into the nested mapping `values`; the value is read as YAML.
 
-    `section.field=` and `section.field=null` both mean null. Raises RecipeError for another form, a value that is
-    no YAML, a field given twice, or a path through something that is no section.
+    `section.field=` and `section.field=null` both mean null. Raises RecipeError for another form, a value that is not
+    valid YAML, a field given twice, or a path through something that is not a section.
     """
     given: dict[str, str] = {}
     for override in overrides:
@@ -148,7 +145,7 @@ def _apply_override(values: dict, override: str, key: str, text: str) -> None:
 
 
 def build(cls: type, values: typing.Any, where: str = "") -> typing.Any:
-    """Make dataclass `cls` from mapping `values`, refusing unknown keys and wrong types by name.
+    """Dataclass `cls` from mapping `values`. Raises RecipeError for unknown keys and wrong types.
 
     `where` is the path of the section with a trailing dot, for messages.
     """
@@ -166,7 +163,7 @@ def build(cls: type, values: typing.Any, where: str = "") -> typing.Any:
 
 
 def _convert(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
-    """`value` as the annotated type, or a RecipeError that names the field. Limits are checked later (checks.py)."""
+    """`value` as the annotated type; raises RecipeError. Limits are checked later (checks.py)."""
     if typing.get_origin(wanted) is typing.Literal:
         wanted = type(typing.get_args(wanted)[0])
     if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
@@ -179,9 +176,7 @@ def _convert(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
         return [_convert(typing.get_args(wanted)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     converted = _convert_scalar(wanted, value)
     if converted is None:
-        raise RecipeError(
-            f"{where}={value!r}: expected {_describe(wanted)}, found {_kind(value)}{_hint(wanted, value)}"
-        )
+        raise _wrong_type(wanted, value, where)
     return converted
 
 
@@ -204,7 +199,7 @@ def _convert_union(wanted: typing.Any, value: typing.Any, where: str) -> typing.
 
 
 def _convert_scalar(wanted: type, value: typing.Any) -> typing.Any:
-    """`value` as int, float, bool or str, or None where it is something else."""
+    """`value` as int, float, bool or str, or None where it is of another type."""
     if wanted in (int, float) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e18 as a string
             number = float(value) if isinstance(value, str) else value
@@ -244,5 +239,5 @@ def _kind(value: typing.Any) -> str:
 def _hint(wanted: typing.Any, value: typing.Any) -> str:
     takes_text = wanted is str or (_is_union(wanted) and str in typing.get_args(wanted))
     if takes_text and isinstance(value, (bool, int, float)):
-        return """; quote it ("'…'" on a command line): YAML reads it as something else than text"""
+        return """; quote it ("'…'" on a command line): YAML does not read it as text"""
     return ""

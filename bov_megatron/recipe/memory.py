@@ -1,7 +1,4 @@
-"""Memory of one rank and bytes of one checkpoint, from the recipe alone. docs/use/plan.md states the formulas.
-
-Shapes: b micro-batch, s sequence, d hidden size, t tensor-parallel size; elements are counted per rank.
-"""
+"""Memory per rank and size of a checkpoint, estimated from the recipe. docs/use/plan.md has the formulas."""
 
 from __future__ import annotations
 
@@ -13,27 +10,27 @@ from bov_megatron.recipe.parameters import VOCABULARY_KINDS, ParameterSpec, para
 MAIN_BYTES = 4
 """fp32: main weights, main gradients, momentum and Adam's moments."""
 ZERO_BYTES = 3 * MAIN_BYTES
-"""ZeRO's main weights, which it keeps beside fp32 weights too, and Adam's moments."""
+"""ZeRO's main weights, separate even from fp32 weights, and Adam's moments."""
 ZERO3_LIVE_ELEMENTS = 2**28
-"""Elements of weights that ZeRO 3 may hold gathered at a time, unless a single module needs more."""
+"""Weight elements that ZeRO 3 holds gathered at a time, unless a single module needs more."""
 SPLIT_KINDS = frozenset({"matrix", "embedding", "output", "table"})
-"""Kinds that tensor parallelism splits; the others are copied on every rank."""
+"""Kinds that tensor parallelism splits; the others are replicated on every rank."""
 
 
 def memory_by_stage(recipe: Recipe, layers: list[list[range]], data_parallel_size: int) -> list[dict[str, int]]:
     """Bytes on one rank of each pipeline stage at the peak of a step.
 
-    Keys: `weights`, `gradients`, `optimizer` (tables excluded), `tables` (all three of theirs; none where they are in
-    host memory), `activations` (kept for backward, of all micro-batches in flight) and `logits`.
+    Keys: `weights`, `gradients`, `optimizer` (tables excluded), `tables` (all three for them; 0 where they are in host
+    memory), `activations` (kept for backward, of all micro-batches in flight) and `logits`.
 
     Args:
-        layers: by stage and model chunk, as `pipeline.layers_of_chunks` gives them.
+        layers: by stage and model chunk, from `pipeline.layers_of_chunks`.
     """
     return [_stage_memory(recipe, stage, chunks, data_parallel_size) for stage, chunks in enumerate(layers)]
 
 
 def host_memory_by_stage(recipe: Recipe, layers: list[list[range]], data_parallel_size: int) -> list[int]:
-    """Bytes of host memory on one rank of each stage: of tables there (weights, gradients and optimizer state), or of
+    """Bytes of host memory on one rank of each stage: value tables (weights, gradients and optimizer state), or
     ZeRO-Offload's optimizer."""
     if recipe.engine == "deepspeed":
         return [_offloaded(recipe, data_parallel_size)]
@@ -50,8 +47,8 @@ def host_memory_by_stage(recipe: Recipe, layers: list[list[range]], data_paralle
 
 
 def stage_bytes(recipe: Recipe, data_parallel_size: int) -> Callable[[int, int, int], int]:
-    """`bytes(stage, first, stop)`: what `memory_by_stage` adds up to on a stage that holds layers `[first, stop)`, for
-    asking often. Not for interleaved pipelines."""
+    """`bytes(stage, first, stop)`: the sum of `memory_by_stage` for a stage with layers `[first, stop)`, fast enough
+    to call for every split. Not for interleaved pipelines."""
     states, first_stage, last_stage = [0] * recipe.model.num_layers, 0, _logits(recipe)
     for spec in parameter_specs(recipe.model):
         size = 0 if _is_on_host(recipe, spec) else sum(_state_bytes(recipe, spec, data_parallel_size).values())
@@ -71,7 +68,7 @@ def stage_bytes(recipe: Recipe, data_parallel_size: int) -> Callable[[int, int, 
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """Bytes of one checkpoint, the same for every layout up to padding rows: weights and optimizer state."""
+    """Bytes of one checkpoint: weights and optimizer state. The layout changes only the number of padding rows."""
     total = 0
     for spec in parameter_specs(recipe.model):
         size = _stored_size(recipe, spec)
@@ -80,22 +77,22 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 
 def _offloaded(recipe: Recipe, data_parallel_size: int) -> int:
-    """Bytes of ZeRO-Offload's optimizer state, gradients and copy of the weights in one rank's host memory."""
+    """Bytes of ZeRO-Offload on one rank's host: optimizer state, gradients, and a copy of gradients or weights."""
     if recipe.deepspeed.offload_optimizer == "none":
         return 0
-    copy = MAIN_BYTES if recipe.deepspeed.zero_stage == 3 else weight_bytes(recipe)  # gradients again, or weights
+    copy = MAIN_BYTES if recipe.deepspeed.zero_stage == 3 else weight_bytes(recipe)  # of gradients, or of weights
     sizes = sum(_rank_size(recipe, spec) for spec in parameter_specs(recipe.model))
     return -(-sizes // data_parallel_size) * (ZERO_BYTES + MAIN_BYTES + copy)
 
 
 def weight_bytes(recipe: Recipe) -> int:
-    """Bytes of one element of weights and activations."""
+    """Bytes per element of weights and activations."""
     return 2 if recipe.train.precision == "bf16" else 4
 
 
 def optimizer_bytes(recipe: Recipe, spec: ParameterSpec, size: int) -> int:
-    """Optimizer bytes of `size` elements of a parameter: main weights (bf16 only), then momentum and one variance per
-    row (column, if there are more) under Muon, or two moments under AdamW."""
+    """Optimizer bytes of `size` elements of a parameter: main weights (bf16 only), then under Muon momentum and one
+    variance per row (or column, if there are more), under AdamW two moments."""
     main = MAIN_BYTES if recipe.train.precision == "bf16" else 0
     if spec.kind == "matrix" and recipe.optimizer.name == "muon":
         return size * (main + MAIN_BYTES) + max(spec.shape) * MAIN_BYTES
@@ -124,7 +121,7 @@ def _stage_memory(recipe: Recipe, stage: int, chunks: list[range], data_parallel
 
 
 def _state_bytes(recipe: Recipe, spec: ParameterSpec, data_parallel_size: int) -> dict[str, int]:
-    """Bytes of one parameter's `weights`, `gradients` and `optimizer` state on a rank that has a part of it."""
+    """Bytes of one parameter's `weights`, `gradients` and `optimizer` state on a rank that holds part of it."""
     size, shards = _rank_size(recipe, spec), 1
     if recipe.engine == "deepspeed":
         return _zero_bytes(recipe, size, data_parallel_size)
@@ -139,7 +136,7 @@ def _state_bytes(recipe: Recipe, spec: ParameterSpec, data_parallel_size: int) -
 
 
 def _zero_bytes(recipe: Recipe, size: int, data_parallel_size: int) -> dict[str, int]:
-    """The same under ZeRO: each stage shares one more of the three."""
+    """The same under ZeRO, whose stages 1 to 3 shard optimizer state, gradients and weights in turn."""
     zero, share = recipe.deepspeed, -(-size // data_parallel_size)
     offload = zero.offload_optimizer == "cpu"
     gradients = size if zero.zero_stage == 1 else share
@@ -151,7 +148,7 @@ def _zero_bytes(recipe: Recipe, size: int, data_parallel_size: int) -> dict[str,
 
 
 def _gathered_weights(recipe: Recipe) -> int:
-    """Bytes of the weights that ZeRO 3 holds whole while it computes with them."""
+    """Bytes of the weights that ZeRO 3 holds gathered during computation."""
     if recipe.engine != "deepspeed" or recipe.deepspeed.zero_stage != 3:
         return 0
     whole = sum(_rank_size(recipe, spec) for spec in parameter_specs(recipe.model))
@@ -169,7 +166,7 @@ def _is_on_stage(spec: ParameterSpec, stage: int, chunks: list[range], recipe: R
         return any(spec.layer in layers for layers in chunks)
     if spec.kind == "output":
         return stage == recipe.parallel.pipeline_model_parallel_size - 1
-    return stage == 0  # embedding, smear, and a shared table, which a pipeline refuses
+    return stage == 0  # embedding, smear, and a shared table, which needs a single stage
 
 
 def _is_on_host(recipe: Recipe, spec: ParameterSpec) -> bool:
@@ -177,7 +174,7 @@ def _is_on_host(recipe: Recipe, spec: ParameterSpec) -> bool:
 
 
 def _activations(recipe: Recipe, stage: int, chunks: list[list[tuple[int, int]]]) -> int:
-    """Bytes kept for backward by all that a 1F1B schedule has in flight on this stage, interleaved or not.
+    """Bytes kept for backward by all micro-batches that a 1F1B schedule, interleaved or not, has in flight.
 
     `chunks`: `_kept_by_layer` of each layer of each model chunk.
     """
@@ -189,8 +186,7 @@ def _activations(recipe: Recipe, stage: int, chunks: list[list[tuple[int, int]]]
 
 
 def _chunks_in_flight(recipe: Recipe, stage: int) -> list[int]:
-    """Model chunks of this stage, one for each of its forward passes that Megatron's schedule starts before the first
-    of them has come back."""
+    """Model chunk of each forward pass that Megatron's schedule starts on this stage before the first backward pass."""
     parallel, train = recipe.parallel, recipe.train
     stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     ahead = stages - stage - 1 if virtual == 1 else 2 * (stages - stage - 1) + (virtual - 1) * stages
@@ -199,7 +195,7 @@ def _chunks_in_flight(recipe: Recipe, stage: int) -> list[int]:
 
 
 def _chunk_activations(recipe: Recipe, embeds: bool, layers: list[tuple[int, int]]) -> tuple[int, int]:
-    """Bytes of one micro-batch in one model chunk: kept after forward, and held while a layer is recomputed."""
+    """Bytes of one micro-batch in one model chunk: kept after forward, and at the peak of recomputing a layer."""
     parallel = recipe.parallel
     recomputed = 0
     if parallel.recompute == "full":
@@ -208,19 +204,19 @@ def _chunk_activations(recipe: Recipe, embeds: bool, layers: list[tuple[int, int
     if embeds:
         inputs += 3 * _tokens(recipe) * recipe.model.hidden_size * weight_bytes(recipe)  # embedded, normalised, smeared
     inside = [activations for activations, _ in layers]
-    # What layers keep is gone when the ones before them are recomputed.
+    # Backward has freed what later layers keep by the time earlier layers are recomputed.
     return inputs + sum(inside[recomputed:]), inputs + max(inside[:recomputed], default=0)
 
 
 def _kept_by_layer(recipe: Recipe, layer: int) -> tuple[int, int]:
-    """Bytes of one micro-batch that a layer keeps for the backward pass: whole, and where it is recomputed."""
+    """Bytes of one micro-batch that a layer keeps for the backward pass: without, and with recomputation."""
     m, before = recipe.model, _residual(recipe)
     if (
         m.value.rows_sent_ahead(recipe.parallel.tensor_model_parallel_size)
         and layer in m.layers_from_source()
         and m.value.table == "per_layer"
     ):
-        rows = min(_tokens(recipe), recipe.padded_vocab_size())  # at most: distinct ids are fewer
+        rows = min(_tokens(recipe), recipe.padded_vocab_size())  # upper bound of the distinct ids
         before += rows * _kv_width(recipe) // recipe.parallel.tensor_model_parallel_size * weight_bytes(recipe)
     return layer_activations(recipe, layer), before
 
@@ -238,7 +234,7 @@ def layer_activations(recipe: Recipe, layer: int) -> int:
     split += _source_activations(recipe, layer)
     context = recipe.parallel.context_parallel_size
     if context > 1:
-        split += query  # attention's output once more: its two stretches are put together
+        split += query  # attention's output once more: its two chunks are concatenated
         if recipe.parallel.recompute != "selective":
             split += 2 * kv * (context - 1)  # keys and values gathered from the other ranks
     logsumexp = 0 if recipe.parallel.recompute == "selective" else 4 * m.num_attention_heads // tensor
@@ -254,26 +250,26 @@ def _source_activations(recipe: Recipe, layer: int) -> int:
     facts = recipe.model.facts_of(layer)
     kept = int(facts.gated)  # the looked-up row that the gate multiplies
     if recipe.model.value.coefficient == "learned":  # multiplying by a constant and adding keep nothing
-        kept += facts.coefficients  # what they multiply
-        kept -= facts.reads == "first_layer"  # layer 0 has kept it already
+        kept += facts.coefficients  # the factor of each coefficient
+        kept -= facts.reads == "first_layer"  # layer 0 keeps it already
     return kept * _kv_width(recipe)
 
 
 def _kv_width(recipe: Recipe) -> int:
-    """Elements per token of all tensor-parallel ranks' values; ranks that share a query group each have it."""
+    """Value elements per token over all tensor-parallel ranks; ranks that share a query group count it each."""
     m = recipe.model
     return max(m.kv_heads, recipe.parallel.tensor_model_parallel_size) * m.kv_channels
 
 
 def _logits(recipe: Recipe) -> int:
-    """The logits as computed, and three fp32 tensors of their size: tanh, softmax, gradient."""
+    """Bytes of the logits and of three fp32 tensors of their size: tanh, softmax, gradient."""
     columns = recipe.padded_vocab_size() // recipe.parallel.tensor_model_parallel_size
     return _tokens(recipe) * columns * (weight_bytes(recipe) + 3 * 4)
 
 
 def _carried(recipe: Recipe) -> int:
-    """Bytes of what travels beside the hidden states, once per micro-batch: x0, token ids, or a shared table's values;
-    or what stays beside a ticket for each token's place among the distinct ids."""
+    """Bytes per micro-batch of the tensor passed from layer to layer with the hidden states: x0, token ids or a shared
+    table's values; with a ticket, of each token's index among the distinct ids."""
     m = recipe.model
     if m.value.facts.reads == "embedding":
         return _residual(recipe)

@@ -1,8 +1,7 @@
-"""Every parameter of a model by its canonical name: the one list that plan, initialisation, optimizer
-groups, checkpoints, export and tests share. Imports nothing heavy.
+"""Every parameter of a model by its canonical name.
 
-Canonical names are those of the exported Hugging Face model. Linear weights are `[out, in]`, heads are
-contiguous blocks of `out`, vocabulary rows are unpadded.
+Canonical names are those of the exported Hugging Face model. Linear weights are `[out, in]`, heads are contiguous
+blocks of `out`, vocabulary rows are unpadded.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ from dataclasses import dataclass
 from bov_megatron.recipe.fields import SMEAR_CHANNELS, ModelConfig
 
 GATE_CHANNELS = 12
-"""Leading channels of a token that gate what a gated value source reads."""
+"""Leading channels of a token that the gate of a gated value source reads."""
 
 KINDS = ("matrix", "embedding", "output", "table", "coefficient", "projection_coefficient", "smear")
 """Optimizer kinds: `matrix` is what Muon takes; `coefficient` is gamma or b, `projection_coefficient` is a."""
 VOCABULARY_KINDS = frozenset({"embedding", "output", "table"})
-"""Kinds with one row per token id, which are stored with padding rows."""
+"""Kinds with one row per token id; they are stored with padding rows."""
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter: canonical name, full unpadded shape, optimizer kind (one of KINDS), 0-based layer."""
+    """One parameter: canonical name, full unpadded shape, optimizer kind (one of KINDS) and 0-based layer."""
 
     name: str
     shape: tuple[int, ...]

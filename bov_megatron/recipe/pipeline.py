@@ -1,7 +1,6 @@
-"""Which layers each pipeline stage holds. Decided here and nowhere else: the plan, the recipe's checks and Megatron's
-configuration ask this file. Imports nothing heavy.
+"""Which layers each pipeline stage holds.
 
-A stage holds one model chunk, or several of an interleaved pipeline (`virtual_pipeline_model_parallel_size`). A forward
+A stage holds one model chunk, or several in an interleaved pipeline (`virtual_pipeline_model_parallel_size`). A forward
 pass goes through chunk 0 of every stage, then chunk 1 of every stage, and so on.
 """
 
@@ -16,7 +15,7 @@ from bov_megatron.recipe.quantities import stage_flops
 
 
 def chunk_sizes(recipe: Recipe) -> list[int]:
-    """Layers of every model chunk, in the order of a forward pass."""
+    """Number of layers of every model chunk, in the order of a forward pass."""
     parallel, layers = recipe.parallel, recipe.model.num_layers
     count = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
     if parallel.pipeline_layers is not None:
@@ -27,11 +26,12 @@ def chunk_sizes(recipe: Recipe) -> list[int]:
 
 
 def balanced_sizes(layers: int, count: int, cost: Callable[[int, int, int], float]) -> list[int]:
-    """Sizes of `count` consecutive parts, none empty, of `layers` layers: those with the least expensive worst part.
+    """Split `layers` into `count` consecutive parts, none empty, such that the most expensive part costs the least.
 
-    `cost(part, first, stop)` is what layers `[first, stop)` cost as that part. Of equally good choices an even one.
+    `cost(part, first, stop)` is the cost of layers `[first, stop)` as part number `part`. Ties go to the most even
+    split. Returns the sizes.
     """
-    # best[stop]: (cost of the worst part, sum of their squares, sizes) of the parts so far, if they end at `stop`.
+    # best[stop]: (largest cost, sum of squared costs, sizes) of the best split of layers [0, stop) so far.
     best = {stop: (worst := cost(0, 0, stop), worst**2, [stop]) for stop in range(1, layers - count + 2)}
     for part in range(1, count):
         last_stop = layers - (count - 1 - part)
@@ -52,7 +52,7 @@ def _cost(recipe: Recipe) -> Callable[[int, int, int], float]:
     if recipe.parallel.pipeline_balance == "time":
         flops = stage_flops(recipe)
         return lambda part, first, stop: flops(first, stop)
-    # How many ranks will share the optimizer's state is unknown here, and the layout must not depend on it.
+    # The number of data-parallel ranks is unknown here, and the split must not depend on it.
     return stage_bytes(recipe, data_parallel_size=1)
 
 
@@ -63,13 +63,8 @@ def layers_of_chunks(recipe: Recipe) -> list[list[range]]:
     return [chunks[stage::stages] for stage in range(stages)]
 
 
-def layers_of_stages(recipe: Recipe) -> list[list[int]]:
-    """0-based layers by pipeline stage."""
-    return [[layer for chunk in chunks for layer in chunk] for chunks in layers_of_chunks(recipe)]
-
-
 def megatron_layout(recipe: Recipe) -> list[list[str]] | None:
-    """The same as Megatron's `pipeline_model_parallel_layout`; None without a pipeline."""
+    """Megatron's `pipeline_model_parallel_layout` of the chunks; None without a pipeline."""
     if recipe.parallel.pipeline_model_parallel_size == 1:
         return None
     rows = [["decoder"] * size for size in chunk_sizes(recipe)]

@@ -1,4 +1,4 @@
-"""What follows from a recipe by counting: parameters, FLOPs, steps, learning rates. Imports nothing heavy."""
+"""Parameter counts, FLOPs, steps and learning rates of a recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bov_megatron.recipe.fields import ModelConfig, Recipe, ValueConfig
 from bov_megatron.recipe.parameters import KINDS, parameter_specs
 
 REFERENCE_WIDTH = 768
-"""Hidden size at which the embedding, output and table rates hold."""
+"""Hidden size at which the learning rates of embedding, output and tables hold."""
 
 
 def parameter_counts(model: ModelConfig) -> dict[str, int]:
@@ -24,14 +24,14 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
 def flops_per_token(model: ModelConfig) -> float:
     """Training FLOPs of one token, forward and backward.
 
-    6 per parameter that is multiplied (block matrices, gates, output; embedding and tables are looked up and count
-    nothing) + 12 · query_dim · min(window, sequence_length) per layer for attention scores and weighted sums.
+    6 per parameter of a matrix product (block matrices, gates, output; lookups in embedding and tables count 0), plus
+    12 · query_dim · min(window, sequence_length) per layer for attention.
     """
     return float(sum(layer_flops(model)) + 6 * parameter_counts(model)["output"])
 
 
 def layer_flops(model: ModelConfig) -> list[int]:
-    """Training FLOPs of one token in each layer, as `flops_per_token` counts them."""
+    """Training FLOPs of one token in each layer; see `flops_per_token`."""
     flops = [12 * model.query_dim * min(window, model.sequence_length) for window in model.windows()]
     for spec in parameter_specs(model):
         if spec.kind == "matrix" and spec.layer is not None:
@@ -40,8 +40,8 @@ def layer_flops(model: ModelConfig) -> list[int]:
 
 
 def stage_flops(recipe: Recipe) -> Callable[[int, int], float]:
-    """`flops(first, stop)`: FLOPs per token of a pipeline stage that holds layers `[first, stop)`, with the output
-    matrix on the last one, and the repeated forward pass where all layers are recomputed."""
+    """`flops(first, stop)`: FLOPs per token of a pipeline stage with layers `[first, stop)`. The last stage includes
+    the output matrix; full recomputation adds a forward pass."""
     parallel, output = recipe.parallel, 6 * parameter_counts(recipe.model)["output"]
     repeated = parallel.recompute == "full" and parallel.recompute_num_layers is None
     flops = [number * 4 / 3 if repeated else float(number) for number in layer_flops(recipe.model)]
@@ -49,7 +49,7 @@ def stage_flops(recipe: Recipe) -> Callable[[int, int], float]:
 
 
 def total_steps(recipe: Recipe) -> int:
-    """Optimizer steps of the run: `train.steps`, else what `train.budget_flops` pays for, rounded."""
+    """Optimizer steps of the run: `train.steps`, or `train.budget_flops` converted to steps and rounded."""
     if recipe.train.steps is not None:
         return recipe.train.steps
     if recipe.train.budget_flops is None:
@@ -60,10 +60,10 @@ def total_steps(recipe: Recipe) -> int:
 def reference_scaling(recipe: Recipe) -> tuple[float, float, float]:
     """Factors from the recipe's reference rates to this run's: (lr_scale, width_scale, decay_scale).
 
-    lr_scale: sqrt(batch tokens / reference batch), on every learning rate.
-    width_scale: (hidden_size / 768)^-0.5, on those of embedding, output and tables besides.
-    decay_scale: lr_scale × reference_parameters / N, on the block matrices' weight decay. N counts matrices and output
-    of the `projection` model of this shape, so that every value source trains with the same decay.
+    lr_scale: sqrt(batch tokens / reference batch), for every learning rate.
+    width_scale: (hidden_size / 768)^-0.5, for embedding, output and tables in addition.
+    decay_scale: lr_scale × reference_parameters / N, for the weight decay of block matrices. N counts matrices and
+    output of the `projection` model of this shape, so that every value source trains with the same decay.
     """
     o = recipe.optimizer
     lr_scale = 1.0
@@ -78,9 +78,9 @@ def reference_scaling(recipe: Recipe) -> tuple[float, float, float]:
 
 
 def effective_rates(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Peak `lr` and `weight_decay` of each optimizer kind (keys: parameters.KINDS) after reference_scaling.
+    """Peak `lr` and `weight_decay` of each optimizer kind (keys: parameters.KINDS) after `reference_scaling`.
 
-    The small decays of the kinds other than `matrix` are taken as they stand, as the reference does.
+    As in the reference, weight decay is scaled for `matrix` only.
     """
     o = recipe.optimizer
     lr_scale, width_scale, decay_scale = reference_scaling(recipe)

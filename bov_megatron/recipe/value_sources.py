@@ -1,4 +1,4 @@
-"""What each value source is made of: one record per source, which every other module asks instead of the name."""
+"""The value sources and their properties. Other modules ask for a property, never for a source's name."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ValueSourceFacts:
-    """A layer's values are `a · W_V · x + b · gate · (what it reads)`; a record says which of these there are."""
+    """Terms of a layer's values `a · W_V · x + b · gate · r`, where x is the layer's input and r what it reads."""
 
     projects: bool
-    """Whether `W_V · x`, the layer's own projection, is a part of its values."""
+    """Whether the values contain `W_V · x`, the layer's own projection."""
     reads: Literal["table", "embedding", "first_layer"] | None = None
-    """What else: rows of a table by token id, `W_V · rms(x0)` of the decoder's input, or layer 0's values."""
+    """r: a table's row for the token, `W_V · rms(x0)` of the decoder's input x0, or layer 0's values."""
     coefficients: Literal[0, 1, 2] = 0
-    """0, 1 (gamma, on what it reads, or on the projection where it reads nothing), or 2 (a and b)."""
+    """0; 1: gamma, on r or, without r, on the projection; 2: a and b."""
     gated: bool = False
-    """Whether a gate per query group scales what it reads. A gated table starts uniform, not aligned with `W_V`."""
+    """Whether r is scaled by a gate per query group. A gated table is initialised uniformly, not aligned with `W_V`."""
 
     @property
     def has_table(self) -> bool:
@@ -25,7 +25,7 @@ class ValueSourceFacts:
 
     @property
     def separate_projection(self) -> bool:
-        """Whether `W_V` is applied to something other than x too, and so cannot be fused with query and key."""
+        """Whether `W_V` is also applied to another input than x, and so cannot be fused with query and key."""
         return self.reads == "embedding"
 
     @property
@@ -38,7 +38,7 @@ class ValueSourceFacts:
 
 
 PROJECTION = "projection"
-"""The source of every layer that is no target."""
+"""The source of layers that are not targets."""
 
 VALUE_SOURCES = {
     PROJECTION: ValueSourceFacts(projects=True),

@@ -1,4 +1,4 @@
-"""Numbers that go wrong: steps that are skipped or remarked on, runs that are rolled back or ended."""
+"""Loss spikes and numbers that are not finite: steps to skip or warn about, runs to roll back or end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bov_megatron.training.spikes import SpikeDetector
 
 
 class Verdict(enum.Enum):
-    """On a step, before its update."""
+    """On a step, before its update: make it, or leave it out and why."""
 
     TAKE = enum.auto()
     SPIKE = enum.auto()
@@ -24,49 +24,46 @@ class Verdict(enum.Enum):
 class Health:
     """Judges each step before its update, and ends a run that skips too many steps.
 
-    Steps whose loss or gradients are not finite are skipped; those whose loss is a spike as `health.on_spike` says. A
-    skipped step changes neither weights nor optimizer state. Its line of metrics says `skipped` and, as that of a
-    spike, `sample_ids`: pairs (stream, sample) of the global batch.
-
-    With `on_spike: rollback` the trainer asks `must_roll_back` after each step, and where it must, on all ranks alike,
-    tells `roll_back` which checkpoint it went back to.
+    A step is skipped if its loss or gradients are not finite, or, depending on `health.on_spike`, if its loss is a
+    spike. A skipped step changes neither weights nor optimizer state. Its line of metrics has `skipped`; that and the
+    line of a spike have `sample_ids`, pairs (stream, sample) of the global batch.
 
     Args:
         config: the recipe's section.
-        state: what `state()` gave when the checkpoint was saved that the run goes on from.
+        state: `state()` from the checkpoint that the run resumes from.
     """
 
     def __init__(self, config: HealthConfig, state: dict[str, Any] | None = None):
         self.config = config
         self.rollbacks: list[dict[str, Any]] = list((state or {}).get("rollbacks", []))
         """Of the whole run: `number` (from 1), `reason`, `from_step`, `to_step`, `first_batch`, `last_batch`."""
-        self._take(state or {})
+        self._restore(state or {})
         self.verdict = Verdict.TAKE
-        """On the step at hand; the same on every rank, as all judge the same numbers."""
+        """On the current step; the same on every rank, because all ranks judge the same numbers."""
         self._deviations = 0.0
 
-    def _take(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         self.detector = SpikeDetector(self.config.spike_window, state.get("losses"))
         self.skipped: list[int] = list(state.get("skipped", []))
-        """Steps, of the last `max_skips_within`."""
+        """Skipped steps among the last `max_skips_within`."""
         self.not_finite: int = state.get("not_finite", 0)
-        """Steps on end."""
+        """Number of steps in a row, up to the last one, that were not finite."""
 
     def state(self) -> dict[str, Any]:
-        """What the next judgements, and the samples to come, depend on."""
+        """What a checkpoint stores, so that a resumed run judges steps and leaves out samples alike."""
         return {
             "losses": self.detector.losses(),
             "skipped": list(self.skipped),
             "not_finite": self.not_finite,
-            "rollbacks": [dict(one) for one in self.rollbacks],
+            "rollbacks": [dict(rollback) for rollback in self.rollbacks],
         }
 
     def skipped_windows(self) -> list[tuple[int, int]]:
-        """What roll backs have left out of the data's order: 0-based places (first, last) of batches."""
-        return [(one["first_batch"], one["last_batch"]) for one in self.rollbacks]
+        """Batches that rollbacks have left out: 0-based positions (first, last) in the data's order."""
+        return [(rollback["first_batch"], rollback["last_batch"]) for rollback in self.rollbacks]
 
     def judge(self, loss: float, gradient_norm: float = 0.0) -> Verdict:
-        """The verdict on a step, by numbers that all ranks have agreed on; `gradient_norm` only where it is known."""
+        """The verdict on a step, by numbers that are the same on all ranks; `gradient_norm` where it is known."""
         self._deviations = self.detector.deviations(loss)
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             self.verdict = Verdict.NOT_FINITE
@@ -77,17 +74,17 @@ class Health:
         return self.verdict
 
     def must_roll_back(self, record: dict[str, Any]) -> bool:
-        """Whether the step that was just left out is one to go back for; the same on every rank."""
+        """Whether the step just made calls for a rollback; the same on every rank."""
         if self.config.on_spike != "rollback" or record["updated"]:
             return False
         return self.verdict is Verdict.SPIKE or self.not_finite + 1 >= self.config.max_not_finite_steps
 
     def check_may_roll_back(self, record: dict[str, Any]) -> None:
-        """Raise TrainingError where the run has rolled back `max_rollbacks` times before."""
+        """Raise TrainingError where the run has rolled back `max_rollbacks` times already."""
         limit = self.config.max_rollbacks
         if len(self.rollbacks) < limit:
             return
-        before = ", ".join(f"{one['from_step']} to {one['to_step']}" for one in self.rollbacks) or "none"
+        before = ", ".join(f"{rollback['from_step']} to {rollback['to_step']}" for rollback in self.rollbacks) or "none"
         raise TrainingError(
             f"{self.complaint(record)}, and the run has rolled back health.max_rollbacks={limit} times before (from "
             f"step, to step: {before}). Look at the rollback lines of metrics.jsonl and at the learning rates; to go "
@@ -96,21 +93,21 @@ class Health:
         )
 
     def complaint(self, record: dict[str, Any]) -> str:
-        """What is wrong with a step to be rolled back, as the beginning of an error."""
+        """What is wrong with a step to be rolled back: the beginning of an error message."""
         if self.verdict is Verdict.SPIKE:
             return f"the loss of step {record['step']} is a spike, {self._deviations:.0f} deviations above those before"
-        return f"gradients were not finite at {self.not_finite + 1} steps on end, up to step {record['step']}"
+        return f"gradients were not finite at {self.not_finite + 1} steps in a row, up to step {record['step']}"
 
     def roll_back(
         self, record: dict[str, Any], batch: TrainBatch, to_step: int, state: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """Judge as after `to_step`, and leave out the samples since; returns the line for metrics.
+        """Go back to the state after `to_step`, and leave out the samples since; returns the line for metrics.
 
         Args:
             record, batch: of the step that went wrong.
-            to_step, state: of the checkpoint gone back to.
+            to_step, state: of the checkpoint that was loaded.
         """
-        told = {
+        rollback = {
             "number": len(self.rollbacks) + 1,
             "reason": "spike" if self.verdict is Verdict.SPIKE else "not finite",
             "from_step": record["step"],
@@ -118,23 +115,23 @@ class Health:
             "first_batch": SkippedBatches(self.skipped_windows()).place(to_step),
             "last_batch": batch.place,
         }
-        self.rollbacks.append(told)
-        self._take(state or {})
-        of_the_step = {key: record[key] for key in ("loss", "gradient_norm", "digest")}
-        of_the_step |= {"spike_deviations": self._deviations, "sample_ids": batch.ids_B2.tolist()}
-        return {"step": to_step, "rollback": {**told, **of_the_step}}
+        self.rollbacks.append(rollback)
+        self._restore(state or {})
+        cause = {key: record[key] for key in ("loss", "gradient_norm", "digest")}
+        cause |= {"spike_deviations": self._deviations, "sample_ids": batch.ids_B2.tolist()}
+        return {"step": to_step, "rollback": {**rollback, **cause}}
 
     def note(self, record: dict[str, Any], batch: TrainBatch) -> None:
-        """Remember a step, and add to its line of metrics what was wrong with it.
+        """Count a step that is not rolled back, and add to its line of metrics what was wrong with it.
 
-        Raises TrainingError where that has happened too often.
+        Raises TrainingError where too many steps were skipped.
         """
         spike = self._is_spike() or self.verdict is Verdict.SPIKE
         if spike:
             record["spike_deviations"] = self._deviations
         if record["updated"]:
             self.detector.add(record["loss"])
-        else:  # where the verdict was to take it, the optimizer found gradients that are not finite
+        else:  # with the verdict TAKE, the optimizer left the update out because gradients were not finite
             record["skipped"] = "spike" if self.verdict is Verdict.SPIKE else "not finite"
         if spike or not record["updated"]:
             record["sample_ids"] = batch.ids_B2.tolist()
@@ -149,9 +146,9 @@ class Health:
         self.not_finite = self.not_finite + 1 if record.get("skipped") == "not finite" else 0
         if self.not_finite == patience:
             raise TrainingError(
-                f"gradients were not finite at {patience} steps on end, up to step {record['step']}; weights are "
-                "those before. Lower the learning rates (optimizer.matrix_lr, …) or set optimizer.clip_grad=1.0, and "
-                "start again: the run continues from its newest checkpoint"
+                f"gradients were not finite at {patience} steps in a row, up to step {record['step']}; none of them "
+                "changed the weights. Lower the learning rates (optimizer.matrix_lr, …) or set "
+                "optimizer.clip_grad=1.0, and start again: the run resumes from its newest checkpoint"
             )
 
     def _check_limit(self, record: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from bov_megatron.lifecycle import run_folder
 from bov_megatron.training.callbacks.metrics_file import read_lines
 
 COLOURS = ("#1f6f8b", "#d1603d", "#5b8c5a", "#7a5c99", "#b8860b", "#555555")
-"""One per run, in order; distinguishable with red-green blindness."""
+"""Of the runs, in order; distinguishable with red-green blindness."""
 
 
 def plot_runs(runs: Mapping[str, Path], out: Path, title: str) -> Path:
@@ -25,7 +25,7 @@ def plot_runs(runs: Mapping[str, Path], out: Path, title: str) -> Path:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for colour, (label, run_dir) in zip(COLOURS, runs.items(), strict=False):
         recorded = read_lines(run_dir / run_folder.METRICS)
-        # A loss that was not finite is stored as null; lines that are no step's have none.
+        # A loss that was not finite is null; lines that belong to no step have none.
         lines = [line for line in recorded if line.get("loss") is not None]
         if not lines:
             raise ValueError(f"{run_dir} has no {run_folder.METRICS} with a complete line")
@@ -54,8 +54,8 @@ def plot_runs(runs: Mapping[str, Path], out: Path, title: str) -> Path:
     return out
 
 
-def _smooth(values: list[float], width: int = 9) -> list[float]:
-    """Centred moving average over `width` steps, fewer at both ends."""
-    half = width // 2
+def _smooth(values: list[float]) -> list[float]:
+    """Centred moving average over 9 steps, fewer at both ends."""
+    half = 4
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]

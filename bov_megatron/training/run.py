@@ -1,4 +1,4 @@
-"""One run from recipe to last checkpoint: what `python -m bov_megatron.train` does on each rank."""
+"""A run from recipe to last checkpoint, on one rank of `python -m bov_megatron.train`."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from bov_megatron.training.trainer import Trainer
 
 
 def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
-    """Train `recipe` on this rank of `world`; continue from the newest checkpoint in its run folder, if any.
+    """Train `recipe` on this rank of `world`, resuming from the newest checkpoint in its run folder, if any.
 
-    Returns NONE where all is done, else what ended the run early, after a checkpoint of the steps done.
+    Returns NONE where the run is complete, else why it stopped early; all steps done are then in a checkpoint.
 
-    Raises BovError with the remedy: the same on every rank, or a ThisRankError.
+    Raises BovError: the same on every rank, or a ThisRankError.
     """
     stop_request = StopRequest(signals, recipe.train.max_minutes)
     process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
@@ -51,21 +51,21 @@ def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
         stop_request.watch(lease)
         try:
             trainer.fit()
-        except DataError as error:  # a shard, which other ranks need not read
+        except DataError as error:  # in a shard that other ranks need not read
             raise ThisRankError(str(error)) from error
     reason = StopReason.NONE if trainer.done else trainer.stop_reason
     if world.rank == 0:
         exit_status.report(errors.INTERRUPTED if reason else errors.DONE)
-    # srun terminates all ranks as soon as one leaves with a status other than 0: not before rank 0 has said everything.
+    # srun kills all ranks as soon as one exits with a status other than 0: wait for rank 0's report.
     dist.barrier()
-    # Not after an error: the other ranks may be inside a collective, and leaving would wait for them.
+    # Not after an error: other ranks may be inside a collective, and shutdown would wait for them.
     process_groups.shutdown()
     return reason
 
 
 @contextlib.contextmanager
 def _run_folder(recipe: Recipe):
-    """The run folder, held by rank 0 for all; collective."""
+    """Hold the run folder's lease on rank 0; collective."""
     lease = Lease(recipe.run_dir)
     with contextlib.ExitStack() as stack:
         on_all_ranks(lambda: stack.enter_context(lease) if dist.get_rank() == 0 else None)
@@ -74,7 +74,6 @@ def _run_folder(recipe: Recipe):
 
 @contextlib.contextmanager
 def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
-    """Everything a run consists of, put together."""
     engine = build_engine(recipe)
     start = _resume(engine)
     health = Health(recipe.health, start.extra.get("health") if start else None)
@@ -105,7 +104,7 @@ def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
 
 
 def _resume(engine: Engine) -> checkpoint.Loaded | None:
-    """Load the newest valid checkpoint of the run folder."""
+    """Load the newest valid checkpoint of the run folder, if any; collective."""
     path = checkpoint.newest_valid(engine.recipe.run_dir)
     if path is None:
         return None
@@ -138,7 +137,7 @@ def _open_data(recipe: Recipe, start: checkpoint.Loaded | None, health: Health) 
     if start and start.extra["shards"] != _shards(train_loader):
         raise DataError(
             f"the training shards of {', '.join(str(d.folder) for d in train_loader.data_sets)} are not those that the "
-            f"checkpoint of step {start.step} was trained with: its sample numbers mean other samples here. Restore "
+            f"checkpoint of step {start.step} was trained on, so its sample ids mean other samples here. Restore "
             "data.path (or data.streams), or start another run with name=…"
         )
     validation_loader = ValidationLoader(
@@ -151,16 +150,16 @@ def _open_data(recipe: Recipe, start: checkpoint.Loaded | None, health: Health) 
 
 
 def _shards(loader: TrainLoader) -> list[str]:
-    """Fingerprint of each stream's training shards, wherever they lie."""
+    """Fingerprint of each stream's training shards, independent of their location."""
     return [data_set.manifest.splits["train"].index_sha256 for data_set in loader.data_sets]
 
 
 def _announce(recipe: Recipe, start: checkpoint.Loaded | None, loader: TrainLoader) -> None:
-    """Store the resolved recipe with the run, and say what begins; rank 0 only."""
+    """Store resolved recipe and tokenizer in the run folder, and print what starts; rank 0 only."""
     if dist.get_rank() != 0:
         return
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
-    # The run folder is enough to convert it, wherever the data goes.
+    # Conversion then needs only the run folder, not the data.
     shutil.copytree(loader.data_sets[0].tokenizer_folder, recipe.run_dir / run_folder.TOKENIZER, dirs_exist_ok=True)
     (recipe.run_dir / run_folder.RECIPE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     layout = recipe.parallel
@@ -176,5 +175,5 @@ def _announce(recipe: Recipe, start: checkpoint.Loaded | None, loader: TrainLoad
 
 
 def _padded(bytes_per_token: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Ids that the tokenizer doesn't have count no bytes."""
+    """Token ids beyond the tokenizer's count no bytes."""
     return torch.nn.functional.pad(bytes_per_token, (0, vocab_size - bytes_per_token.numel()))

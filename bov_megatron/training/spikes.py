@@ -9,7 +9,7 @@ from collections import deque
 NORMAL_DEVIATION = 1.4826
 """Standard deviation of a normal distribution, in median absolute deviations."""
 LEAST_DEVIATION = 1e-3
-"""Lower bound of the deviation, as a share of the median, for losses that hardly vary."""
+"""Lower bound of the deviation relative to the median, for losses that hardly vary."""
 
 
 class SpikeDetector:
@@ -19,7 +19,7 @@ class SpikeDetector:
 
     Args:
         window: number of losses to compare with.
-        losses: a former detector's `losses()`.
+        losses: `losses()` of an earlier detector, to continue from.
     """
 
     def __init__(self, window: int, losses: list[float] | None = None):
@@ -28,7 +28,7 @@ class SpikeDetector:
 
     def deviations(self, loss: float) -> float:
         """Standard deviations by which `loss` exceeds the window's median; 0 before the window is full."""
-        # In a run's first steps the trend of the loss exceeds its noise.
+        # At the start of a run the loss falls faster than it fluctuates, so a partial window is not used.
         if len(self._losses) < self._window or not math.isfinite(loss):
             return 0.0
         median = statistics.median(self._losses)

@@ -1,4 +1,4 @@
-"""Statistics of value tables and their coefficients for the metrics."""
+"""Statistics of value tables and coefficients for the metrics."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from megatron.core import parallel_state
 from bov_megatron.engines.base import Engine
 from bov_megatron.parallel.device import device
 from bov_megatron.parallel.parameter import LocalParameter
-
-_COLUMNS = ("squares", "rows", "touched")
 
 
 @torch.no_grad()
@@ -37,7 +35,7 @@ def table_statistics(engine: Engine) -> dict[str, float]:
     `table_rows_touched/layer_8`, the share of rows with a gradient in the last step's global batch; collective."""
     model = engine.recipe.model
     layers = model.num_layers
-    sums = torch.zeros(layers + 1, len(_COLUMNS), dtype=torch.float64, device=device())
+    sums = torch.zeros(layers + 1, 3, dtype=torch.float64, device=device())  # as `_table_sums` returns; last: shared
     for local in engine.local_parameters():
         if local.specs[0].kind == "table":
             index = layers if local.specs[0].layer is None else local.specs[0].layer

@@ -1,4 +1,4 @@
-"""Tokens per second, model FLOPs utilisation, time left."""
+"""Tokens per second and model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "A100": 312e12,
 }
-"""Peak FLOP/s by a part of the device's name."""
+"""Peak FLOP/s by part of the device's name."""
+WINDOW = 20
+"""Steps over which rates are averaged."""
 
 
 def peak_flops(recipe: Recipe) -> float | None:
-    """Peak FLOP/s of this rank's device: `logging.peak_flops`, or the table's, or None where unknown (a CPU)."""
+    """Peak FLOP/s of this rank's device: `logging.peak_flops`, else the known value, None where unknown (a CPU)."""
     name = device_name()
     return recipe.logging.peak_flops or next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
 
 
 class Throughput:
-    """Rates over a sliding window of steps; what isn't a training step (saving, validation) is left out.
+    """Rates over a sliding window of training steps; saving and validation don't count.
 
     MFU counts executed FLOPs: a bank layer has no value projection, and a lookup counts 0.
     """
 
-    def __init__(self, recipe: Recipe, world_size: int, window: int = 20):
+    def __init__(self, recipe: Recipe, world_size: int):
         self.batch_tokens = recipe.batch_tokens
         self.flops = flops_per_token(recipe.model) * recipe.batch_tokens
         peak = peak_flops(recipe)
         self.world_peak = peak * world_size if peak else None
-        self.seconds: deque[float] = deque(maxlen=window)
+        self.seconds: deque[float] = deque(maxlen=WINDOW)
         self.started = 0.0
 
     def start(self) -> None:
-        """A step begins."""
         self.started = time.perf_counter()
 
     def stop(self) -> dict[str, float]:
-        """A step has ended: `step_seconds` of this one, `tokens_per_second` and `mfu` of the window."""
+        """At the end of a step: `step_seconds` of this step, `tokens_per_second` and `mfu` of the window."""
         seconds = time.perf_counter() - self.started
         self.seconds.append(seconds)
         rates = {"step_seconds": seconds, "tokens_per_second": self.batch_tokens / self.mean_seconds}

@@ -1,6 +1,6 @@
 """The training loop: forward and backward, agree with all ranks, update or discard, callbacks.
 
-Health judges each step and decides on roll backs; everything else that happens around a step is a callback.
+Health judges each step and decides on rollbacks; everything else around a step is a callback.
 """
 
 from __future__ import annotations
@@ -25,31 +25,30 @@ from bov_megatron.training.health import Health, Verdict
 from bov_megatron.training.throughput import Throughput
 
 VALIDATION_CHUNK = 16
-"""Micro-batches a call of the engine: enough to fill a pipeline."""
+"""Micro-batches per call of the engine: enough to fill a pipeline."""
 
 
 class Callback:
-    """What happens around steps; every method is called on every rank, in the order of the trainer's callbacks."""
+    """Hooks around steps; every method is called on every rank, in the order of the trainer's callbacks."""
 
     def start(self, trainer: Trainer) -> None:
         """At the start of the process; `trainer.step` steps are done already."""
 
     def before_first_step(self, trainer: Trainer) -> None:
-        """All callbacks have started."""
+        """After every callback's `start`."""
 
     def after_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """After each optimizer step. `record` is the step's line of metrics; a callback may add to it for those
-        that come after."""
+        """After each optimizer step. `record` is the step's line of metrics, to which a callback may add."""
 
     def before_roll_back(self, trainer: Trainer) -> None:
-        """All ranks have decided to go back to the newest checkpoint; nothing has happened yet."""
+        """Before all ranks load the newest checkpoint."""
 
     def after_line(self, trainer: Trainer, line: dict[str, Any]) -> None:
-        """After something that is no step and has a line of metrics of its own: the run has rolled back to
-        `trainer.step` (Health.roll_back), or made up for a validation."""
+        """After a line of metrics that belongs to no step: the run has rolled back to `trainer.step`
+        (Health.roll_back), or has caught up on a validation."""
 
     def finish(self, trainer: Trainer) -> None:
-        """After the last step, or the one after which the run was told to stop; not called when training raises."""
+        """After the last step, or the last before an early stop; not called when training raises."""
 
 
 class Trainer:
@@ -57,17 +56,16 @@ class Trainer:
 
     Args:
         engine: model and optimizer of this rank.
-        loader: iterable from `start_step` on; each step gives this rank's micro-batches and the digest of the
-            global batch's sample ids.
+        loader: iterable over `TrainBatch`es from `start_step` on.
         callbacks: called in this order around each step, on every rank.
         bytes_per_token: UTF-8 bytes of each token id, 0 for special tokens, `[vocab_size]`.
         start_step: steps done already.
         checkpoint_extra: stored with every checkpoint.
         health: judges each step before its update.
-        reload: loads the newest valid checkpoint into `engine`, for a roll back; None where there is none.
-        alive: called whenever a limited piece of work is done: a step, a piece of validation, a checkpoint.
-        stop_request: this rank's reason to end the run early, if any; what any rank says holds for all.
-        validation_owed: whether an interruption kept the last step done from its validation.
+        reload: loads the newest valid checkpoint into `engine` and returns it, or None where there is none.
+        alive: called after each step, chunk of validation or checkpoint, to show that the rank does not hang.
+        stop_request: this rank's reason to stop early; if any rank has one, all stop.
+        validation_owed: whether the last step was due for validation, but the run was interrupted before it.
     """
 
     def __init__(
@@ -89,9 +87,9 @@ class Trainer:
         self.bytes_per_token = bytes_per_token.to(device())
         self.step = start_step
         self.batch: TrainBatch
-        """The global batch of the step at hand."""
+        """The current step's."""
         self.data_seconds = 0.0
-        """How long this rank waited for that batch."""
+        """Time that this rank waited for `batch`."""
         self.stop_reason = StopReason.NONE
         self.validation_owed = validation_owed
         self.total_steps = total_steps(self.recipe)
@@ -101,21 +99,21 @@ class Trainer:
 
     @property
     def stopping(self) -> bool:
-        """Whether the step at hand is the last one for now; the same on all ranks."""
+        """Whether the run stops after the current step; the same on all ranks."""
         return self.stop_reason is not StopReason.NONE
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to do: all steps, and the validation after the last one."""
+        """Whether all steps and the validation after the last one are done."""
         return self.step == self.total_steps and not self.validation_owed
 
     @property
     def checkpoint_extra(self) -> dict[str, Any]:
-        """What goes into a checkpoint of this moment besides weights and optimizer state."""
+        """What a checkpoint stores now besides weights and optimizer state."""
         return {**self._checkpoint_extra, "validation_owed": self.validation_owed, "health": self.health.state()}
 
     def fit(self) -> None:
-        """Train to the last step, or to the one in which any rank had a reason to stop."""
+        """Train to the last step, or until any rank has a reason to stop. Raises TrainingError."""
         for callback in self.callbacks:
             callback.start(self)
         self._agree()
@@ -139,12 +137,12 @@ class Trainer:
             callback.finish(self)
 
     def train_step(self) -> dict[str, Any]:
-        """One step on `self.batch`; its line of metrics."""
+        """One step on `self.batch`; returns its line of metrics."""
         rates = self.engine.optimizer.learning_rates()
         measured = [self.engine.forward_backward(self.batch.micro_batches)]
         if (gradient_norm := self.engine.gradient_norm()) is not None:
             measured.append(gradient_norm)
-        # The host waits for the device here, and nowhere else in a step.
+        # The only place in a step at which the host waits for the device.
         loss, *known_norm = self._agree(*measured)
         updated, norm = False, math.nan
         if self.health.judge(loss, *known_norm) is Verdict.TAKE:
@@ -165,29 +163,27 @@ class Trainer:
         }
 
     def _agree(self, *numbers: torch.Tensor) -> list[float]:
-        """Any rank's reason to stop becomes everyone's `stop_reason`; collective.
-
-        Returns the highest that any rank has of each of `numbers`, `nan` where it is not finite on one.
-        """
+        """Set `stop_reason` on all ranks to that of any rank, and return the maximum over ranks of each of `numbers`,
+        `nan` where any rank's is not finite; collective."""
         own = torch.stack([torch.tensor(float(self._stop_request()), device=device()), *numbers]).double()
         finite = own.isfinite()
-        words = torch.stack([torch.where(finite, own, -math.inf), (~finite).double()])
-        dist.all_reduce(words, op=dist.ReduceOp.MAX)
-        highest, not_finite = words.tolist()
+        maxima = torch.stack([torch.where(finite, own, -math.inf), (~finite).double()])
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        highest, not_finite = maxima.tolist()
         reason, *agreed = (math.nan if bad else number for number, bad in zip(highest, not_finite, strict=True))
         self.stop_reason = max(self.stop_reason, StopReason(int(reason)))
         self._alive()
         if self.stop_reason is StopReason.LEASE_LOST:
             raise TrainingError(
-                f"another start has taken the run folder {self.recipe.run_dir}, as this one gave no sign of life for a "
-                "while (suspended, or cut off from the file system); it ends without saving, the other goes on"
+                f"another start has taken over the run folder {self.recipe.run_dir}, because this one gave no sign of "
+                "life for a while (suspended, or cut off from the file system); this one ends without saving"
             )
         return agreed
 
     def _roll_back(self, record: dict[str, Any]) -> None:
-        """Go back to the newest checkpoint, and on without the samples of the steps since; collective.
+        """Go back to the newest checkpoint, and leave out the samples of the steps since; collective.
 
-        Raises TrainingError where that has happened too often, or no checkpoint can be read.
+        Raises TrainingError after too many rollbacks, or where no checkpoint can be read.
         """
         self.health.check_may_roll_back(record)
         for callback in self.callbacks:
@@ -208,31 +204,30 @@ class Trainer:
         self.log(line)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Hand a line of metrics to the callbacks that is not a step's."""
+        """Pass the callbacks a line of metrics that belongs to no step."""
         for callback in self.callbacks:
             callback.after_line(self, line)
         self._alive()
 
     def is_due(self, interval: int) -> bool:
-        """Whether something that happens every `interval` steps (0: only at the end) happens after this one."""
+        """Whether something that is done every `interval` steps (0: only at the end) is due after this step."""
         return self.step == self.total_steps or (interval > 0 and self.step % interval == 0)
 
     def validate(self, loader) -> float | None:
-        """Bits per byte over the held-out split, or None where the run was told to stop; the same on every rank."""
+        """Bits per byte over the held-out split, or None where the run stops early; the same on every rank."""
         nats, size = 0.0, 0
         batches = iter(loader)
-        while several := list(itertools.islice(batches, VALIDATION_CHUNK)):
+        while chunk := list(itertools.islice(batches, VALIDATION_CHUNK)):
             if not self.stopping:
                 self._agree()
             if self.stopping:
                 return None
             score = self.engine.score(
-                [batch.tokens for batch in several], self.bytes_per_token, [batch.mask for batch in several]
+                [batch.tokens for batch in chunk], self.bytes_per_token, [batch.mask for batch in chunk]
             )
             nats, size = nats + score.nats, size + score.bytes
         return nats / (math.log(2) * size)
 
 
 def _finite(number: float) -> float | None:
-    """JSON knows no infinity and no nan."""
-    return number if math.isfinite(number) else None
+    return number if math.isfinite(number) else None  # JSON has no infinity and no nan

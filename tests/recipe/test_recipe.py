@@ -174,7 +174,7 @@ IMPOSSIBLE = [
     # naming
     ("name=a/b", "name='a/b': must be usable as a folder name"),
     ("output_dir=runs/{nme}", "output_dir='runs/{nme}': must be a path in which only {name}"),
-    ("output_dir=runs/{", "output_dir='runs/{'.*only {name} may stand in braces"),
+    ("output_dir=runs/{", "output_dir='runs/{'.*only {name} may be in braces"),
     # model sizes
     ("model.num_layers=0", "model.num_layers=0: must be at least 1"),
     ("model.vocab_size=-1", "model.vocab_size=-1: must be at least 1"),

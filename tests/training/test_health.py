@@ -46,7 +46,7 @@ def test_a_run_without_updates_ends(prepared_data, tmp_path):
     assert [code for code, _ in results] == [3, 3]
     errors = [line for _, text in results for line in text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "not finite at 10 steps on end, up to step 14" in errors[0]
+    assert "not finite at 10 steps in a row, up to step 14" in errors[0]
     assert "optimizer.matrix_lr" in errors[0] and "optimizer.clip_grad=1.0" in errors[0]
     assert "resuming after step 12" in train(2, arguments), "weights of skipped steps are those before"
     assert metrics(tmp_path)[-1]["loss"] == pytest.approx(5, abs=1.2)

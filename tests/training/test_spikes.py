@@ -107,7 +107,7 @@ def test_warned_of_and_taken(prepared_data, tmp_path):
     arguments = overrides(prepared_data, tmp_path, *SKIP, "health.on_spike=warn", "logging.interval=4")
     results = run_ranks(spiking_rank, 2, arguments, {5}, {0, 1})
     assert [changed for *_, changed in results] == [[True] * 8] * 2
-    assert "deviations above those before, taken all the same (health.on_spike=warn)" in results[0][1]
+    assert "deviations above those before, updated anyway (health.on_spike=warn)" in results[0][1]
     (line,) = (line for line in metrics(tmp_path) if "spike_deviations" in line)
     assert line["step"] == 6 and line["updated"] and len(line["sample_ids"]) == 4
 

@@ -1,7 +1,7 @@
 """The DeepSpeed engine: ZeRO 1, 2 and 3 over the same model, with Megatron's tensor parallelism for 1 and 2.
 
-DeepSpeed's names for things differ: its "model parallel" ranks are Megatron's tensor-parallel ones here.
-Everything that reaches into DeepSpeed holds for version 0.19.8 and is in the folder `engines/deepspeed`.
+DeepSpeed's "model parallel" ranks are the tensor-parallel ranks here. Everything that uses internals of DeepSpeed is in
+`engines/deepspeed` and written for version 0.19.8.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from bov_megatron.recipe.memory import ZERO3_LIVE_ELEMENTS
 from bov_megatron.recipe.quantities import total_steps
 
 BUCKET_ELEMENTS = 2**26
-"""Gradient elements that DeepSpeed reduces at once; it keeps a buffer of this size."""
+"""Gradient elements that DeepSpeed reduces at once, through a buffer of this size."""
 PERSISTENT_ELEMENTS = 10**5
-"""ZeRO 3 keeps parameters of at most this size whole on every rank."""
+"""ZeRO 3 keeps parameters up to this size whole on every rank."""
 
 
 class DeepSpeedEngine(Engine):
     """Model, gradients and optimizer of one rank, on DeepSpeed's ZeRO; AdamW for all parameters.
 
-    Call parallel.process_groups.initialize first. Weights are initialised from the recipe's seed, as Megatron's
-    engine does, before DeepSpeed takes them.
+    Call parallel.process_groups.initialize first. Weights are initialised from the recipe's seed, like the Megatron
+    engine's.
     """
 
     def __init__(self, recipe: Recipe):
@@ -51,10 +51,10 @@ class DeepSpeedEngine(Engine):
         self.zero_parameters = [ZeroParameter(local, group) for local in self.model.local_parameters]
         self._by_identity = {id(p.local.parameter): p for p in self.zero_parameters}
         for p in self.zero_parameters:
-            # Read by DeepSpeed's gradient norm, in which replicated parameters count once. What this package uses of
-            # Megatron reads no such attribute (its own optimizers would).
+            # DeepSpeed's gradient norm reads this attribute, to count replicated parameters once. Megatron's optimizers
+            # read it too, but are not used here.
             p.local.parameter.tensor_model_parallel = p.local.partition_dim >= 0
-        _keep_to_itself()
+        _quiet_deepspeed()
         with _device_number_as_local_rank():
             self.zero, *_ = deepspeed.initialize(
                 model=self.model,
@@ -69,10 +69,10 @@ class DeepSpeedEngine(Engine):
             )
         self.optimizer = ZeroOptimizer(self.zero, self.zero_parameters, recipe, total_steps(recipe))
         self._touched: dict[int, tuple[int, Tensor]] = {}
-        """By table: the first row of this rank's stretch, and which rows from there on have a gradient."""
+        """By table: first row of this rank's range of elements, and which of the rows from there have a gradient."""
 
     def forward_backward(self, micro_batches: Sequence[Tensor]) -> Tensor:
-        """See Engine; DeepSpeed keeps the gradients."""
+        """See Engine; DeepSpeed holds the gradients."""
         self.zero.train()
 
         def mean_loss(labels_BT: Tensor, counted_B: None, loss_BT: Tensor):
@@ -101,7 +101,7 @@ class DeepSpeedEngine(Engine):
         return results
 
     def gradient_norm(self) -> None:
-        """See Engine. DeepSpeed computes it in its own step."""
+        """See Engine. None: DeepSpeed computes the norm in its own step."""
 
     def update(self, gradient_norm: float | None = None) -> UpdateResult:
         return self.optimizer.step()
@@ -115,7 +115,7 @@ class DeepSpeedEngine(Engine):
         for p in self.zero_parameters:
             if p.local.kind == "table" and p.stretch is not None:
                 width, start = p.shape[1], p.stretch.start
-                # Whole rows: the first and the last may be another rank's in part.
+                # Pad to whole rows: the first and the last may be shared with another rank.
                 missing = (start % width, -p.stretch.stop % width)
                 has_gradient = torch.nn.functional.pad(self.optimizer.gradient(p, p.stretch) != 0, missing).view(
                     -1, width
@@ -124,7 +124,7 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def table_sums(self, table: torch.nn.Parameter, rows: int) -> tuple[float, int]:
-        """See Engine. A row may be cut between two ranks."""
+        """See Engine. A row may be split between two ranks."""
         p = self._by_identity[id(table)]
         touched = torch.zeros(p.shape[0], dtype=torch.int32, device=device())
         if id(table) in self._touched:
@@ -139,7 +139,7 @@ class DeepSpeedEngine(Engine):
         return squares.item(), int(touched[:rows].sum())
 
     def sharded_state_dict(self, metadata: dict) -> dict:
-        """See Engine. Under ZeRO 3 each rank's weights are rows too: nobody holds a whole one."""
+        """See Engine. Under ZeRO 3 weights are stored as rows too, like optimizer state: no rank has all of them."""
         if not self._partitions_weights:
             return super().sharded_state_dict(metadata)
         with self._whole_shapes():
@@ -168,14 +168,14 @@ class DeepSpeedEngine(Engine):
         return self.recipe.deepspeed.zero_stage == 3
 
     def weights_of(self, p: ZeroParameter) -> Callable[[Stretch], Tensor]:
-        """Reads this rank's stretch of a parameter itself, in the precision that the model computes in."""
+        """A function that returns this rank's stretch of a parameter, in the model's precision."""
         if self._partitions_weights:
             return lambda stretch: p.local.parameter.ds_tensor.detach()[: stretch.stop - stretch.start]
         return lambda stretch: p.local.parameter.detach().view(-1)[stretch.start : stretch.stop]
 
     @contextlib.contextmanager
     def _whole_shapes(self):
-        """ZeRO 3: give the parameters their shapes, without values, for those who ask for nothing else."""
+        """ZeRO 3: give the parameters their full shapes, without values, for sharded state dicts."""
         held = [p.local.parameter.data for p in self.zero_parameters]
         try:
             for p in self.zero_parameters:
@@ -203,18 +203,18 @@ def zero_config(recipe: Recipe) -> dict:
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # it would be compiled here; torch's fused AdamW runs on CPUs too
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed would compile its own; torch's fused AdamW runs on CPUs too
         "bf16": {"enabled": bf16, "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "gradient_clipping": recipe.optimizer.clip_grad,
-        "timers": {"throughput": {"enabled": False}},  # waits for the device at every micro-batch
+        "timers": {"throughput": {"enabled": False}},  # it synchronises the device at every micro-batch
     }
 
 
 @contextlib.contextmanager
 def _device_number_as_local_rank():
-    """DeepSpeed takes LOCAL_RANK for the device's number, which it is not where Slurm shows a task its own GPU only."""
+    # DeepSpeed uses LOCAL_RANK as the device number, which is wrong where Slurm shows each task only its own GPU.
     before = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = str(device().index or 0)
     try:
@@ -225,15 +225,14 @@ def _device_number_as_local_rank():
             os.environ["LOCAL_RANK"] = before
 
 
-def _keep_to_itself() -> None:
-    """Have DeepSpeed say errors only, and compile nothing: on a CPU it would build a collective that nobody calls."""
+def _quiet_deepspeed() -> None:
     logger.setLevel("ERROR")
-    deepspeed.ops.__compatible_ops__ = {}
-    bf16_optimizer.see_memory_usage = lambda message, force=False: None  # prints, and collects garbage, at each group
+    deepspeed.ops.__compatible_ops__ = {}  # on a CPU, DeepSpeed would compile a collective that is never called
+    bf16_optimizer.see_memory_usage = lambda message, force=False: None  # prints and collects garbage for every group
 
 
 class _ModelParallelUnit:
-    """Megatron's process groups under the names that DeepSpeed asks for."""
+    """Megatron's process groups under DeepSpeed's names."""
 
     get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
     get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)

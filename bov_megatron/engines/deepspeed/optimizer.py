@@ -1,7 +1,7 @@
-"""AdamW under DeepSpeed's ZeRO, as the rest of this package knows an optimizer.
+"""AdamW under DeepSpeed's ZeRO, with the interface of optim.optimizer.BovOptimizer.
 
-DeepSpeed reduces gradients, clips them, updates and gathers. This says with which rates, counts steps, and turns
-ZeRO's stretches into the rows that checkpoints hold, so that either engine reads what the other wrote.
+DeepSpeed reduces gradients, clips them, updates and gathers. This sets the learning rates, counts steps, and converts
+ZeRO's shards to rows in checkpoints, so that both engines read each other's.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from bov_megatron.recipe import Recipe
 
 
 class ZeroOptimizer:
-    """What optim.BovOptimizer is to Megatron's engine, around a DeepSpeed engine.
+    """Optimizer of a DeepSpeed engine.
 
     Args:
         engine: DeepSpeed's, made with AdamW over the same parameters.
-        parameters: all of the model's, in its own order, the same on every data-parallel rank.
+        parameters: all of the model's, in the same order on every data-parallel rank.
         recipe: the run.
         total_steps: of the schedule.
     """
@@ -48,7 +48,7 @@ class ZeroOptimizer:
         allocate_state(self.adamw, self._flats())
 
     def _stretch(self, p: ZeroParameter) -> Stretch | None:
-        """This rank's part of a parameter, from where DeepSpeed 0.19.8 keeps it."""
+        """This rank's part of a parameter."""
         zero, parameter = self.engine.optimizer, p.local.parameter
         if self.partitions_weights:
             group, offset, stored = zero.grad_position[zero.get_param_id(parameter)]
@@ -63,14 +63,14 @@ class ZeroOptimizer:
         return Stretch(flat, mapping.hp_fragment_address.start, start, start + mapping.lp_fragment_address.numel)
 
     def _flats(self) -> list[Tensor]:
-        """The fp32 weights of this rank as DeepSpeed's optimizer updates them, padding included."""
+        """The flat fp32 weights that DeepSpeed's optimizer updates on this rank, padding included."""
         if self.partitions_weights:
             return self.engine.optimizer.fp32_partitioned_groups_flat
         return [group["params"][0] for group in self.adamw.param_groups]
 
     @torch.no_grad()
     def step(self) -> UpdateResult:
-        """Apply one update from the gradients at hand; collective. They are gone afterwards."""
+        """Apply one update from the current gradients, which are then dropped; collective."""
         set_schedule(self.adamw, self.learning_rates(), self.step_count)
         self.engine.step()
         if self.engine.optimizer.overflow:
@@ -81,10 +81,9 @@ class ZeroOptimizer:
 
     @torch.no_grad()
     def discard(self) -> None:
-        """Leave the update out and forget the gradients, the way DeepSpeed does where they are not finite; collective.
-
-        What it keeps of gradients differs by stage, precision and offload, and its own way out knows all of it.
-        """
+        """Drop the gradients without an update; collective."""
+        # Where DeepSpeed keeps gradients differs by stage, precision and offload. Its own handling of a norm that is
+        # not finite clears all of them, so the norm is replaced by its marker for one.
         zero = self.engine.optimizer
         if hasattr(zero, "clear_hp_grads"):  # ZeRO 1 in bf16
             zero.zero_grad()
@@ -100,34 +99,34 @@ class ZeroOptimizer:
         self.gather_persistent()
 
     def gather_persistent(self) -> None:
-        """ZeRO 3: give all ranks the small parameters that they hold whole, as their partitions have them; collective.
+        """ZeRO 3: gather the small parameters that all ranks hold whole; collective.
 
-        DeepSpeed does it after an update, and not where it leaves one out.
+        DeepSpeed does so after an update, but not when it leaves one out.
         """
         if self.partitions_weights:
             zero = self.engine.optimizer
-            zero._partition_all_parameters()  # what is there already would not be gathered again
+            zero._partition_all_parameters()  # parameters that are whole would not be gathered again
             if zero.persistent_parameters:
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def gradient(self, p: ZeroParameter, stretch: Stretch) -> Tensor:
         """This rank's stretch of a parameter's mean gradient, flat; between backward and `step` only."""
+        parameter = p.local.parameter
         if self.partitions_weights:
-            found = self.engine.optimizer.get_local_fp32_grad_for_param(p.local.parameter)
-            return found[: stretch.stop - stretch.start]
-        found = p.local.parameter._hp_mapping.get_lp_grad_fragment(p.local.parameter._index_in_param_group).flatten()
-        if found.numel() == p.shape.numel():  # ZeRO 1 in bf16 keeps all of it
-            found = found[stretch.start : stretch.stop]
-        return found
+            gradient = self.engine.optimizer.get_local_fp32_grad_for_param(parameter)
+            return gradient[: stretch.stop - stretch.start]
+        gradient = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+        # ZeRO 1 in bf16 keeps the whole gradient.
+        return gradient[stretch.start : stretch.stop] if gradient.numel() == p.shape.numel() else gradient
 
     def learning_rates(self) -> dict[str, float]:
-        """Learning rate of each kind that the next step will use, for logging."""
+        """Learning rate of each kind in the next step."""
         multiplier = schedules.lr_multiplier(self.step_count, self.total_steps, self.config)
         return {kind: settings.lr * multiplier for kind, settings in self.settings.items()}
 
     @torch.no_grad()
     def reload_model_params(self) -> None:
-        """Take the fp32 weights from the model again, e.g. after loading weights without optimizer state."""
+        """Set the fp32 weights from the model's, e.g. after loading weights without optimizer state."""
         self.engine.optimizer.refresh_fp32_params()
 
     def sharded_state_dict(self, model_sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +134,7 @@ class ZeroOptimizer:
         return sharded_state.build(StateAsRows(self), model_sharded_state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `dist_checkpointing.load` returned for the result of `sharded_state_dict`; collective."""
+        """Load what `dist_checkpointing.load` returned for the result of `sharded_state_dict`; collective."""
         self.reload_model_params()
         rows = StateAsRows(self, empty=True)
         sharded_state.restore(rows, state_dict)
@@ -143,10 +142,10 @@ class ZeroOptimizer:
 
 
 class StateAsRows:
-    """The optimizer's state as optim.sharded_state wants it: row blocks, in host memory.
+    """The optimizer's state as blocks of rows in host memory, for optim.sharded_state; collective.
 
     Args:
-        empty: allocate the blocks only, to be filled and then stored.
+        empty: only allocate the blocks, to be filled, then written back by `store`.
     """
 
     def __init__(self, optimizer: ZeroOptimizer, empty: bool = False):
@@ -159,21 +158,20 @@ class StateAsRows:
                 self.blocks.append((name, p, rows))
 
     def _reader(self, name: str):
-        """Reads a stretch of one state from DeepSpeed's flat tensors."""
+        """A function that returns a stretch of one state, a view of DeepSpeed's flat tensor."""
         if name == "main_param":
             return lambda stretch: stretch.of(stretch.flat)
         return lambda stretch: stretch.of(self.optimizer.adamw.state[stretch.flat][name])
 
     def state_tensors(self) -> list[tuple[str, ZeroParameter, Tensor]]:
-        """As BovOptimizer's."""
+        """As of BovOptimizer."""
         return [block for block in self.blocks if block[1].has_rows]
 
     def second_moments(self) -> list:
-        """None: they are Muon's."""
-        return []
+        return []  # only Muon has them
 
     def store(self) -> None:
-        """Put the blocks' values where DeepSpeed has them; collective."""
+        """Write the blocks into DeepSpeed's flat tensors; collective."""
         for name, p, rows in self.blocks:
             p.from_rows(rows, self._reader(name), torch.float32)
         self.optimizer.step_count = self.step_count

@@ -1,9 +1,9 @@
-"""ZeRO's share of every parameter, and its form in checkpoints.
+"""ZeRO's shards of the parameters, and their conversion to the rows that checkpoints store.
 
-DeepSpeed gives a data-parallel rank a stretch of each parameter's elements, wherever it falls: anything from nothing
-to all of them (ZeRO 1 and 2, which flatten a group of parameters and cut it), or one in as many (ZeRO 3). Checkpoints
-store rows, as optim.sharded_state describes them. `exchange` turns one into the other, a parameter at a time: each
-rank sends what others need of what it has, and no rank ever holds more than its share.
+A data-parallel rank has a range of each parameter's elements, a "stretch". ZeRO 1 and 2 flatten a group of parameters
+and cut it, so a stretch is anything from nothing to the whole parameter; ZeRO 3 cuts every parameter into equal parts.
+Checkpoints store rows (see optim.sharded_state). `exchange` converts between the two, one parameter at a time: ranks
+send each other only the elements that are needed, so that no rank holds more than its share.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from bov_megatron.parallel.device import device
 from bov_megatron.parallel.parameter import LocalParameter
 
 Ranges = Sequence[tuple[int, int]]
-"""Elements `[start, stop)` of a flattened tensor that each data-parallel rank has, ascending by rank."""
+"""Per data-parallel rank, its elements `[start, stop)` of a flattened tensor, ascending by rank."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Elements `[start, stop)` of a flattened parameter: this rank's, which lie from `offset` on in `flat`, the fp32
-    weights that DeepSpeed's optimizer updates."""
+    """This rank's elements `[start, stop)` of a flattened parameter. They start at `offset` of `flat`, the fp32 weights
+    that DeepSpeed's optimizer updates."""
 
     flat: Tensor
     offset: int
@@ -34,12 +34,12 @@ class Stretch:
     stop: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The stretch's part of a tensor that is laid out as `flat` is."""
+        """The stretch's view of a tensor with the layout of `flat`."""
         return tensor.detach().narrow(0, self.offset, self.stop - self.start)
 
 
 class ZeroParameter:
-    """A parameter, this rank's stretch of it, and the rows of it that this rank writes into checkpoints."""
+    """A parameter, this rank's stretch of it, and the rows that this rank writes into checkpoints."""
 
     def __init__(self, local: LocalParameter, group: dist.ProcessGroup):
         self.local, self.group = local, group
@@ -67,13 +67,13 @@ class ZeroParameter:
         return torch.empty(self.rows[1] - self.rows[0], *self.shape[1:], dtype=dtype)
 
     def to_rows(self, read: Callable[[Stretch], Tensor], dtype: torch.dtype) -> Tensor:
-        """This rank's rows, in host memory, of what `read` gives of each rank's stretch; collective."""
+        """This rank's rows, in host memory, assembled from `read(stretch)` of all ranks; collective."""
         mine = torch.empty(0, dtype=dtype) if self.stretch is None else read(self.stretch)
         rows = exchange(mine.to(device(), dtype), self.ranges, self.row_ranges, self.group)
         return rows.view(-1, *self.shape[1:]).cpu()
 
     def from_rows(self, rows: Tensor | None, read: Callable[[Stretch], Tensor], dtype: torch.dtype) -> None:
-        """The way back: all ranks' rows into what `read` gives of this rank's stretch; collective."""
+        """The inverse: write this rank's elements, from all ranks' rows, into the view `read(stretch)`; collective."""
         mine = torch.empty(0, dtype=dtype) if rows is None else rows.reshape(-1)
         elements = exchange(mine.to(device(), dtype), self.row_ranges, self.ranges, self.group)
         if self.stretch is not None:
@@ -81,7 +81,7 @@ class ZeroParameter:
 
 
 def gather_ranges(parameters: Sequence[ZeroParameter], group: dist.ProcessGroup | None) -> None:
-    """Tell every rank which elements of which parameter each has; collective, once."""
+    """Set `ranges` of every parameter, from all ranks' stretches; collective."""
     mine = [(p.stretch.start, p.stretch.stop) if p.stretch else (0, 0) for p in parameters]
     sent = torch.tensor(mine, device=device())
     received = sent.new_empty(group_size(group), *sent.shape)
@@ -91,8 +91,8 @@ def gather_ranges(parameters: Sequence[ZeroParameter], group: dist.ProcessGroup 
 
 
 def _ascending(ranges: list[list[int]], total: int, name: str) -> Ranges:
-    """The ranges with empty ones where they belong. Raises where they are not a tensor cut in the order of ranks,
-    which is what `exchange` relies on."""
+    """The ranges with empty ones moved into order. Raises RuntimeError where they don't split the tensor in the order
+    of ranks, which `exchange` requires."""
     result, reached = [], 0
     for start, stop in ranges:
         if start == stop:
@@ -107,11 +107,11 @@ def _ascending(ranges: list[list[int]], total: int, name: str) -> Ranges:
 
 
 def exchange(mine: Tensor, have: Ranges, need: Ranges, group: dist.ProcessGroup) -> Tensor:
-    """The elements `need[rank]` of a flattened tensor of which every rank holds `have[rank]`; collective.
+    """This rank's `need[rank]` of a flattened tensor of which each rank holds `have[rank]`; collective.
 
     Args:
         mine: this rank's elements, on the group's device.
-        have, need: both ascending by rank, so that pieces in the order of ranks are pieces in order.
+        have, need: both ascending by rank, so that pieces received in the order of ranks are in order.
     """
     rank = group_rank(group)
     sizes_sent = [_overlap(have[rank], wanted) for wanted in need]

@@ -1,4 +1,4 @@
-"""When a run is saved."""
+"""When to save a run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from bov_megatron.training.trainer import Callback
 
 
 class Checkpoints(Callback):
-    """Saves every `interval` steps, at the end, and when the run is told to stop. Comes last: whatever the step wrote
-    is then on disk.
+    """Saves every `interval` steps, at the end, and before an early stop. The last callback, so that all that the
+    others write about a step is on disk before its checkpoint.
 
-    With `checkpoint.asynchronous`, a save is written while the next steps run, and finished at the first step boundary
-    at which all ranks have written, before the next save, or at the end. A save that fails is said and tried again at
-    the next interval; a run whose last save failed raises TrainingError.
+    With `checkpoint.asynchronous`, a save is written while the next steps run. It is finished after the first step at
+    which all ranks have written, but before the next save or the end. A save that fails gives a warning, and the next
+    interval saves again; if the last save of a run fails, `finish` raises TrainingError.
 
-    After a roll back the checkpoint gone back to is written again: which samples to leave out is part of it.
+    After a rollback the checkpoint is written again, because the samples to leave out are part of it.
 
     Args:
         from_step_0: save the initial weights too, so that there always is a checkpoint to go back to.
@@ -50,7 +50,7 @@ class Checkpoints(Callback):
             self._finish(self.pending, last=False)
 
     def after_line(self, trainer, line):
-        """Save once more: which samples a roll back leaves out, and that no validation is owed, is in a checkpoint."""
+        # A checkpoint contains the samples that rollbacks leave out, and whether a validation is owed.
         self._save(trainer, last=trainer.stopping or trainer.step == trainer.total_steps)
 
     def _save(self, trainer, last: bool) -> None:

@@ -1,7 +1,8 @@
-"""The run's own record: one JSON object a line, which tells what the weights at hand have been through."""
+"""metrics.jsonl: one JSON object per line."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from io import FileIO
@@ -18,12 +19,12 @@ from bov_megatron.training.trainer import Callback
 class MetricsFile(Callback):
     """One JSON object a step in RUN/metrics.jsonl, and one for each roll back or validation made up for.
 
-    A resumed run first drops the lines after its checkpoint; so does one that rolls back. Lines that a full disk
-    doesn't take are said once, kept, and written when it does.
+    A run that resumes or rolls back first drops the lines after its checkpoint. On a full disk, lines are kept in
+    memory until they can be written, with one warning.
     """
 
     ALWAYS = frozenset({"validation_bits_per_byte", "sample_ids"})
-    """A line with one of these is written whatever the interval."""
+    """Lines with one of these are written at any interval."""
 
     def __init__(self, run_dir: Path, interval: int):
         self.path, self.interval = run_dir / run_folder.METRICS, interval
@@ -33,7 +34,7 @@ class MetricsFile(Callback):
     def start(self, trainer):
         if dist.get_rank() != 0:
             return
-        kept = [line for line in read_lines(self.path) if _is_true_of(trainer, line)]
+        kept = [line for line in read_lines(self.path) if _is_kept(trainer, line)]
         part = self.path.with_suffix(".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(part, self.path)
@@ -48,12 +49,12 @@ class MetricsFile(Callback):
             return
         # In place: a full disk has no room for a second file.
         lines = (self.path.read_bytes() + self.unwritten).splitlines(keepends=True)
-        true = [_is_true_of(trainer, json.loads(line)) for line in lines]
-        first = true.index(False) if False in true else len(lines)
+        kept = [_is_kept(trainer, json.loads(line)) for line in lines]
+        first = kept.index(False) if False in kept else len(lines)
         begin = sum(map(len, lines[:first]))
         size = min(begin, self.path.stat().st_size)
         self.file.truncate(size)
-        self.unwritten = b"".join(line for line, kept in zip(lines, true, strict=True) if kept)[size:]
+        self.unwritten = b"".join(itertools.compress(lines, kept))[size:]
         self._write(self.file, json.dumps(line).encode() + b"\n")
 
     def finish(self, trainer):
@@ -65,15 +66,15 @@ class MetricsFile(Callback):
         failed_before = bool(self.unwritten)
         self.unwritten += line
         try:
-            while self.unwritten:  # part of it may be taken
+            while self.unwritten:  # a write may be partial
                 self.unwritten = self.unwritten[file.write(self.unwritten) :]
         except OSError as error:
             if not failed_before:
-                warn(f"cannot write {self.path}: {error.strerror}; its lines are kept until it can be")
+                warn(f"cannot write {self.path}: {error.strerror}; lines are kept in memory until it can be written")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a last line cut off by a crash is left out."""
+    """The complete lines of a metrics file, without a last one cut off by a crash; none where it doesn't exist."""
     if not path.exists():
         return []
     lines = []
@@ -85,10 +86,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _is_true_of(trainer, line: dict[str, Any]) -> bool:
-    """Whether a line tells of what the trainer's weights have been through: steps done, roll backs it knows of."""
+def _is_kept(trainer, line: dict[str, Any]) -> bool:
+    """Whether a line is part of the history of the trainer's weights: a step, rollback or validation before them."""
     if "rollback" in line:
         return line["rollback"]["number"] <= len(trainer.health.rollbacks)
-    if "loss" not in line and trainer.validation_owed:  # made up for, and lost with the checkpoint that knew of it
+    if "loss" not in line and trainer.validation_owed:  # the checkpoint is older than this validation: it is repeated
         return line["step"] < trainer.step
     return line["step"] <= trainer.step

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run."""
+"""Progress on the terminal."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
+from bov_megatron.lifecycle.terminal import say
 from bov_megatron.training.trainer import Callback
 
 
 class Progress(Callback):
-    """A progress bar on a terminal, plain lines otherwise; rank 0 only."""
+    """A progress bar on a terminal, else a line every `plain_interval` steps; rank 0 only."""
 
     def __init__(self, plain_interval: int):
-        self.plain_interval, self.stream, self.bar = plain_interval, sys.stderr, None
+        self.plain_interval, self.bar = plain_interval, None
 
     def start(self, trainer):
-        if dist.get_rank() == 0 and self.stream.isatty():
+        if dist.get_rank() == 0 and sys.stderr.isatty():
             self.bar = tqdm(
                 total=trainer.total_steps,
                 initial=trainer.step,
                 desc=trainer.recipe.name,
                 unit="step",
-                file=self.stream,
+                file=sys.stderr,
                 dynamic_ncols=True,
                 bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
             )
@@ -41,16 +42,16 @@ class Progress(Callback):
         text = f"loss {loss} · {rates} · {_clock(left)} left"
         self._print_validation(record)
         if "spike_deviations" in record:
-            what = "weights left as they were" if "skipped" in record else "taken all the same (health.on_spike=warn)"
+            what = "update skipped" if "skipped" in record else "updated anyway (health.on_spike=warn)"
             above = f"{record['spike_deviations']:.0f} deviations above those before"
-            self._print(f"step {record['step']}: loss {record['loss']:.4f} is {above}, {what}")
+            say(f"step {record['step']}: loss {record['loss']:.4f} is {above}, {what}")
         elif not record["updated"]:
-            self._print(f"step {record['step']}: loss or gradients are not finite, weights left as they were")
+            say(f"step {record['step']}: loss or gradients are not finite, update skipped")
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update()
         elif trainer.is_due(self.plain_interval) or record["step"] == 1:
-            self._print(f"step {record['step']}/{trainer.total_steps} · {text}")
+            say(f"step {record['step']}/{trainer.total_steps} · {text}")
 
     def after_line(self, trainer, line):
         if dist.get_rank() != 0:
@@ -64,11 +65,11 @@ class Progress(Callback):
 
     def _print_validation(self, line: dict[str, Any]) -> None:
         if "validation_bits_per_byte" in line:
-            self._print(f"step {line['step']}: validation {line['validation_bits_per_byte']:.4f} bits per byte")
+            say(f"step {line['step']}: validation {line['validation_bits_per_byte']:.4f} bits per byte")
 
     def _print_roll_back(self, rollback: dict[str, Any]) -> None:
         loss = "" if rollback["loss"] is None else f" (loss {rollback['loss']:.4f})"
-        self._print(
+        say(
             f"step {rollback['from_step']}: {rollback['reason']}{loss}; back to step {rollback['to_step']}, without "
             f"batches {rollback['first_batch']} to {rollback['last_batch']} of the data's order "
             "(health.on_spike=rollback)"
@@ -77,12 +78,6 @@ class Progress(Callback):
     def finish(self, trainer):
         if self.bar is not None:
             self.bar.close()
-
-    def _print(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.write(text, file=self.stream)
-        else:
-            print(text, file=self.stream, flush=True)
 
 
 def _clock(seconds: float) -> str:

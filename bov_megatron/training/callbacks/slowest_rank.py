@@ -1,11 +1,9 @@
-"""Which rank the others wait for: each rank's two durations of a step, and their extremes over all ranks.
+"""Which rank the others wait for, from two durations of a step:
 
-Two things differ between ranks although all of them end a step together:
-
-- the wait for data, of every rank;
-- the time from the start of the forward pass until gradients are ready to be reduced, of model replicas. Tensor-,
-  context- and pipeline-parallel ranks wait for each other inside it, so that all ranks of a replica are as slow as its
-  slowest one; each replica is represented by the ranks of its first pipeline stage, whose backward pass ends last.
+- the wait for data, on every rank;
+- the time from the start of the forward pass until gradients are ready to be reduced, for every model replica. Tensor-,
+  context- and pipeline-parallel ranks wait for each other inside it, so all ranks of a replica are as slow as its
+  slowest. It is taken on the replica's first pipeline stage, whose backward pass ends last.
 """
 
 from __future__ import annotations
@@ -22,8 +20,8 @@ from bov_megatron.training.trainer import Callback
 
 
 class SlowestRank(Callback):
-    """Adds `data_rank` and `data_seconds`, and with several replicas `slowest_rank`, its seconds and the fastest's, to
-    the lines that are logged."""
+    """Adds `data_rank` and `data_seconds` to logged lines, and with several replicas `slowest_rank`, its seconds and
+    those of the fastest rank."""
 
     def __init__(self, interval: int):
         self.interval = interval
@@ -38,10 +36,10 @@ class SlowestRank(Callback):
 
 
 def durations(data_seconds: float, gradient_seconds: float | None) -> list[float]:
-    """This rank's numbers for a maximum over all ranks: of the data, the slowest gradients, the fastest (negated).
+    """Numbers to take the maximum of over all ranks: wait for data, slowest gradients, fastest gradients (negated).
 
     Args:
-        gradient_seconds: None on ranks that represent no replica, and with an engine that cannot tell.
+        gradient_seconds: None on later pipeline stages, and with an engine that doesn't measure it.
     """
     if gradient_seconds is None:
         return [data_seconds, -math.inf, -math.inf]
@@ -49,17 +47,17 @@ def durations(data_seconds: float, gradient_seconds: float | None) -> list[float
 
 
 def ranks_of(own: Sequence[float], extremes: Sequence[float], rank: int) -> list[float]:
-    """`rank` where the extreme is this rank's own, else -1: again for a maximum over all ranks."""
+    """`rank` where the extreme is this rank's own, else -1; the maximum over ranks gives the rank of each extreme."""
     return [rank if mine == extreme else -1 for mine, extreme in zip(own, extremes, strict=True)]
 
 
 def fields(extremes: Sequence[float], ranks: Sequence[int], replicas: int) -> dict[str, float | int]:
-    """What both maxima say, as fields of the step's line of metrics; one replica alone is neither slow nor fast."""
+    """Fields of the step's line of metrics from both maxima; those of gradients only with several replicas."""
     data, slowest, fastest = extremes
-    found = {"data_rank": ranks[0], "data_seconds": data}
+    result = {"data_rank": ranks[0], "data_seconds": data}
     if replicas > 1 and math.isfinite(slowest):
-        found |= {"slowest_rank": ranks[1], "slowest_rank_seconds": slowest, "fastest_rank_seconds": -fastest}
-    return found
+        result |= {"slowest_rank": ranks[1], "slowest_rank_seconds": slowest, "fastest_rank_seconds": -fastest}
+    return result
 
 
 def _highest(numbers: Sequence[float]) -> list[float]:

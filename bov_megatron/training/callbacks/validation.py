@@ -1,4 +1,4 @@
-"""Bits per byte on the held-out split, while training."""
+"""Bits per byte on the held-out split during training."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from bov_megatron.training.trainer import Callback
 class Validation(Callback):
     """Adds `validation_bits_per_byte` every `validation.interval` steps and at the end.
 
-    A run that is told to stop meanwhile abandons it. The next start makes up for it, with the same weights, and logs
-    it in a line of its own.
+    An early stop abandons a validation. The next start repeats it with the same weights, and logs it in a separate
+    line.
     """
 
     def __init__(self, loader, interval: int):

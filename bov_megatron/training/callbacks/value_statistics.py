@@ -1,4 +1,4 @@
-"""What the value tables and coefficients are doing, in metrics."""
+"""Statistics of value tables and coefficients in the metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from bov_megatron.training.trainer import Callback
 
 
 class ValueStatistics(Callback):
-    """Adds gamma of each bank layer, and every `interval` steps the tables' row norms and touched rows."""
+    """Adds coefficients, row norms of the tables and their share of touched rows every `interval` steps."""
 
     def __init__(self, interval: int):
         self.interval = interval

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
 
 from bov_megatron.lifecycle.run_folder import WANDB_ID
+from bov_megatron.lifecycle.terminal import warn
 from bov_megatron.training.trainer import Callback
 
 
 class Wandb(Callback):
-    """Weights & Biases, offline unless told otherwise; rank 0 only. Of steps that a roll back repeats, it keeps the
-    first."""
+    """Logs every step to Weights & Biases; rank 0 only. Where a rollback repeats a step, wandb keeps the first line."""
 
     def __init__(self, run_dir: Path, mode: Literal["offline", "online", "disabled"], project: str):
         self.run_dir, self.mode, self.project = run_dir, mode, project
@@ -37,12 +36,12 @@ class Wandb(Callback):
                 config=trainer.recipe.to_dict(),
                 settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
             )
-        except wandb.Error as error:  # a server out of reach is no reason not to train: metrics.jsonl has it all
-            print(f"warning: going on without wandb: {error}", file=sys.stderr, flush=True)
+        except wandb.Error as error:  # e.g. no network; metrics.jsonl has the same numbers
+            warn(f"continuing without wandb: {error}")
 
     def after_step(self, trainer, record):
         if self.run is not None:
-            # A resumed offline run counts from 0 again unless every line says its step.
+            # Without `step`, a resumed offline run would count from 0 again.
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
             self.run.log(numbers, step=record["step"])
 
@@ -55,7 +54,7 @@ class Wandb(Callback):
 
 
 def _run_id(run_dir: Path) -> str:
-    """The same wandb run for every start of a run folder."""
+    """The wandb run id of a run folder, the same for every start."""
     path = run_dir / WANDB_ID
     if not path.exists():
         path.write_text(os.urandom(4).hex())
