@@ -176,7 +176,7 @@ def test_a_step_not_to_be_made_leaves_no_trace(rejected, name):
 
 
 def imports(rank, world_size):
-    from tests import warm
+    from tests.support import warm
 
     return warm.DEEPSPEED_CAME_ALONG
 
