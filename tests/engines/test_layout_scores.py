@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bov_megatron.recipe import Recipe, ValueConfig, recipe_from_dict
-from tests.engines.test_parallel_parity import LAYOUTS
 from tests.support.distributed import run_ranks
+from tests.support.layouts import LAYOUTS
 from tests.support.parity import VOCAB, batch, load_weights, random_weights, small_model, small_recipe
 
 SAMPLES = 6

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bov_megatron.recipe import OptimizerConfig, Recipe, ValueConfig, recipe_from_dict
-from tests.engines.test_parallel_parity import LAYOUTS
 from tests.support.distributed import run_ranks
+from tests.support.layouts import LAYOUTS
 from tests.support.parity import batch, load_weights, my_micro_batches, random_weights, small_model, small_recipe
 
 BOTH = {"overlap_grad_reduce": True, "overlap_param_gather": True}

@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from bov_megatron.recipe import OptimizerConfig, Recipe, ValueConfig, recipe_from_dict
-from tests.engines.test_parallel_parity import LAYOUTS
 from tests.model.test_golden import golden_rank
 from tests.support.distributed import run_ranks
 from tests.support.golden_files import load_golden
+from tests.support.layouts import LAYOUTS
 from tests.support.parity import (
     batch,
     gather_full,

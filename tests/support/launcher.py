@@ -1,4 +1,4 @@
-"""Runs that can be killed: real ranks, forked warm (tests/distributed.py), watched and ended as torchrun does it.
+"""Runs that can be killed: real ranks, forked warm (distributed.py), watched and ended as torchrun does it.
 
 Each rank keeps a line on a board in shared memory, which says what it is doing and how often it has begun to: the
 moment of a fault can be chosen by it, and said in the transcript.

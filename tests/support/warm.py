@@ -1,4 +1,4 @@
-"""Imported once by the server that ranks are forked from (tests/support/distributed.py): what they would each import."""
+"""What ranks would each import, imported once by the server that they are forked from (distributed.py)."""
 
 import os
 import sys
