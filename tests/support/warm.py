@@ -1,4 +1,4 @@
-"""Imported once by the server that ranks are forked from (tests/support/distributed.py): what they would each import."""
+"""What every rank imports, imported once by the server that forks them (tests/support/distributed.py)."""
 
 import os
 import sys
