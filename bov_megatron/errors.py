@@ -1,4 +1,4 @@
-"""Exit statuses of a run, and the errors that end it with one: every message says what was found and what to do.
+"""Exit statuses of a run, and the errors that end it with one. Every message says what was found and what to do.
 
 Imports nothing, so that a launcher may ask on a node where the framework need not be installed.
 """
@@ -15,7 +15,7 @@ NOT_WORTH_GOING_ON = 3
 HANG = 4
 """No step for `health.hang_minutes`: stacks were written, starting again may help."""
 INTERRUPTED = 143
-"""As for SIGTERM: a signal or `train.max_minutes`. All steps done are saved; starting again goes on."""
+"""The status of SIGTERM: ended by a signal or `train.max_minutes`. All steps done are saved; start again to go on."""
 
 
 class BovError(Exception):
@@ -29,7 +29,7 @@ class RecipeError(BovError, ValueError):
 
 
 class ThisRankError(BovError, RuntimeError):
-    """What ends this rank alone, such as a damaged shard that no other rank reads: the others only see it gone."""
+    """An error of this rank alone, such as a damaged shard that no other rank reads: the others only see it gone."""
 
 
 class LaunchError(BovError, RuntimeError):
@@ -45,8 +45,7 @@ class CheckpointError(BovError, RuntimeError):
 
 
 class RunFolderError(BovError, RuntimeError):
-    """The run folder cannot be had: another start holds it (the message says who, and since when), or it cannot be
-    written."""
+    """The run folder is held by another start (the message says which, and since when), or cannot be written."""
 
 
 class TrainingError(BovError, RuntimeError):

@@ -66,7 +66,7 @@ class Written:
 
 
 def sharded_state(engine: Engine) -> dict[str, Any]:
-    """The engine's weights and optimizer state, to save or to load into; collective."""
+    """Sharded state dict of the engine's weights and optimizer state, to save or to load into; collective."""
     return engine.sharded_state_dict(content_metadata())
 
 

@@ -2,7 +2,7 @@
 
 Tensor, context and pipeline ranks of one data-parallel rank read the same samples themselves, so nothing is broadcast.
 
-Shapes: M = micro_batch_size, T = sequence_length, B = global_batch_size.
+Shapes: M = micro_batch_size, T = sequence_length, B = global_batch_size, N any number of samples.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The Megatron-core engine: its data-parallel wrapper, its schedules, and the optimizer of `optim`."""
+"""The engine on Megatron-core's data-parallel wrapper and schedules, with the optimizer of `optim`.
+
+Shapes: see base.py.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ the UTF-8 bytes of those targets.
 
 Packed samples cut documents anywhere, and a document sees those before it; lm-eval gives each document its own windows.
 So the two differ a little on the same text. To compare exactly, `write_rolling_task` cuts documents into texts of at
-most one window and returns them both as an lm-eval task and as samples.
+most one window, writes them as an lm-eval task, and returns them as samples.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from bov_megatron import errors
 from bov_megatron.lifecycle import run_folder
 
 GRACE_SECONDS = 5.0
-"""From dumping stacks to exiting: launchers kill all ranks once one has exited, and the others dump stacks too."""
+"""Between dumping stacks and exiting: launchers kill all ranks once one has exited, and the others dump stacks too."""
 
 
 class Watchdog:

@@ -1,6 +1,7 @@
 """Megatron self-attention that takes its values from a value source.
 
-Shapes: S sequence, B batch, H hidden, N this rank's query heads, G its query groups, D head dimension.
+Shapes: S sequence, B batch, H hidden, N this rank's query heads, G its query groups, D head dimension,
+C this rank's columns of a projection.
 Under sequence parallelism hidden states are `[S/T, B, H]`; queries, keys and values are whole sequences. Under context
 parallelism S stands for this rank's part of the sequence; core attention alone sees all of it.
 """

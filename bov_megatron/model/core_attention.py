@@ -102,7 +102,7 @@ def windowed_sdpa(
 @functools.lru_cache(maxsize=8)
 def _band(block: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """0 where a query of a block sees a key, else -inf, `[block, window + block]`; column 0 is `window` keys before the
-    block. Not a boolean mask: torch would make one of these of it at each call, and keep it for the backward pass."""
+    block. Not a boolean mask: torch would convert it at each call, and keep the result for the backward pass."""
     query = torch.arange(block, device=device).unsqueeze(1) + window
     key = torch.arange(window + block, device=device)
     hidden = (key > query) | (query - key > window)

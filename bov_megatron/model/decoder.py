@@ -46,7 +46,7 @@ class Smear(torch.nn.Module):
 
 
 class BovModel(GPTModel):
-    """One pipeline stage of the decoder, or one model chunk of it (or all).
+    """The decoder, or this rank's pipeline stage or model chunk of it.
 
     Weights are uninitialised: call model.initialization.initialize_weights, or load a checkpoint.
 
@@ -136,8 +136,8 @@ class BovModel(GPTModel):
         return x_sBH
 
     def _lookups_ahead(self, ids_Bs: Tensor) -> contextlib.AbstractContextManager[Tensor | None]:
-        """Lookups of this stage's tables, on their way while the block runs; gives their ticket, or None where
-        there are none or they communicate in their layer."""
+        """Lookups of this stage's tables, on their way while the block runs; yields their ticket, or None where no
+        table's rows are sent ahead."""
         if not self.tables_ahead:
             return contextlib.nullcontext()
         readers = 1 if self.value_table is None else len(self.recipe.model.layers_from_source())
@@ -151,7 +151,7 @@ class BovModel(GPTModel):
         return x0 if facts.reads == "embedding" else None
 
     def _hide_padding(self, logits_SBV: Tensor) -> Tensor:
-        """Padding rows of the output matrix are no tokens: no probability, no gradient."""
+        """Logits of padding rows, which are no tokens, become -inf: no probability, no gradient."""
         first = parallel_state.get_tensor_model_parallel_rank() * logits_SBV.size(-1)
         real = max(self.recipe.model.vocab_size - first, 0)
         if real >= logits_SBV.size(-1):

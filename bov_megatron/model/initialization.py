@@ -4,6 +4,8 @@ starts from the same model (arXiv 2606.02780, "Initialisation").
 A tensor is drawn in blocks of rows, each from a generator seeded by (seed, name, block): a rank draws only
 the blocks it holds. An aligned table row is `W_V · rms(embedding row)`, and both are drawn again where they
 are needed, whichever rank or stage owns them.
+
+Shapes: H hidden, K = kv_dim.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Between Megatron's parameters and canonical ones (recipe/parameters.py), in one place.
+"""The mapping between Megatron's parameters and canonical ones (recipe/parameters.py), in one place.
 
 Megatron fuses query, key and value into one matrix, interleaved by query group; it splits matrices over
 tensor-parallel ranks and pads the vocabulary. Initialisation, export and the optimizer all read the mapping

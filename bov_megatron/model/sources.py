@@ -4,8 +4,8 @@ A source sees its layer's projected values (if the layer projects any) and what 
 states, and returns the values that attention mixes. What travels is one tensor, Megatron's `context`,
 passed from layer to layer and through activation recomputation; which one depends on the source:
 
-    bank, gated value embedding, sum with the bank    a ticket `[1]` to take looked-up values with (lookup_ahead.py),
-                                                      where rows are sent ahead; else token ids `[B, S]`
+    bank, gated value embedding, sum with the bank    where rows are sent ahead, the ticket `[1]` for them
+                                                      (lookup_ahead.py); else token ids `[B, S]`
     the same with one shared table                    a ticket; else the values `[S, B, G, D]`, looked up once
     embedding sources                                 the decoder's input x0 `[S, B, H]` (this rank's chunk
                                                       under sequence parallelism)
@@ -105,8 +105,11 @@ class ValueSource(torch.nn.Module):
         return carried if self.table is None else self.table(carried)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """Megatron's default for a module of torch's would store every parameter below it as replicated, a
-        tensor-parallel rank's rows of the table in the place of all rows."""
+        """State for megatron.core.dist_checkpointing.
+
+        Megatron's default for a plain torch module would store everything below it as replicated, and so one
+        tensor-parallel rank's rows of a table as the whole table.
+        """
         own: dict[str, Tensor] = {}
         self._save_to_state_dict(own, "", keep_vars=True)
         state = make_sharded_tensors_for_checkpoint(

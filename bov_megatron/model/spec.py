@@ -89,7 +89,7 @@ def block_spec(recipe: Recipe, config: TransformerConfig, vp_stage: int | None =
 def layer_spec(recipe: Recipe, layer: int) -> ModuleSpec:
     """Spec of one layer (0-based) with its window and value source.
 
-    Raises RecipeError where its linear layers are not there (see model/linear.py).
+    Raises RecipeError where its linear layers cannot be used (see model/linear.py).
     """
     model = recipe.model
     column_parallel, row_parallel = linear_layers(recipe)

@@ -29,7 +29,7 @@ def select_gpu(local_rank: int) -> None:
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` on this rank's device. Copied through pinned memory: from any other the host waits for the GPU."""
+    """`tensor` on this rank's device. Copied through pinned memory: copying from any other makes the host wait."""
     if tensor.is_cuda or not has_gpu():
         return tensor
     return tensor.pin_memory().to(device(), non_blocking=True)

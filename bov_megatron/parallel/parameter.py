@@ -1,4 +1,4 @@
-"""A parameter as model, optimizer and engines all describe it, and what they tell each other about it during a step."""
+"""How model, optimizer and engines describe a parameter, and what they tell each other about it during a step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LocalParameter:
     forward_position: int = 0
     """Ascending in the order in which a forward pass reads weights."""
     shape: torch.Size = field(init=False)
-    """This rank's, as it was when this was made: ZeRO 3 leaves parameters without one."""
+    """This rank's shape, as at construction: ZeRO 3 later empties the parameter."""
 
     def __post_init__(self):
         self.shape = self.parameter.shape
@@ -105,11 +105,11 @@ def unfuse(fused: Tensor, split: tuple[int, ...]) -> list[Tensor]:
 
 
 def gradient_ready(parameter: nn.Parameter) -> None:
-    """Say that `parameter.main_grad` holds all that a micro-batch's backward pass has to add to it.
+    """Say that `parameter.main_grad` holds all that a micro-batch's backward pass adds to it.
 
-    For whoever writes `main_grad` past autograd; once per backward pass, after the last write. Where gradients are
-    reduced while the backward pass goes on (engines/data_parallel.py), the reduction waits for this call; elsewhere it
-    does nothing.
+    For code that writes `main_grad` itself, not through autograd; once per backward pass, after the last write. Where
+    gradients are reduced during the backward pass (engines/data_parallel.py), the reduction waits for this call;
+    elsewhere it does nothing.
     """
     ready = getattr(parameter, "on_gradient_ready", None)
     if callable(ready):
@@ -117,9 +117,9 @@ def gradient_ready(parameter: nn.Parameter) -> None:
 
 
 def await_weight(parameter: nn.Parameter) -> None:
-    """Wait until `parameter` holds the last update. For whoever reads it past its module's forward pass.
+    """Wait until `parameter` holds the last update. For code that reads it outside its module's forward pass.
 
-    Does nothing but where weights are gathered while the forward pass goes on (optim/weight_gatherer.py).
+    Does nothing unless weights are gathered during the forward pass (optim/weight_gatherer.py).
     """
     on_read = getattr(parameter, "on_read", None)
     if on_read is not None:

@@ -61,7 +61,7 @@ _twins: dict[tuple[dist.ProcessGroup, str | None], dist.ProcessGroup] = {}
 
 
 def twin(group: dist.ProcessGroup, backend: str | None = None) -> dist.ProcessGroup:
-    """Another group of the same ranks, the same for all callers; all ranks of `group` call this.
+    """A second group of the same ranks, shared by all callers; all ranks of `group` call this.
 
     For another backend, or for asynchronous collectives that would delay later ones on `group`.
     """

@@ -14,7 +14,7 @@ from bov_megatron.training.spikes import SpikeDetector
 
 
 class Verdict(enum.Enum):
-    """On a step, before its update: make it, or leave it out and why."""
+    """On a step, before its update: take it, or skip it and why."""
 
     TAKE = enum.auto()
     SPIKE = enum.auto()
@@ -25,8 +25,8 @@ class Health:
     """Judges each step before its update, and ends a run that skips too many steps.
 
     A step is skipped if its loss or gradients are not finite, or, depending on `health.on_spike`, if its loss is a
-    spike. A skipped step changes neither weights nor optimizer state. Its line of metrics has `skipped`; that and the
-    line of a spike have `sample_ids`, pairs (stream, sample) of the global batch.
+    spike. A skipped step changes neither weights nor optimizer state. Its line of metrics has `skipped`. The lines of
+    skipped steps and of spikes have `sample_ids`, pairs (stream, sample) of the global batch.
 
     Args:
         config: the recipe's section.
@@ -50,7 +50,7 @@ class Health:
         """Number of steps in a row, up to the last one, that were not finite."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint stores, so that a resumed run judges steps and leaves out samples alike."""
+        """What a checkpoint stores, so that a resumed run judges steps and leaves out samples as this one would."""
         return {
             "losses": self.detector.losses(),
             "skipped": list(self.skipped),
@@ -59,7 +59,7 @@ class Health:
         }
 
     def skipped_windows(self) -> list[tuple[int, int]]:
-        """Batches that rollbacks have left out: 0-based positions (first, last) in the data's order."""
+        """Batches that rollbacks have left out: 0-based places (first, last) in the data's order."""
         return [(rollback["first_batch"], rollback["last_batch"]) for rollback in self.rollbacks]
 
     def judge(self, loss: float, gradient_norm: float = 0.0) -> Verdict:

@@ -95,7 +95,7 @@ def seen_in_run(recipe: Recipe, folder) -> dict:
     checkpoint.load(resumed, run_folder.latest_checkpoint(folder))
     for step in range(2):
         take_step(resumed, 10 + step, seen)
-    checkpoint.load(resumed, run_folder.latest_checkpoint(folder))  # as a roll back does, over weights under way
+    checkpoint.load(resumed, run_folder.latest_checkpoint(folder))  # as a rollback does, over weights under way
     take_step(resumed, 20, seen)
     seen["weights"] = weights(resumed)
     return seen

@@ -89,7 +89,7 @@ def never_given(prepared_data, tmp_path_factory):
 
 
 def split(lines: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Lines of steps, and what those of roll backs say."""
+    """Lines of steps, and what those of rollbacks say."""
     return [line for line in lines if "rollback" not in line], [
         line["rollback"] for line in lines if "rollback" in line
     ]
@@ -138,7 +138,7 @@ def test_right_after_a_save_that_is_still_being_written(prepared_data, tmp_path,
 
 
 def test_killed_at_once_and_resumed(prepared_data, tmp_path, never_given):
-    """What is left out was saved with the roll back; other ranks read the same."""
+    """What is left out was saved with the rollback; other ranks read the same."""
     arguments = overrides(prepared_data, tmp_path / "same", LAST, *ROLLBACK)
     with pytest.raises(AssertionError, match="exit codes"):
         run_ranks(disturbed_rank, 2, arguments, {8: "spike", 9: "kill"})

@@ -1,7 +1,7 @@
 """The DeepSpeed engine: ZeRO 1, 2 and 3 over the same model, with Megatron's tensor parallelism for 1 and 2.
 
 DeepSpeed's "model parallel" ranks are the tensor-parallel ranks here. Everything that uses internals of DeepSpeed is in
-`engines/deepspeed` and written for version 0.19.8.
+`engines/deepspeed` and written for version 0.19.8. Shapes: see ../base.py.
 """
 
 from __future__ import annotations

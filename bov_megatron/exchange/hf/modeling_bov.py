@@ -5,7 +5,7 @@ With `value_source="bank"`, an attention value in a target layer is the row of a
 don't cache values; the token ids are cached once for all of them.
 
 Shapes: B batch, S new positions, T positions seen so far (cached and new), C hidden size, H attention heads,
-G key/value heads, D head size.
+G key/value heads, D head size, K columns of a projection (heads · D).
 """
 
 import torch
@@ -48,8 +48,8 @@ class BovCacheLayer(DynamicLayer):
 class BovCache(DynamicCache):
     """One cache layer per decoder layer, and a last one whose keys are the token ids, int32 `[B, 1, T, 1]`.
 
-    Bank layers look up their values by these ids and cache values of width 0; the smear needs the previous id. In a
-    layer of the cache, ids follow when generation reorders beams, repeats rows or crops.
+    Bank layers look up their values by these ids and cache values of width 0; the smear needs the previous id. As a
+    layer of the cache, the ids are reordered, repeated and cropped together with the keys.
     """
 
     def __init__(self, config):
@@ -130,7 +130,7 @@ class BovAttention(nn.Module):
         return x_BSK.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
 
     def _read(self, context, start):
-        """What the source reads, `[B, G, T - start, D]` for positions from `start` on (x0: for the new ones)."""
+        """What the source reads from position `start` on, `[B, G, T - start, D]`; if it is x0, for new ones only."""
         if self.reads == "first_layer":
             return context.first_values_BGTD[:, :, start:]
         if self.reads == "embedding":

@@ -1,10 +1,12 @@
-"""Value tables in host memory: rows to the device ahead of their layer, gradients back behind the backward pass.
+"""Value tables in host memory: rows go out ahead of their layer, gradients come back during the backward pass.
 
 A host table's weight, gradient (`main_grad`, fp32) and optimizer state stay on the host; the device sees the distinct
 rows of the micro-batches under way. Copies go through pinned memory on a stream of their own. Gradients are added by
 one thread, in the order in which they were handed in, so that the one that launches kernels never waits for a copy.
 
 Without a GPU, host and device are one: the same steps run, and copies copy nothing.
+
+Shapes: R rows of a table on this rank, K its columns.
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 class BesideCompute:
-    """`with` it: copies and collectives that the computing stream doesn't wait for, until `wait`.
+    """Context manager for copies and collectives on a stream of their own; the compute stream waits for them in `wait`.
 
     Args:
-        after_compute: whether they use what the computing stream has been told to make.
+        after_compute: whether they first wait for what is queued on the compute stream.
     """
 
     def __init__(self, after_compute: bool):
@@ -60,7 +62,7 @@ class BesideCompute:
         self._block.__exit__(*error)
 
     def wait(self, made: Tensor) -> None:
-        """Let the current stream go on when the block's work is done; it may then use `made`, of the block."""
+        """Make the current stream wait for the block's work; it may then use `made`, a tensor made in the block."""
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
             made.record_stream(torch.cuda.current_stream())
@@ -100,14 +102,14 @@ def wait_for_additions() -> None:
 
 
 class HostGradients:
-    """Gradients of one rank's host tables: kept beside Megatron's buffers, which are on the device."""
+    """Gradients of this rank's host tables, which are not in Megatron's buffers on the device."""
 
     def __init__(self, parameters: Iterable[LocalParameter]):
         self.weights = [p.parameter for p in parameters if p.on_host and p.parameter.requires_grad]
 
     @contextlib.contextmanager
     def kept_here(self) -> Iterator[None]:
-        """Megatron's DistributedDataParallel, made inside, takes no notice of host tables."""
+        """A DistributedDataParallel of Megatron's that is made in the block leaves host tables alone."""
         for weight in self.weights:
             weight.requires_grad_(False)
         yield

@@ -10,12 +10,12 @@ all-to-all with unequal parts per table, and no message about sizes. Its way thr
     started, backward  runs last and adds what is left
 
 What travels from layer to layer is a *ticket*, a tensor of one number; a layer knows from its settings that it gets
-one. A micro-batch's lookups are found by the storage
-of its ticket, which recomputation keeps (it detaches tensors, it doesn't copy them), and never by what ran last. The
-autograd graph keeps them alive until its backward pass is over.
+one. A micro-batch's lookups are found by the storage of its ticket, which recomputation keeps (it detaches tensors, it
+doesn't copy them), and never by what ran last. The autograd graph keeps them alive until its backward pass is over.
 
-Shapes: B batch, S sequence, T tensor-parallel ranks, R rows of a table on a rank, K = kv_dim, k this rank's columns
-(K/T, or one group's where ranks share groups), U distinct ids of the micro-batch, u those whose rows this rank owns.
+Shapes: B batch, S sequence, T tensor-parallel ranks, V padded vocabulary, R rows of a table on a rank, K = kv_dim, k
+this rank's columns (K/T, or one group's where ranks share groups), U distinct ids of the micro-batch, u those whose
+rows this rank owns.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ without settling them, for `check_settled` to see."""
 
 @contextlib.contextmanager
 def started(ids_BS: Tensor, tables: Sequence[ValueTable], readers: int = 1) -> Iterator[Tensor]:
-    """Lookups of one micro-batch in `tables`, under way; gives the ticket to `take` their values with.
+    """Start the lookups of one micro-batch in `tables`; yields the ticket that `take` needs for their values.
 
     Layers take values inside the block. Their recomputation and backward pass may come after it.
 
@@ -75,7 +75,7 @@ def take(ticket: Tensor, table: ValueTable | None) -> Tensor:
 
     Args:
         ticket: of the micro-batch, or a view or detached copy of it.
-        table: None where there is but one, shared by layers.
+        table: None where there is only one, shared by layers.
 
     Raises RuntimeError where the ticket's lookups are over: a copied ticket, or one kept from another micro-batch.
     """
@@ -93,7 +93,7 @@ def take(ticket: Tensor, table: ValueTable | None) -> Tensor:
 
 
 def look_up(ids_BS: Tensor, table: ValueTable) -> Tensor:
-    """Values of every token, `[S, B, k/D, D]`, at once, whether or not the table's rows are sent ahead."""
+    """Values of every token, `[S, B, k/D, D]`, now, for a table of either kind (rows sent ahead or not)."""
     if not table.ahead:
         return table(ids_BS)
     with started(ids_BS, [table]) as ticket:

@@ -1,7 +1,8 @@
 """The Bank of Values: a table of value rows, looked up by token id, split over tensor-parallel ranks.
 
 Shapes: B batch, S sequence, V vocabulary (padded), G query groups, D head dimension, K = G·D (`kv_dim`),
-T tensor-parallel ranks. A lookup returns this rank's groups: `[S, B, G/T, D]` (of fewer groups than ranks, one).
+T tensor-parallel ranks, R rows on this rank. A lookup returns this rank's groups: `[S, B, G/T, D]`, or one group where
+there are fewer than ranks.
 """
 
 from __future__ import annotations
@@ -30,9 +31,8 @@ class ValueTable(torch.nn.Module):
     Args:
         model: how wide a row is, and how the table is split, looked up and kept. Split by `vocab`, this rank owns rows
             `[rank·V/T, (rank+1)·V/T)` and a lookup communicates; split by `head`, it owns all rows of its own groups'
-            columns and a lookup needs no traffic. Of fewer groups than ranks, consecutive ranks share one.
+            columns and a lookup needs no traffic. With fewer groups than ranks, consecutive ranks share one.
         vocab_size: padded vocabulary V; a multiple of the tensor-parallel size.
-        dtype: of the table.
         tp_group: the tensor-parallel process group.
     """
 
@@ -58,7 +58,7 @@ class ValueTable(torch.nn.Module):
             self.lookup_group = process_groups.twin(tp_group)
 
     def forward(self, ids_BS: Tensor) -> Tensor:
-        """Values of every token for this rank's heads, `[S, B, G/T, D]`; not where rows are sent ahead."""
+        """Values of every token for this rank's heads, `[S, B, G/T, D]`. Raises where rows are sent ahead."""
         if self.ahead:
             raise RuntimeError("this table's rows are sent ahead of its layer: use lookup_ahead.look_up")
         ids_SB = ids_BS.t().contiguous()

@@ -15,8 +15,8 @@ from bov_megatron.training.trainer import Callback
 
 
 class Checkpoints(Callback):
-    """Saves every `interval` steps, at the end, and before an early stop. The last callback, so that all that the
-    others write about a step is on disk before its checkpoint.
+    """Saves every `interval` steps, at the end, and before an early stop. The last callback, so that what the others
+    write about a step is on disk before its checkpoint.
 
     With `checkpoint.asynchronous`, a save is written while the next steps run. It is finished after the first step at
     which all ranks have written, but before the next save or the end. A save that fails gives a warning, and the next

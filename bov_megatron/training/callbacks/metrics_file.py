@@ -17,7 +17,7 @@ from bov_megatron.training.trainer import Callback
 
 
 class MetricsFile(Callback):
-    """One JSON object a step in RUN/metrics.jsonl, and one for each roll back or validation made up for.
+    """One JSON object a step in RUN/metrics.jsonl, and one for each rollback or validation made up for.
 
     A run that resumes or rolls back first drops the lines after its checkpoint. On a full disk, lines are kept in
     memory until they can be written, with one warning.
