@@ -43,7 +43,7 @@ class MegatronEngine(Engine):
         self.host_gradients = HostGradients(self.local_parameters())
         self._gradient_timer = DeviceTimer()
         if with_optimizer:
-            with self.host_gradients.kept_here():
+            with self.host_gradients.hidden_from_megatron():
                 self.wrapped = data_parallel.wrap(
                     self.chunks, recipe.parallel.overlap_grad_reduce, self._finalize_gradients
                 )

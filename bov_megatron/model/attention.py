@@ -1,9 +1,9 @@
-"""Megatron self-attention that takes its values from a value source.
+"""Megatron self-attention with values from a value source.
 
 Shapes: S sequence, B batch, H hidden, N this rank's query heads, G its query groups, D head dimension,
 C this rank's columns of a projection.
 Under sequence parallelism hidden states are `[S/T, B, H]`; queries, keys and values are whole sequences. Under context
-parallelism S stands for this rank's part of the sequence; core attention alone sees all of it.
+parallelism S is this rank's part of the sequence; only core attention sees the whole sequence.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bov_megatron.recipe.value_sources import VALUE_SOURCES
 
 @dataclass
 class Carried:
-    """What travels beside the hidden states, for the duration of one layer call (see sources.py)."""
+    """Megatron's `context` during one layer call (see sources.py); the layer may replace the tensor."""
 
     tensor: Tensor | None
 
@@ -41,7 +41,7 @@ class ValueSourceAttention(Attention):
         model: the recipe's model section.
         source: this layer's value source.
         vocab_size: padded vocabulary of the value tables.
-        keeps_values: whether this layer's values travel on to later layers (layer 0 of first-layer sources).
+        keeps_values: whether this layer's values become `context` for later layers (layer 0 of first-layer sources).
     """
 
     def __init__(
@@ -91,8 +91,7 @@ class ValueSourceAttention(Attention):
         """Attention output `[S, B, H]` (a chunk of it under sequence parallelism), and no bias.
 
         Args:
-            key_value_states: what travels beside the hidden states; layer 0 of a first-layer source replaces
-                its tensor by its own values.
+            key_value_states: Megatron's `context`; layer 0 of a first-layer source sets its tensor to its own values.
             rotary_pos_emb: cosine and sine, `[2, S, 1, 1, D/2]`.
         """
         query, key, projected = self.get_query_key_value_tensors(hidden_SBH)
@@ -108,7 +107,7 @@ class ValueSourceAttention(Attention):
         return self.linear_proj(mixed)
 
     def get_query_key_value_tensors(self, hidden_SBH: Tensor, *_, **__) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Query `[S, B, N, D]`, key `[S, B, G, D]` and, where the value source needs it, projected value."""
+        """Query `[S, B, N, D]`, key `[S, B, G, D]` and projected value, None where the value source doesn't need it."""
         mixed, _ = self.linear_qkv(hidden_SBH)
         query, key, *value = self._own_groups(mixed, sum(self.split)).split(self.split, dim=-1)
         query = query.reshape(*query.shape[:2], -1, self.hidden_size_per_attention_head)
@@ -123,7 +122,7 @@ class ValueSourceAttention(Attention):
         """This rank's query groups `[S, B, G, width]` from its columns of a projection."""
         if self.ranks_per_group == 1:
             return columns_SBC.unflatten(-1, (-1, width))
-        # Its columns are a part of one group's. Backward adds what every rank that shares the group contributes.
+        # A rank has part of a group's columns. The backward pass sums the gradients of all ranks that share the group.
         groups = all_gather_last_dim_from_tensor_parallel_region(columns_SBC, group=self.tp_group)
         own = self.tp_group.rank() // self.ranks_per_group
         return groups.unflatten(-1, (-1, width))[:, :, own : own + 1].contiguous()
@@ -133,7 +132,7 @@ class ValueSourceAttention(Attention):
 def rotate_and_normalise(x_SBND: Tensor, cos_sin: Tensor, scale: float) -> Tensor:
     """Half-split rotary embedding, then RMSNorm per head, then `scale`.
 
-    The rotation sense is `y1 = x1·cos + x2·sin`, `y2 = -x1·sin + x2·cos`, opposite to the usual Llama code.
+    Rotates by `y1 = x1·cos + x2·sin`, `y2 = -x1·sin + x2·cos`, opposite to the usual Llama code.
     """
     cos, sin = cos_sin[0].to(x_SBND.dtype), cos_sin[1].to(x_SBND.dtype)
     first, second = x_SBND.chunk(2, dim=-1)
@@ -149,7 +148,7 @@ def rotary_cos_sin(positions_S: Tensor, head_dim: int, base: float) -> Tensor:
 
 
 class ValueSourceLayer(TransformerLayer):
-    """Megatron's transformer layer, handing `context` to self-attention instead of cross-attention."""
+    """Megatron's transformer layer, which passes `context` to self-attention instead of cross-attention."""
 
     def _forward_attention(self, hidden_states, attention_mask=None, context=None, rotary_pos_emb=None, **_):
         carried = Carried(context)

@@ -1,8 +1,8 @@
-"""Context parallelism: a sequence split over ranks, and put together again where attention needs all of it.
+"""Context parallelism: splitting a sequence over ranks, and gathering it for attention.
 
-The sequence is cut into 2C equal chunks, and rank r of C holds chunks r and 2C-1-r ("zigzag"): a late chunk, whose
-queries see many keys, goes with an early one, so that causal attention is the same work on every rank. Every rank is
-given whole samples, so ids and labels are cut, not communicated.
+The sequence is cut into 2C equal chunks, and rank r of C holds chunks r and 2C-1-r ("zigzag"). A late chunk, whose
+queries see many keys, goes with an early one, so that causal attention is the same work on every rank. Every rank
+loads whole samples, so ids and labels are sliced without communication.
 
 Shapes: S sequence, C context-parallel ranks.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def stretches(length: int, rank: int, size: int) -> list[tuple[int, int]]:
-    """Positions that a rank holds, as `[start, stop)` in the order it holds them; of one rank, all."""
+    """Positions that a rank holds, as ranges `[start, stop)` in order."""
     if size == 1:
         return [(0, length)]
     chunk = length // (2 * size)
@@ -23,20 +23,20 @@ def stretches(length: int, rank: int, size: int) -> list[tuple[int, int]]:
 
 
 def take(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """This rank's positions of a tensor that has all of them along `dim`."""
+    """This rank's part of a tensor with the whole sequence along `dim`."""
     parts = [whole.narrow(dim, a, b - a) for a, b in stretches(whole.size(dim), group.rank(), group.size())]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def positions(length: int, group: dist.ProcessGroup, device) -> Tensor:
-    """Positions in the whole sequence of what this rank holds, `[S/C]`."""
+    """This rank's positions in the whole sequence, `[S/C]`."""
     return take(torch.arange(length, device=device), 0, group)
 
 
 def gather_sequence(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All positions, in order, from each rank's part: `[S/C, …]` -> `[S, …]`.
+    """The whole sequence from each rank's part: `[S/C, …]` -> `[S, …]`.
 
-    An all-gather; backward, a reduce-scatter: every rank's queries add to every key's gradient.
+    An all-gather; a reduce-scatter backward, because queries of all ranks contribute to the gradient.
     """
     return _GatherSequence.apply(part, group)
 

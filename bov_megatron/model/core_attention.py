@@ -1,4 +1,4 @@
-"""Core attention with windows: scaled-dot-product attention instead of Megatron's matmul-softmax-matmul.
+"""Core attention with windows, by scaled-dot-product attention instead of Megatron's matmul-softmax-matmul.
 
 A query at position i sees key j where `0 <= i - j <= window`.
 
@@ -19,11 +19,11 @@ from bov_megatron.parallel.device import has_gpu
 
 
 class SdpaCoreAttention(torch.nn.Module):
-    """torch's scaled_dot_product_attention; flash attention where torch has it for the device.
+    """torch's scaled_dot_product_attention, which is flash attention where torch has it for the device.
 
-    Full-causal layers take the causal kernel. Windowed layers attend block by block (see `windowed_sdpa`), or
-    through FlexAttention on a GPU. Under context parallelism each rank gathers all keys and values, and its two
-    stretches of queries attend to those that they see, block by block.
+    Layers without a window use the causal kernel. Layers with a window use `windowed_sdpa`, or FlexAttention on a GPU.
+    Under context parallelism each rank gathers all keys and values, and uses `windowed_sdpa` for each of its two chunks
+    of queries.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class SdpaCoreAttention(torch.nn.Module):
     def forward(
         self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask=None, **megatron_options
     ) -> Tensor:
-        """Mixed values `[S, B, N·D]`. `attention_mask` is unused: causality and window are known."""
+        """Attention output `[S, B, N·D]`. `attention_mask` is ignored: the mask follows from the window."""
         if self.cp_group.size() > 1:
             return self._over_ranks(query_SBND, key_SBGD, value_SBGD)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
@@ -62,7 +62,7 @@ class SdpaCoreAttention(torch.nn.Module):
         return mixed.permute(2, 0, 1, 3).flatten(2)
 
     def _over_ranks(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
-        """The same where queries, keys and values are this rank's part of the sequence."""
+        """`forward` under context parallelism; queries, keys and values are this rank's part of the sequence."""
         group = self.cp_group
         both = gather_sequence(torch.stack((key_SBGD, value_SBGD), dim=1), group)
         key, value = (x.permute(1, 2, 0, 3) for x in both.unbind(1))
@@ -79,14 +79,14 @@ class SdpaCoreAttention(torch.nn.Module):
 def windowed_sdpa(
     query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, window: int, first_query: int = 0
 ) -> Tensor:
-    """Exact causal window attention in blocks of queries, each against just the keys that any of them sees: work
-    grows with S · 1.5·window instead of S², and nothing is copied on the way in. Returns `[B, N, S, D]`.
+    """Exact causal window attention in blocks of queries, each with only the keys in its window: work grows with
+    S · 1.5·window instead of S², without copying inputs. Returns `[B, N, S, D]`.
 
     Args:
-        first_query: position of the first query; the keys' positions begin at 0.
+        first_query: position of the first query; keys start at position 0.
     """
     grouped = query_BNSD.size(1) != key_BGSD.size(1)
-    # Half a window, measured on a CPU: faster than a window or a quarter of one.
+    # Half a window: measured on a CPU, faster than a whole window or a quarter.
     block = min(max(window // 2, 1), query_BNSD.size(2))
     mask = _band(block, window, query_BNSD.dtype, query_BNSD.device)
     mixed = []
@@ -101,8 +101,9 @@ def windowed_sdpa(
 
 @functools.lru_cache(maxsize=8)
 def _band(block: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0 where a query of a block sees a key, else -inf, `[block, window + block]`; column 0 is `window` keys before the
-    block. Not a boolean mask: torch would convert it at each call, and keep the result for the backward pass."""
+    """Mask `[block, window + block]`: 0 where a query of a block sees a key, else -inf. Column 0 is the key `window`
+    positions before the block."""
+    # torch would convert a boolean mask to this form at each call, and keep it for the backward pass.
     query = torch.arange(block, device=device).unsqueeze(1) + window
     key = torch.arange(window + block, device=device)
     hidden = (key > query) | (query - key > window)

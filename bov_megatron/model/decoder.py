@@ -1,4 +1,5 @@
-"""The paper's decoder on Megatron-core's GPTModel: smear, weightless norms, soft-capped logits, value sources.
+"""The decoder of arXiv 2606.02780 on Megatron-core's GPTModel: smear, weightless norms, soft-capped logits and value
+sources.
 
 Shapes: B batch, S sequence, s this context-parallel rank's part of it (all of it without context parallelism),
 H hidden, V vocabulary (padded), T tensor-parallel ranks.
@@ -30,9 +31,9 @@ from bov_megatron.recipe.fields import SMEAR_CHANNELS
 
 
 class Smear(torch.nn.Module):
-    """Mixes each token with the one before: `x[t] += scale · sigmoid(gate · x[t, :24]) · x[t-1]`, t ≥ 1.
+    """Adds the previous token: `x[t] += scale · sigmoid(gate · x[t, :24]) · x[t-1]`, t ≥ 1.
 
-    Runs before sequence parallelism splits the sequence, so no rank needs a neighbour's token.
+    Runs before sequence parallelism splits the sequence, so that no rank needs another's token.
     """
 
     def __init__(self, dtype: torch.dtype):
@@ -46,14 +47,14 @@ class Smear(torch.nn.Module):
 
 
 class BovModel(GPTModel):
-    """The decoder, or this rank's pipeline stage or model chunk of it.
+    """The decoder, or a pipeline stage or model chunk of it.
 
     Weights are uninitialised: call model.initialization.initialize_weights, or load a checkpoint.
 
     Args:
-        recipe: the run; `recipe.model` says what to compute, `recipe.parallel` how it is laid out.
+        recipe: the run.
         pre_process: whether this stage embeds tokens.
-        post_process: whether this stage makes logits.
+        post_process: whether this stage computes logits.
         vp_stage: number of the model chunk in an interleaved pipeline.
     """
 
@@ -79,7 +80,7 @@ class BovModel(GPTModel):
         if recipe.model.value.table == "shared" and recipe.model.value.facts.has_table:
             self.value_table = ValueTable(recipe.model, self.vocab_size, config.params_dtype, self.pg_collection.tp)
         self.tables_ahead = [module for module in self.modules() if isinstance(module, ValueTable) and module.ahead]
-        """Tables whose rows are read at the decoder's start, before their layers."""
+        """Tables whose rows are sent at the decoder's start, ahead of their layers."""
         self.local_parameters = local_parameters(self)
         load_without_extra_state(self)
 
@@ -87,8 +88,7 @@ class BovModel(GPTModel):
         """One micro-batch through this stage.
 
         Args:
-            ids_BS: token ids of whole sequences, on every stage that hosts a bank, not only the first; best on the
-                CPU (see lookup_ahead.py).
+            ids_BS: token ids of whole sequences, on all stages; preferably on the CPU (see lookup_ahead.py).
             labels_Bs: next tokens of this context-parallel rank's positions.
 
         Returns:
@@ -116,14 +116,12 @@ class BovModel(GPTModel):
         return self.compute_language_model_loss(labels_Bs, logits_SBV)
 
     def sharded_state_dict(self, *args, **options) -> dict:
-        """Weights for megatron.core.dist_checkpointing, the same whichever linear layers hold them."""
+        """Weights for megatron.core.dist_checkpointing, the same for all implementations of linear layers."""
         return without_extra_state(super().sharded_state_dict(*args, **options))
 
     def _embed(self, ids_BS: Tensor) -> Tensor:
-        """The decoder's input x0, `[s, B, H]`, or this rank's chunk of it under sequence parallelism.
-
-        Smear looks one token back: a stretch that begins inside the sequence is embedded with the token before it.
-        """
+        """The decoder's input x0, `[s, B, H]`, or this rank's chunk of it under sequence parallelism."""
+        # Smear reads the previous token, so a chunk that starts inside the sequence is embedded with the one before.
         group = self.pg_collection.cp
         held = context_parallel.stretches(ids_BS.size(1), group.rank(), group.size())
         before = [min(start, 1) for start, _ in held]
@@ -136,22 +134,21 @@ class BovModel(GPTModel):
         return x_sBH
 
     def _lookups_ahead(self, ids_Bs: Tensor) -> contextlib.AbstractContextManager[Tensor | None]:
-        """Lookups of this stage's tables, on their way while the block runs; yields their ticket, or None where no
-        table's rows are sent ahead."""
+        """Start this stage's lookups ahead of their layers; yields their ticket, or None where there are none."""
         if not self.tables_ahead:
             return contextlib.nullcontext()
         readers = 1 if self.value_table is None else len(self.recipe.model.layers_from_source())
         return lookup_ahead.started(ids_Bs, self.tables_ahead, readers)
 
     def _carried(self, ids_Bs: Tensor, x0: Tensor | None) -> Tensor | None:
-        """What travels beside the hidden states from the first layer on; see sources.py."""
+        """Megatron's `context` for the first layer, without lookups ahead; see sources.py."""
         facts = self.recipe.model.value.facts
         if facts.has_table:
             return ids_Bs if self.value_table is None else self.value_table(ids_Bs)
         return x0 if facts.reads == "embedding" else None
 
     def _hide_padding(self, logits_SBV: Tensor) -> Tensor:
-        """Logits of padding rows, which are no tokens, become -inf: no probability, no gradient."""
+        """Set logits of padding rows to -inf, so that they get no probability and no gradient."""
         first = parallel_state.get_tensor_model_parallel_rank() * logits_SBV.size(-1)
         real = max(self.recipe.model.vocab_size - first, 0)
         if real >= logits_SBV.size(-1):
@@ -166,7 +163,7 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
 
 
 class _SoftCap(torch.autograd.Function):
-    """Logits are the largest tensor of a step: one pass over them backward, where autograd's chain takes three."""
+    """One backward pass over the logits, the largest tensor of a step, instead of autograd's three."""
 
     @staticmethod
     def forward(ctx, logits, cap):

@@ -1,9 +1,8 @@
-"""Initial weights as a function of seed and canonical parameter name alone, so that every layout of ranks
-starts from the same model (arXiv 2606.02780, "Initialisation").
+"""Initial weights (arXiv 2606.02780, "Initialisation"). They depend only on seed and canonical parameter name, so that
+every layout starts from the same model.
 
-A tensor is drawn in blocks of rows, each from a generator seeded by (seed, name, block): a rank draws only
-the blocks it holds. An aligned table row is `W_V · rms(embedding row)`, and both are drawn again where they
-are needed, whichever rank or stage owns them.
+A tensor is drawn in blocks of rows, each from a generator seeded by (seed, name, block); a rank draws only the blocks
+that it holds. A row of an aligned table is `W_V · rms(embedding row)`; a rank draws both again, whoever owns them.
 
 Shapes: H hidden, K = kv_dim.
 """
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bov_megatron.model.decoder import BovModel
+from bov_megatron.model.naming import local_from_full
 from bov_megatron.model.norm import rms_norm
 from bov_megatron.parallel.parameter import LocalParameter
 from bov_megatron.recipe import ModelConfig, Recipe
@@ -28,7 +28,7 @@ BLOCK_ROWS = 1024
 
 @torch.no_grad()
 def initialize_weights(model: BovModel) -> None:
-    """Fill this rank's parameters in place. Draws on the CPU in fp32, then casts."""
+    """Set this rank's parameters in place; drawn on the CPU in fp32, then cast."""
     group = model.pg_collection.tp
     for local in model.local_parameters:
         local.parameter.copy_(_initial_local(local, model.recipe, group.rank(), group.size()))
@@ -41,12 +41,12 @@ def _initial_local(local: LocalParameter, recipe: Recipe, tp_rank: int, tp_size:
         rows = initial_rows(local.specs[0], recipe, start, min(start + shape[0], recipe.model.vocab_size))
         rows = torch.nn.functional.pad(rows, (0, 0, 0, shape[0] - rows.size(0)))
         return rows.chunk(tp_size, dim=1)[tp_rank] if local.partition_dim == 1 else rows
-    whole = local.fuse([initial_rows(spec, recipe, 0, spec.shape[0]) for spec in local.specs])
-    return whole.chunk(tp_size, local.partition_dim)[tp_rank] if local.partition_dim >= 0 else whole
+    full = {spec.name: initial_rows(spec, recipe, 0, spec.shape[0]) for spec in local.specs}
+    return local_from_full(local, full, tp_rank, tp_size)
 
 
 def initial_rows(spec: ParameterSpec, recipe: Recipe, start: int, stop: int) -> Tensor:
-    """Rows `[start, stop)` of the initial tensor `spec` (fp32); empty where start >= stop."""
+    """Rows `[start, stop)` of the initial fp32 tensor; empty where start >= stop."""
     model, seed = recipe.model, recipe.train.seed
     if spec.kind == "table" and not model.value.facts.gated:
         return _aligned_rows(spec, recipe, start, stop)
@@ -67,8 +67,8 @@ def initial_rows(spec: ParameterSpec, recipe: Recipe, start: int, stop: int) -> 
 
 
 def _aligned_rows(spec: ParameterSpec, recipe: Recipe, start: int, stop: int) -> Tensor:
-    """`W_V · rms(embedding)` of each row, with the `W_V` this layer would have been initialised to. A shared
-    table takes that of the first target layer."""
+    """`W_V · rms(embedding)` of each row, with the `W_V` that this layer would have been initialised with; for a shared
+    table that of the first target layer."""
     model = recipe.model
     layer = spec.layer if spec.layer is not None else model.layers_from_source()[0]
     value = ParameterSpec(
@@ -80,7 +80,7 @@ def _aligned_rows(spec: ParameterSpec, recipe: Recipe, start: int, stop: int) ->
 
 
 def _distribution(spec: ParameterSpec, model: ModelConfig) -> tuple[str, float, float]:
-    """(`normal`, mean, deviation), (`uniform`, low, high) or (`constant`, value, value) of one parameter."""
+    """(`normal`, mean, deviation), (`uniform`, low, high) or (`constant`, value, value)."""
     if spec.kind == "embedding":
         return "normal", 0.0, 0.8
     if spec.kind == "output":
@@ -89,7 +89,7 @@ def _distribution(spec: ParameterSpec, model: ModelConfig) -> tuple[str, float, 
     first_coefficient = 0.0 if model.value.facts.coefficients == 2 else 1.0
     name = spec.name.removesuffix(".weight").rsplit(".", 1)[-1]
     return {
-        "gate": ("uniform", -(SMEAR_CHANNELS**-0.5), SMEAR_CHANNELS**-0.5),  # torch.nn.Linear's own
+        "gate": ("uniform", -(SMEAR_CHANNELS**-0.5), SMEAR_CHANNELS**-0.5),  # as torch.nn.Linear's
         "scale": ("constant", 0.0, 0.0),
         "value_table": ("uniform", -bound, bound),
         "value_gate": ("uniform", 0.0, 0.02),

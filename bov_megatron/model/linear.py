@@ -1,7 +1,7 @@
-"""Which linear layers the blocks are built of: Megatron's own, or Transformer Engine's, which also multiply in FP8.
+"""The blocks' linear layers: Megatron's, or Transformer Engine's, which also multiply in FP8.
 
-Where Transformer Engine is missing, Megatron puts mocks in the place of its classes and leaves FP8 out, both without a
-word: a run would train in bf16. So it is looked for here, before anything is built.
+Without Transformer Engine, Megatron silently substitutes mocks for its classes and ignores FP8, so that a run would
+train in bf16. This module therefore checks for it before anything is built.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from bov_megatron.errors import RecipeError
 from bov_megatron.recipe import Recipe
 
 FP8 = {"tensorwise": ("hybrid", "2.2"), "blockwise": ("e4m3", "2.3"), "mxfp8": ("e4m3", "2.1")}
-"""Per value of `train.fp8`: the format that Megatron takes with this scaling, and the oldest Transformer Engine.
+"""Per value of `train.fp8`: Megatron's format for this scaling, and the oldest Transformer Engine that has it.
 
-All three scale by the tensor at hand. Delayed scaling is left out: it keeps a history of maxima, by rank, which a
-checkpoint would have to hold and another layout could not read.
+All three use current scaling. Delayed scaling is not supported: its history of maxima per rank would have to be in the
+checkpoint, and could not be read in another layout.
 """
 EXTRA_STATE = "_extra_state"
 
@@ -29,7 +29,7 @@ EXTRA_STATE = "_extra_state"
 def linear_layers(recipe: Recipe) -> tuple[type[nn.Module], type[nn.Module]]:
     """The column-parallel and the row-parallel class.
 
-    Raises RecipeError where Transformer Engine is asked for and is missing, does not load, or is too old.
+    Raises RecipeError where Transformer Engine is needed, but missing, broken or too old.
     """
     if recipe.model.linear_layers == "megatron":
         return ColumnParallelLinear, RowParallelLinear
@@ -50,16 +50,17 @@ def linear_layers(recipe: Recipe) -> tuple[type[nn.Module], type[nn.Module]]:
 
 
 def fp8_settings(recipe: Recipe) -> dict:
-    """Megatron's fields. Weights stay in bf16, with fp32 main weights: only the products are in FP8."""
+    """Megatron's configuration of FP8. Only products are in FP8; weights stay in bf16, with fp32 main weights."""
     if recipe.train.fp8 == "none":
         return {}
     return {"fp8": FP8[recipe.train.fp8][0], "fp8_recipe": recipe.train.fp8}
 
 
 def load_without_extra_state(model: nn.Module) -> None:
-    """Let weights load that were saved without linear layers' extra state, which none of the scalings in `FP8` needs.
+    """Let a model load weights without the extra state of linear layers.
 
-    It would tie a checkpoint to Transformer Engine and to the number of ranks.
+    None of the scalings in `FP8` needs it, and it would tie a checkpoint to Transformer Engine and to the number of
+    ranks.
     """
 
     def fill_in(state_dict, prefix, *_):
@@ -71,5 +72,4 @@ def load_without_extra_state(model: nn.Module) -> None:
 
 
 def without_extra_state(sharded_state_dict: dict) -> dict:
-    """What is stored of a model: its tensors."""
     return {key: value for key, value in sharded_state_dict.items() if not key.endswith(EXTRA_STATE)}

@@ -1,8 +1,7 @@
-"""The mapping between Megatron's parameters and canonical ones (recipe/parameters.py), in one place.
+"""The mapping between Megatron's parameters and canonical ones (recipe/parameters.py).
 
-Megatron fuses query, key and value into one matrix, interleaved by query group; it splits matrices over
-tensor-parallel ranks and pads the vocabulary. Initialisation, export and the optimizer all read the mapping
-from here.
+Megatron fuses query, key and value into one matrix, interleaved by query group, splits matrices over tensor-parallel
+ranks and pads the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from bov_megatron.recipe.parameters import VOCABULARY_KINDS, ParameterSpec, para
 
 
 def local_parameters(model: GPTModel) -> list[LocalParameter]:
-    """Every parameter of a BovModel, each exactly once, in the order of `model.named_parameters`."""
+    """Every parameter of a BovModel once, in the order of `model.named_parameters`."""
     specs = {spec.name: spec for spec in parameter_specs(model.recipe.model)}
     named = {id(entry[0]): entry[1:] for entry in _named(model)}
     ahead = {id(table.weight): table for table in model.tables_ahead}
     ranks = model.pg_collection.tp.size()
-    found = []
+    result = []
     for qualified_name, parameter in model.named_parameters():
         if id(parameter) not in named:
             raise RuntimeError(f"{qualified_name} has no canonical name: extend model/naming.py")
         names, partition_dim, fused_split = named[id(parameter)]
         split = ranks > 1 and partition_dim >= 0
         table, spec = ahead.get(id(parameter)), specs[names[0]]
-        found.append(
+        result.append(
             LocalParameter(
                 qualified_name,
                 parameter,
@@ -43,11 +42,11 @@ def local_parameters(model: GPTModel) -> list[LocalParameter]:
                 forward_position=_forward_position(spec, model.recipe.model.num_layers + 1) if table is None else 0,
             )
         )
-    return found
+    return result
 
 
 def _forward_position(spec: ParameterSpec, last: int) -> int:
-    """0 for what the decoder's input is made of, then the layers from 1, then the output matrix."""
+    """0 for the decoder's input, then the layers from 1, then `last` for the output matrix."""
     if spec.layer is not None:
         return spec.layer + 1
     return last if spec.kind == "output" else 0
@@ -88,7 +87,7 @@ def _named_attention(attention: ValueSourceAttention, prefix: str):
 
 
 def local_from_full(local: LocalParameter, full: dict[str, Tensor], tp_rank: int, tp_size: int) -> Tensor:
-    """This rank's part of canonical tensors: padded, fused and sliced as Megatron holds it."""
+    """This rank's part of canonical tensors, padded, fused and sliced as in Megatron."""
     tensor = local.fuse([full[name] for name in local.names])
     if local.kind in VOCABULARY_KINDS:
         tensor = torch.nn.functional.pad(tensor, (0, 0, 0, local.full_shape[0] - tensor.size(0)))
@@ -96,7 +95,7 @@ def local_from_full(local: LocalParameter, full: dict[str, Tensor], tp_rank: int
 
 
 def full_from_gathered(local: LocalParameter, gathered: Tensor) -> dict[str, Tensor]:
-    """Canonical tensors from a whole (all ranks' parts concatenated) Megatron parameter: unfused, unpadded."""
+    """Canonical tensors, unfused and unpadded, from a Megatron parameter with all ranks' parts."""
     full = {}
     for spec, piece in zip(local.specs, local.unfuse(gathered), strict=True):
         full[spec.name] = piece[: spec.shape[0]] if spec.kind in VOCABULARY_KINDS else piece

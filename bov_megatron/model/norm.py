@@ -1,4 +1,4 @@
-"""The model's one normalisation: RMSNorm without a learned weight."""
+"""RMSNorm without a learned weight, the model's only normalisation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class WeightlessRMSNorm(torch.nn.Module):
-    """`rms_norm` in the place of a Megatron layer norm. Holds no parameter, so it needs no gradient
-    reduction under sequence parallelism."""
+    """`rms_norm` as a Megatron layer norm. It has no parameters, so there are no gradients to reduce under sequence
+    parallelism."""
 
     def __init__(self, config=None, hidden_size: int | None = None, eps: float | None = None):
         super().__init__()

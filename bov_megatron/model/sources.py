@@ -1,18 +1,18 @@
-"""Where a layer's attention values come from: one small class per source of arXiv 2606.02780.
+"""The value sources of arXiv 2606.02780: where a layer's attention values come from.
 
-A source sees its layer's projected values (if the layer projects any) and what travels beside the hidden
-states, and returns the values that attention mixes. What travels is one tensor, Megatron's `context`,
-passed from layer to layer and through activation recomputation; which one depends on the source:
+A source gets its layer's projected values, if any, and the `carried` tensor, and returns the values for attention.
+`carried` is Megatron's `context`, which is passed from layer to layer and through activation recomputation. What it
+holds depends on the source:
 
-    bank, gated value embedding, sum with the bank    where rows are sent ahead, the ticket `[1]` for them
-                                                      (lookup_ahead.py); else token ids `[B, S]`
-    the same with one shared table                    a ticket; else the values `[S, B, G, D]`, looked up once
+    bank, gated value embedding, sum with the bank    token ids `[B, S]`, or where rows are sent ahead a ticket `[1]`
+                                                      for the looked-up values (lookup_ahead.py)
+    the same with one shared table                    the values `[S, B, G, D]`, looked up once, or a ticket
     embedding sources                                 the decoder's input x0 `[S, B, H]` (this rank's chunk
                                                       under sequence parallelism)
-    first-layer sources                               layer 0's values `[S, B, G, D]`, put there by layer 0
+    first-layer sources                               layer 0's values `[S, B, G, D]`, set by layer 0
 
-Nothing is kept on a module between calls: under recomputation with a pipeline, micro-batch i is recomputed
-after j has run, and anything stored would be j's.
+Modules keep nothing between calls: with a pipeline, micro-batch i may be recomputed after j has run, and would then
+read j's.
 
 Shapes: S sequence, B batch, H hidden, G this rank's query groups, D head dimension.
 """
@@ -43,12 +43,12 @@ Project = Callable[[Tensor], Tensor]
 
 
 class ValueSource(torch.nn.Module):
-    """Base of all sources: has the parameters that the source's record says; a subclass says what becomes of them.
+    """Base of all sources: creates the parameters that `facts` requires; a subclass computes the values.
 
     Args:
-        facts: the source's record.
+        facts: the source's properties.
         vocab_size: padded vocabulary of the tables.
-        sequence_parallel: whether hidden states arrive as this rank's chunk of the sequence.
+        sequence_parallel: whether hidden states are this rank's chunk of the sequence.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ValueSource(torch.nn.Module):
         super().__init__()
         self.facts, self.tp_group, self.sequence_parallel = facts, tp_group, sequence_parallel
         learned = facts.coefficients if model.value.coefficient == "learned" else 0
-        # Scalars have shape [1]: a 0-dim parameter would miss Megatron's no-weight-decay rule.
+        # Scalars have shape [1], which the optimizer requires.
         self.source_coefficient = _parameter(1, dtype=dtype) if learned else None
         self.projection_coefficient = _parameter(1, dtype=dtype) if learned == 2 else None
         groups = model.kv_heads // tp_group.size()
@@ -71,7 +71,7 @@ class ValueSource(torch.nn.Module):
         own_table = facts.has_table and model.value.table == "per_layer"
         self.table = ValueTable(model, vocab_size, dtype, tp_group) if own_table else None
         self.ahead = model.value.rows_sent_ahead(tp_group.size())
-        """Whether what travels is a ticket, for rows that were sent ahead of the layer."""
+        """Whether `carried` is a ticket, for rows that are sent ahead of the layer."""
 
     def forward(self, projected_SBGD: Tensor | None, hidden_SBH: Tensor, carried: Tensor, project: Project) -> Tensor:
         """Values `[S, B, G, D]`.
@@ -79,23 +79,23 @@ class ValueSource(torch.nn.Module):
         Args:
             projected_SBGD: `W_V · x`, or None where the source doesn't need it.
             hidden_SBH: x, the layer's normalised input.
-            carried: what travels beside the hidden states, see the head of this file.
-            project: applies `W_V`, only for sources with a `separate_projection`.
+            carried: see the head of this file.
+            project: applies `W_V`; only for sources with a `separate_projection`.
         """
         raise NotImplementedError
 
     def scaled(self, values: Tensor) -> Tensor:
-        """Values times gamma (or b): one learned scalar of the layer, or 1."""
+        """Values times the layer's gamma or b, if it is learned."""
         return values if self.source_coefficient is None else values * self.on_own_heads(self.source_coefficient)
 
     def added(self, projected_SBGD: Tensor, other_SBGD: Tensor) -> Tensor:
-        """`a · V + b · other`: learned from a=1, b=0, or fixed at one half each."""
+        """`a · projected + b · other`, with a and b learned, or fixed at 0.5."""
         if self.projection_coefficient is None:
             return 0.5 * projected_SBGD + 0.5 * other_SBGD
         return self.on_own_heads(self.projection_coefficient) * projected_SBGD + self.scaled(other_SBGD)
 
     def on_own_heads(self, scalar: torch.nn.Parameter) -> Tensor:
-        """Every tensor-parallel rank uses the scalar on its own heads: its gradient is the sum over ranks."""
+        # Every tensor-parallel rank multiplies its own heads by the scalar, so its gradient is the sum over ranks.
         return copy_to_tensor_model_parallel_region(scalar, group=self.tp_group)
 
     def looked_up(self, carried: Tensor) -> Tensor:
@@ -105,11 +105,7 @@ class ValueSource(torch.nn.Module):
         return carried if self.table is None else self.table(carried)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """State for megatron.core.dist_checkpointing.
-
-        Megatron's default for a plain torch module would store everything below it as replicated, and so one
-        tensor-parallel rank's rows of a table as the whole table.
-        """
+        # Megatron's default for a torch module would store the table as replicated: one rank's rows instead of all.
         own: dict[str, Tensor] = {}
         self._save_to_state_dict(own, "", keep_vars=True)
         state = make_sharded_tensors_for_checkpoint(
@@ -126,7 +122,7 @@ class ValueSource(torch.nn.Module):
 
 
 class Projection(ValueSource):
-    """`W_V · x`, the standard attention's"""
+    """`W_V · x`, as in standard attention"""
 
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
         return projected_SBGD
@@ -186,7 +182,7 @@ class GatedValueEmbedding(ValueSource):
 
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
         channels = hidden_SBH[..., :GATE_CHANNELS].contiguous()
-        # Each rank gates its own groups, so the gradient of the channels is the sum over ranks.
+        # Every rank gates its own groups, so the gradient of the channels is the sum over ranks.
         if self.sequence_parallel:
             channels = gather_from_sequence_parallel_region(channels, group=self.tp_group)
         else:

@@ -1,4 +1,4 @@
-"""From a recipe to Megatron's configuration and layer specs."""
+"""Megatron's configuration and layer specs of a recipe."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_stages,
         pipeline_model_parallel_layout=megatron_layout(recipe),
-        # Interleaved, batched messages of two stages pair up wrongly: gradients come out wrong without an error.
+        # In an interleaved pipeline, batched messages of two stages are mixed up: gradients are silently wrong.
         overlap_p2p_comm=layout.virtual_stages is not None,
         batch_p2p_comm=layout.virtual_stages is None,
         context_parallel_size=layout.context_parallel_size,
@@ -67,7 +67,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
 
 
 def _recomputation(layout: ParallelConfig) -> dict:
-    """Megatron's three fields. Its `block` method recomputes the first layers of a stage, one at a time."""
+    """Megatron's fields of recomputation. Its `block` method recomputes the first layers of a stage, one at a time."""
     if layout.recompute != "full":
         return {"recompute_granularity": None if layout.recompute == "none" else layout.recompute}
     method = "uniform" if layout.recompute_num_layers is None else "block"
@@ -79,7 +79,7 @@ def _recomputation(layout: ParallelConfig) -> dict:
 
 
 def block_spec(recipe: Recipe, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Specs of the layers that this rank's pipeline stage holds, or its model chunk `vp_stage`."""
+    """Specs of the layers of this rank's pipeline stage, or of its model chunk `vp_stage`."""
     first = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
     layers = [layer_spec(recipe, first + i) for i in range(count)]
@@ -87,10 +87,7 @@ def block_spec(recipe: Recipe, config: TransformerConfig, vp_stage: int | None =
 
 
 def layer_spec(recipe: Recipe, layer: int) -> ModuleSpec:
-    """Spec of one layer (0-based) with its window and value source.
-
-    Raises RecipeError where its linear layers cannot be used (see model/linear.py).
-    """
+    """Spec of one layer (0-based). Raises RecipeError where Transformer Engine is missing (see model/linear.py)."""
     model = recipe.model
     column_parallel, row_parallel = linear_layers(recipe)
     attention = ModuleSpec(

@@ -1,4 +1,4 @@
-"""Errors and answers that all ranks share: where one rank fails, all raise the same error, and none is left waiting."""
+"""Results and errors shared by all ranks: if one rank fails, all raise the same error, and none waits for it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,23 @@ T = TypeVar("T")
 def on_all_ranks(function: Callable[[], T]) -> T:
     """`function()` on every rank; collective.
 
-    Where it raises a BovError (or an OSError) on any, all ranks raise the error of the first such rank.
+    If it raises a BovError or OSError on any rank, all ranks raise the error of the first such rank.
     """
     result, error = _attempt(function)
-    _raise_together(error)
-    return result
+    # One number, whatever the world size; the error is sent only if there is one.
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    first = torch.tensor(world_size if error is None else rank, device=device())
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    if (source := int(first)) == world_size:
+        return result
+    shared: list[Any] = [error if source == rank else None]
+    dist.broadcast_object_list(shared, src=source)
+    where = f" (on rank {source})" if source else ""
+    raise type(shared[0])(f"{shared[0]}{where}") from error
 
 
 def on_first_rank(function: Callable[[], T]) -> T:
-    """What `function()` returns on rank 0, on every rank; collective. Where it raises, as in `on_all_ranks`, all do."""
+    """The result of rank 0's `function()`, on every rank; collective. All raise its BovError or OSError."""
     result, error = _attempt(function) if dist.get_rank() == 0 else (None, None)
     answer: list[Any] = [result, error]
     dist.broadcast_object_list(answer, src=0)
@@ -43,21 +51,8 @@ def _attempt(function: Callable[[], Any]) -> tuple[Any, BovError | None]:
         return None, RunFolderError(f"{error.filename}: {error.strerror}; check the file system and its permissions")
 
 
-def _raise_together(error: BovError | None) -> None:
-    # One number, whatever the size of the world; the error itself travels only where there is one.
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    first = torch.tensor(world_size if error is None else rank, device=device())
-    dist.all_reduce(first, op=dist.ReduceOp.MIN)
-    if (source := int(first)) == world_size:
-        return
-    shared: list[Any] = [error if source == rank else None]
-    dist.broadcast_object_list(shared, src=source)
-    where = f" (on rank {source})" if source else ""
-    raise type(shared[0])(f"{shared[0]}{where}") from error
-
-
 def gather_items(items: list[T]) -> list[T]:
-    """Every rank's items, in the order of ranks, on every rank; collective, and one number where there are none."""
+    """All ranks' items, in the order of ranks, on every rank; collective. Without items, only a number is sent."""
     count = torch.tensor(len(items), device=device())
     dist.all_reduce(count)
     if not int(count):

@@ -1,4 +1,4 @@
-"""The device of this rank. The only place that asks whether there is a GPU."""
+"""This rank's device: a GPU, or the CPU."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ def has_gpu() -> bool:
 
 
 def device() -> torch.device:
-    """Where this rank's tensors live: its current GPU, or the CPU."""
+    """This rank's current GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
 def device_name() -> str:
-    """The GPU's name as its driver gives it, or the CPU's architecture."""
+    """The GPU's name from its driver, or the CPU's architecture."""
     return torch.cuda.get_device_name() if has_gpu() else f"CPU, {platform.machine()}"
 
 
 def select_gpu(local_rank: int) -> None:
-    """Make GPU `local_rank` of this node the current one. Does nothing without a GPU."""
+    """Make GPU `local_rank` of this node the current one, if there are GPUs."""
     if has_gpu():
-        # Slurm may show each task only its own GPU.
+        # Modulo, because Slurm may show each task only its own GPU.
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` on this rank's device. Copied through pinned memory: copying from any other makes the host wait."""
+    """`tensor` on this rank's device, copied without waiting for the GPU."""
     if tensor.is_cuda or not has_gpu():
         return tensor
+    # Only copies from pinned memory are asynchronous.
     return tensor.pin_memory().to(device(), non_blocking=True)
 
 

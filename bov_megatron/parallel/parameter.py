@@ -1,4 +1,4 @@
-"""How model, optimizer and engines describe a parameter, and what they tell each other about it during a step."""
+"""The description of a parameter that model, optimizer and engines share, and two hooks between them during a step."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from bov_megatron.recipe.parameters import KINDS, ParameterSpec
 
 @dataclass(eq=False)
 class LocalParameter:
-    """A parameter held by this rank: all of a canonical tensor, a part of it, or several fused into one.
+    """A parameter of this rank: a canonical tensor, part of one, or several fused.
 
-    Raises ValueError, naming the parameter, where these do not fit.
+    Raises ValueError where the fields are inconsistent.
     """
 
     qualified_name: str
-    """torch's name for it in its model chunk."""
+    """Name in `named_parameters` of its model chunk."""
     parameter: Any
     """An nn.Parameter, on which Megatron and DeepSpeed set attributes of their own (`main_grad`, `ds_tensor`, …)."""
     specs: tuple[ParameterSpec, ...]
-    """The canonical parameters in it, one, or query, key (and value) of a fused matrix."""
+    """Its canonical parameters: one, or query, key (and value) of a fused matrix."""
     partition_dim: int = -1
     """Dimension split over tensor-parallel ranks; -1 if every rank holds all of it."""
     tensor_parallel_size: int = 1
@@ -31,11 +31,11 @@ class LocalParameter:
     fused_split: tuple[int, ...] | None = None
     """Rows per query group of each canonical parameter in a fused matrix."""
     on_host: bool = False
-    """In host memory, which may be another device than the other parameters'."""
+    """Whether it is in host memory while other parameters are on the device."""
     forward_position: int = 0
-    """Ascending in the order in which a forward pass reads weights."""
+    """Ascends in the order in which a forward pass reads weights."""
     shape: torch.Size = field(init=False)
-    """This rank's shape, as at construction: ZeRO 3 later empties the parameter."""
+    """This rank's, at construction; ZeRO 3 later empties parameters."""
 
     def __post_init__(self):
         self.shape = self.parameter.shape
@@ -69,7 +69,7 @@ class LocalParameter:
         return tuple(size * ranks for size, ranks in zip(self.shape, sizes, strict=True))
 
     def piece_shapes(self) -> list[tuple[int, int]]:
-        """Full `(rows, columns)` of each matrix inside, one per canonical name."""
+        """Full `(rows, columns)` of each canonical matrix."""
         rows, columns = self.full_shape
         if self.fused_split is None:
             return [(rows, columns)]
@@ -100,16 +100,15 @@ def unfuse(fused: Tensor, split: tuple[int, ...]) -> list[Tensor]:
     return [piece.flatten(0, 1) for piece in fused.unflatten(0, (-1, sum(split))).split(split, dim=1)]
 
 
-# The two hooks below are attributes of the tensor because the code that calls them, autograd functions of the value
-# tables, has nothing else at hand; who sets them knows the engine's buckets and gathers.
+# Both hooks are attributes of the parameter, because the value tables' autograd functions call them, and those have
+# access to nothing but the parameter.
 
 
 def gradient_ready(parameter: nn.Parameter) -> None:
-    """Say that `parameter.main_grad` holds all that a micro-batch's backward pass adds to it.
+    """Signal that `parameter.main_grad` is complete for this micro-batch.
 
-    For code that writes `main_grad` itself, not through autograd; once per backward pass, after the last write. Where
-    gradients are reduced during the backward pass (engines/data_parallel.py), the reduction waits for this call;
-    elsewhere it does nothing.
+    Code that writes `main_grad` without autograd calls this once per backward pass, after the last write. A reduction
+    during the backward pass (engines/data_parallel.py) waits for it; otherwise it does nothing.
     """
     ready = getattr(parameter, "on_gradient_ready", None)
     if callable(ready):
@@ -117,9 +116,9 @@ def gradient_ready(parameter: nn.Parameter) -> None:
 
 
 def await_weight(parameter: nn.Parameter) -> None:
-    """Wait until `parameter` holds the last update. For code that reads it outside its module's forward pass.
+    """Wait until `parameter` has the last update. Call it before reading weights outside their module's forward pass.
 
-    Does nothing unless weights are gathered during the forward pass (optim/weight_gatherer.py).
+    Has an effect only where weights are gathered during the forward pass (optim/weight_gatherer.py).
     """
     on_read = getattr(parameter, "on_read", None)
     if on_read is not None:

@@ -1,4 +1,4 @@
-"""How long a device takes between two points of a program."""
+"""Time on a device between two points of a program."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from bov_megatron.parallel.device import has_gpu
 
 
 class DeviceTimer:
-    """Time between `start` and `stop` on this rank's device: on a GPU between two points of its stream, since the
-    program itself runs ahead; on a CPU by the clock."""
+    """Time between `start` and `stop` on this rank's device: on a GPU between events of its stream, as the host runs
+    ahead; on a CPU by the clock."""
 
     def __init__(self):
         self._on_gpu = has_gpu()
-        self._started: Any = None  # seconds, or an event of the GPU's stream
+        self._started: Any = None  # seconds, or a CUDA event
         self._stopped: Any = None
 
     def start(self) -> None:
@@ -33,7 +33,7 @@ class DeviceTimer:
         return event
 
     def seconds(self) -> float:
-        """Between the last `start` and the `stop` after it. Waits for a GPU to get there."""
+        """Seconds between the last `start` and `stop`; waits for the GPU."""
         if not self._on_gpu:
             return self._stopped - self._started
         self._stopped.synchronize()

@@ -334,7 +334,7 @@ def one_step_tensor_for_all():
     optimizer.allocate_state = sharing
 
 
-LEFT_BEHIND = "gradients of value tables were left on their way"
+LEFT_BEHIND = "value-table gradients of . micro-batches were not added to their tables"
 IN_HOST_MEMORY = {"table_memory": "host"}
 TABLES_EVERYWHERE = {"target_layers": "every"}
 TRAPS = [

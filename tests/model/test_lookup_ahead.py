@@ -213,9 +213,9 @@ def mistakes(own: Rank, lookup_ahead) -> None:
     with lookup_ahead.started(ids, [table]) as ticket:  # a layer that doesn't pass the ticket's gradient on
         values = lookup_ahead.take(ticket.detach().requires_grad_(), table)
     own.loss(values, ids).backward()
-    with pytest.raises(RuntimeError, match="1 micro-batches' gradients of value tables were left on their way"):
+    with pytest.raises(RuntimeError, match="value-table gradients of 1 micro-batches were not added to their tables"):
         lookup_ahead.check_settled()
-    with pytest.raises(RuntimeError, match="were left on their way"):
+    with pytest.raises(RuntimeError, match="were not added to their tables"):
         lookup_ahead.look_up(ids, table)
 
 

@@ -1,10 +1,10 @@
-"""Value tables in host memory: rows go out ahead of their layer, gradients come back during the backward pass.
+"""Value tables in host memory: rows are copied to the device ahead of their layer, gradients back afterwards.
 
-A host table's weight, gradient (`main_grad`, fp32) and optimizer state stay on the host; the device sees the distinct
-rows of the micro-batches under way. Copies go through pinned memory on a stream of their own. Gradients are added by
-one thread, in the order in which they were handed in, so that the one that launches kernels never waits for a copy.
+A host table's weight, gradient (`main_grad`, fp32) and optimizer state stay on the host; the device has only the
+distinct rows of the micro-batches in flight. Copies use pinned memory and a separate stream. A thread adds gradients to
+the table, in the order of the calls, so that the main thread never waits for a copy.
 
-Without a GPU, host and device are one: the same steps run, and copies copy nothing.
+Without a GPU the same code runs, but nothing is copied.
 
 Shapes: R rows of a table on this rank, K its columns.
 """
@@ -24,28 +24,28 @@ from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.device import device, has_gpu
 from bov_megatron.parallel.parameter import LocalParameter
 
-# Global, as the thread and the stream below are: autograd's backward functions hand gradients in, the engine waits for
-# them, and the two share no object.
+# Global, like the thread and the stream below: autograd functions add gradients and the engine waits for them, but they
+# share no object.
 _additions: list[Future] = []
-"""Gradients that have not been added yet, in order."""
+"""Pending additions of gradients, in order."""
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Host memory that a GPU can copy from and to without making the host wait."""
+    """Host memory, pinned if there is a GPU."""
     return torch.empty(*shape, dtype=dtype, device="cpu", pin_memory=has_gpu())
 
 
-class BesideCompute:
-    """Context manager for copies and collectives on a stream of their own; the compute stream waits for them in `wait`.
+class CopyStream:
+    """Context manager: copies and collectives inside run on the copy stream, in parallel with compute.
 
     Args:
-        after_compute: whether they first wait for what is queued on the compute stream.
+        after_compute: whether they first wait for the kernels launched on the compute stream so far.
     """
 
     def __init__(self, after_compute: bool):
         self.after_compute = after_compute
 
-    def __enter__(self) -> BesideCompute:
+    def __enter__(self) -> CopyStream:
         self._event: torch.cuda.Event | None = None
         self._block: contextlib.AbstractContextManager = contextlib.nullcontext()
         if has_gpu():
@@ -62,7 +62,7 @@ class BesideCompute:
         self._block.__exit__(*error)
 
     def wait(self, made: Tensor) -> None:
-        """Make the current stream wait for the block's work; it may then use `made`, a tensor made in the block."""
+        """Make the current stream wait for the block's work, before it uses the block's tensor `made`."""
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
             made.record_stream(torch.cuda.current_stream())
@@ -73,15 +73,16 @@ class BesideCompute:
 
 
 def rows_on_device(table_RK: Tensor, index: Tensor) -> Tensor:
-    """`table[index]` of a host table, copied to the device on the current stream."""
+    """`table[index]` of a host table, copied to the device asynchronously on the current stream."""
     rows = empty(index.numel(), table_RK.size(1), dtype=table_RK.dtype)
     torch.index_select(table_RK, 0, index, out=rows)
     return rows.to(device(), non_blocking=True)
 
 
 def add_later(target_RK: Tensor, index: Tensor, rows: Tensor) -> None:
-    """`target[index] += rows`, rows on the device, done by the time `wait_for_additions` returns."""
-    with BesideCompute(after_compute=True) as copy:
+    """`target[index] += rows` with a host table's gradient and rows on the device; done once `wait_for_additions`
+    returns."""
+    with CopyStream(after_compute=True) as copy:
         staged = rows
         if rows.is_cuda:
             staged = empty(*rows.shape, dtype=rows.dtype)
@@ -96,20 +97,20 @@ def add_later(target_RK: Tensor, index: Tensor, rows: Tensor) -> None:
 
 
 def wait_for_additions() -> None:
-    """Wait until every gradient handed to `add_later` is in its table; raises what an addition raised."""
+    """Wait for all additions of `add_later`. Raises the error of an addition that failed."""
     while _additions:
         _additions.pop(0).result()
 
 
 class HostGradients:
-    """Gradients of this rank's host tables, which are not in Megatron's buffers on the device."""
+    """Gradients of a rank's host tables, which cannot be in Megatron's buffers on the device."""
 
     def __init__(self, parameters: Iterable[LocalParameter]):
         self.weights = [p.parameter for p in parameters if p.on_host and p.parameter.requires_grad]
 
     @contextlib.contextmanager
-    def kept_here(self) -> Iterator[None]:
-        """A DistributedDataParallel of Megatron's that is made in the block leaves host tables alone."""
+    def hidden_from_megatron(self) -> Iterator[None]:
+        """Context in which to construct Megatron's DistributedDataParallel, so that it ignores host tables."""
         for weight in self.weights:
             weight.requires_grad_(False)
         yield
@@ -123,7 +124,7 @@ class HostGradients:
             weight.main_grad.zero_()
 
     def reduce(self, group: dist.ProcessGroup) -> None:
-        """Mean over the ranks of `group`, those that hold copies, over gloo."""
+        """Average over the data-parallel `group`, with gloo; collective."""
         wait_for_additions()
         if group.size() == 1 or not self.weights:
             return

@@ -1,17 +1,17 @@
 """A vocabulary-parallel lookup off the critical path: every distinct row once, sent ahead of the layer that reads it.
 
-All tensor-parallel ranks know all ids of a micro-batch, so each computes by itself who sends which rows to whom: one
-all-to-all with unequal parts per table, and no message about sizes. Its way through a micro-batch:
+All tensor-parallel ranks have all ids of a micro-batch, so each computes which rows go where. A table needs one
+all-to-all with unequal parts, and no exchange of sizes. The steps of a micro-batch:
 
-    started            at the decoder's start owners send each rank its columns of their distinct rows, for all tables
-    take               a layer waits for its table's rows and repeats them by token
-    take, backward     sums the gradient over tokens by distinct row, sends the sums to the rows' owners without
-                       waiting, and adds to its table what has arrived for the layer whose backward ran before
-    started, backward  runs last and adds what is left
+    started            at the decoder's start, owners send each rank its columns of their distinct rows, for all tables
+    take               a layer waits for its table's rows and expands them to tokens
+    take, backward     sums the gradient over tokens by distinct row, starts sending the sums to the rows' owners, and
+                       adds the gradients received for the previous table
+    started, backward  runs last and adds the gradients that remain
 
-What travels from layer to layer is a *ticket*, a tensor of one number; a layer knows from its settings that it gets
-one. A micro-batch's lookups are found by the storage of its ticket, which recomputation keeps (it detaches tensors, it
-doesn't copy them), and never by what ran last. The autograd graph keeps them alive until its backward pass is over.
+Layers pass on a *ticket*, a tensor with one element. Its storage identifies the micro-batch's lookups, also during
+recomputation, which detaches tensors but does not copy them. The autograd graph keeps the lookups alive until its
+backward pass is over.
 
 Shapes: B batch, S sequence, T tensor-parallel ranks, V padded vocabulary, R rows of a table on a rank, K = kv_dim, k
 this rank's columns (K/T, or one group's where ranks share groups), U distinct ids of the micro-batch, u those whose
@@ -36,34 +36,33 @@ from bov_megatron.model.bank.table import ValueTable
 from bov_megatron.parallel.device import device, to_device
 from bov_megatron.parallel.parameter import await_weight, gradient_ready
 
-# Global because Megatron hands one tensor from layer to layer, into recomputation and across the graph, and no object
-# beside it: what belongs to a ticket has to be found by the tensor alone.
+# Global because Megatron passes only a tensor from layer to layer and into recomputation.
 _under_way: weakref.WeakValueDictionary[int, LookupsAhead] = weakref.WeakValueDictionary()
-"""By the address of the ticket's storage, which each of them keeps from being used again."""
+"""By the address of the ticket's storage, which the lookups keep alive so that it is not reused."""
 _unsettled: set[LookupsAhead] = set()
-"""Those with gradients that no table has yet: empty between backward passes. It keeps them alive where the graph ends
-without settling them, for `check_settled` to see."""
+"""Lookups with gradients that are not in their tables yet; empty between backward passes. Keeps them alive for
+`check_settled` if the graph is freed before they are settled."""
 
 
 @contextlib.contextmanager
 def started(ids_BS: Tensor, tables: Sequence[ValueTable], readers: int = 1) -> Iterator[Tensor]:
-    """Start the lookups of one micro-batch in `tables`; yields the ticket that `take` needs for their values.
+    """Start the lookups of one micro-batch in `tables`; yields the ticket for `take`. Collective.
 
-    Layers take values inside the block. Their recomputation and backward pass may come after it.
+    Layers must call `take` inside the block; recomputation and backward pass may come after it.
 
     Args:
-        ids_BS: token ids; where they are on the CPU, nothing waits for a GPU.
-        tables: of one shape and one process group. All ranks of the group call this alike.
-        readers: layers that read each table, once each.
+        ids_BS: token ids; on the CPU, so that the host does not wait for the GPU.
+        tables: of the same shape and process group.
+        readers: number of layers that read each table, once each.
 
     Raises IndexError for ids outside the padded vocabulary.
     """
     check_settled()
     lookups = LookupsAhead(_Distinct.of(ids_BS, tables[0]), tables, readers)
     trained = [table.weight for table in tables if table.weight.requires_grad]
-    root = torch.zeros(1, device=device(), requires_grad=True)  # frozen tables' layers are recomputed too
-    # A table with a `main_grad` gets its gradient by hand, and stays out of the graph: a hook on its gradient would
-    # run before that gradient is there.
+    root = torch.zeros(1, device=device(), requires_grad=True)  # layers of frozen tables are recomputed too
+    # A table with a `main_grad` gets its gradient without autograd and is not in the graph: hooks on its gradient would
+    # run too early.
     ticket = _Start.apply(lookups, root, *(weight for weight in trained if not hasattr(weight, "main_grad")))
     lookups.ticket_storage = ticket.untyped_storage()
     _under_way[ticket.data_ptr()] = lookups
@@ -74,26 +73,26 @@ def take(ticket: Tensor, table: ValueTable | None) -> Tensor:
     """Values of every token for this rank's heads, `[S, B, k/D, D]` with head dimension D.
 
     Args:
-        ticket: of the micro-batch, or a view or detached copy of it.
-        table: None where there is only one, shared by layers.
+        ticket: from `started`, or a view of it; detached or not.
+        table: None for a single table that layers share.
 
-    Raises RuntimeError where the ticket's lookups are over: a copied ticket, or one kept from another micro-batch.
+    Raises RuntimeError for a copy of a ticket, or one from a micro-batch that is over.
     """
     lookups = _under_way.get(ticket.data_ptr())
     if lookups is None:
         raise RuntimeError(
-            "no lookups are under way for this ticket: it was copied on its way through the layers, or kept from a "
-            "micro-batch that is over; pass `context` on as it came"
+            "no lookups are under way for this ticket: it was copied between layers, or is from a micro-batch that is "
+            "over; layers must pass `context` on unchanged"
         )
     lookup = lookups.of(table)
     values_SBk = _Take.apply(ticket, lookups, lookup)
-    if torch.is_grad_enabled():  # else it may be taken again, recomputed
+    if torch.is_grad_enabled():  # without gradients, recomputation may take the values again
         lookup.read()
     return values_SBk.unflatten(-1, (-1, lookup.table.head_dim))
 
 
 def look_up(ids_BS: Tensor, table: ValueTable) -> Tensor:
-    """Values of every token, `[S, B, k/D, D]`, now, for a table of either kind (rows sent ahead or not)."""
+    """Values of every token, `[S, B, k/D, D]`, of a single table, whether or not its rows are sent ahead."""
     if not table.ahead:
         return table(ids_BS)
     with started(ids_BS, [table]) as ticket:
@@ -101,26 +100,28 @@ def look_up(ids_BS: Tensor, table: ValueTable) -> Tensor:
 
 
 def check_settled() -> None:
-    """Raise RuntimeError if a backward pass ended before all gradients had reached their tables."""
+    """Raise RuntimeError if a backward pass ended before all gradients were added to their tables."""
     if _unsettled:
         raise RuntimeError(
-            f"{len(_unsettled)} micro-batches' gradients of value tables were left on their way: the backward pass "
-            "did not reach the decoder's start, so the tables' gradients are incomplete; layers must pass `context` on"
+            f"value-table gradients of {len(_unsettled)} micro-batches were not added to their tables: the backward "
+            "pass did not reach the decoder's start; layers must pass `context` on"
         )
 
 
 @dataclass(frozen=True)
 class _Distinct:
-    """A micro-batch's distinct ids, in order of id and so of owner."""
+    """A micro-batch's distinct ids, ascending, and so in order of the ranks that own them."""
 
     counts_T: list[int]
-    """How many each rank owns; they add up to U."""
+    """Distinct ids that each rank owns; they add up to U."""
+    own_counts_T: list[int]
+    """u, T times: every rank gets all of this rank's distinct rows."""
     own_blocks: Tensor
-    """What this rank sends, `[T·u]`, for rank 0 first: indices into its part of a table, seen as rows of k columns."""
+    """What this rank sends, `[T·u]`, rank 0's first: indices into its part of a table, viewed as rows of k columns."""
     width: int
     """k"""
     inverse_SB: Tensor
-    """Each token's place among the distinct ids."""
+    """Each token's index among the distinct ids."""
 
     @staticmethod
     def of(ids_BS: Tensor, table: ValueTable) -> _Distinct:
@@ -139,6 +140,7 @@ class _Distinct:
         own_blocks = (present_TR[rank].nonzero().flatten() * blocks + block_T1).flatten()
         return _Distinct(
             counts_T=present_TR.sum(1).tolist(),
+            own_counts_T=[own_blocks.numel() // ranks] * ranks,
             own_blocks=own_blocks.to(table.weight.device) if table.on_host else to_device(own_blocks),
             width=table.weight.size(1) // blocks,
             inverse_SB=to_device(place_V[ids_BS.t()]),
@@ -146,11 +148,12 @@ class _Distinct:
 
 
 class LookupsAhead:
-    """One micro-batch's lookups on this rank, from the decoder's start to the end of its backward pass."""
+    """A micro-batch's lookups on this rank, from the decoder's start to the end of the backward pass."""
 
     def __init__(self, ids: _Distinct, tables: Sequence[ValueTable], readers: int):
         self._lookups = {table: _Lookup(table, ids, readers) for table in tables}
-        self._on_their_way: list[_Lookup] = []
+        self._sent: _Lookup | None = None
+        """The last one whose gradient was sent, until it is settled."""
         self.ticket_storage: torch.UntypedStorage | None = None
 
     def of(self, table: ValueTable | None) -> _Lookup:
@@ -160,37 +163,36 @@ class LookupsAhead:
         return self._lookups[table]
 
     def add_gradient(self, lookup: _Lookup, grad_SBk: Tensor) -> None:
-        """One reader's gradient. The last reader's sets the sum on its way and settles what was sent before."""
+        """Add one reader's gradient; the last reader's starts sending the sum."""
         lookup.add_gradient(grad_SBk)
         _unsettled.add(self)
         if not lookup.readers_to_come:
             self._send(lookup)
-            self._settle(all_but=1)
 
     def finish(self) -> list[Tensor | None]:
-        """Settle everything; returns the gradients of trained tables that have no `main_grad`."""
+        """Settle all lookups; returns the gradients of trained tables without a `main_grad`."""
         for lookup in self._lookups.values():
-            if lookup.gradient_Uk is not None:  # a reader's backward pass was not needed
+            if lookup.gradient_Uk is not None:  # autograd skipped the backward pass of a reader
                 self._send(lookup)
-        self._settle()
+        self._send(None)
         _unsettled.discard(self)
         trained = [lookup for lookup in self._lookups.values() if lookup.table.weight.requires_grad]
         for lookup in trained:
-            if not lookup.settled and lookup.by_hand and not lookup.table.on_host:
-                gradient_ready(lookup.table.weight)  # nothing to add: complete as it is
-        return [lookup.dense_gradient for lookup in trained if not lookup.by_hand]
+            if not lookup.settled and lookup.has_main_grad and not lookup.table.on_host:
+                gradient_ready(lookup.table.weight)  # no gradient to add
+        return [lookup.dense_gradient for lookup in trained if not lookup.has_main_grad]
 
-    def _send(self, lookup: _Lookup) -> None:
-        lookup.send_gradient()
-        self._on_their_way.append(lookup)
-
-    def _settle(self, all_but: int = 0) -> None:
-        while len(self._on_their_way) > all_but:
-            self._on_their_way.pop(0).settle()
+    def _send(self, lookup: _Lookup | None) -> None:
+        """Start sending a gradient, then settle the one sent before, which has had time to arrive."""
+        if lookup is not None:
+            lookup.send_gradient()
+        if self._sent is not None:
+            self._sent.settle()
+        self._sent = lookup
 
 
 class _Lookup:
-    """One table's rows on their way to this rank, then their gradients on the way to the owners."""
+    """Rows of one table sent to this rank, and then their gradients, sent back to the rows' owners."""
 
     def __init__(self, table: ValueTable, ids: _Distinct, readers: int):
         self.table, self.ids = table, ids
@@ -198,27 +200,19 @@ class _Lookup:
         self.gradient_Uk: Any = None
         self.dense_gradient: Tensor | None = None
         self.settled = False
-        self.by_hand = hasattr(table.weight, "main_grad")
-        self.rows_Uk: Tensor | None = None
+        self.has_main_grad = hasattr(table.weight, "main_grad")
+        self.rows_Uk: Tensor | None
         await_weight(table.weight)
         blocks = table.weight.detach().view(-1, ids.width)
         if table.on_host:
-            with host_tables.BesideCompute(after_compute=False) as self.copy:
-                self._send_rows(host_tables.rows_on_device(blocks, ids.own_blocks))
+            with host_tables.CopyStream(after_compute=False) as self.copy:
+                rows = host_tables.rows_on_device(blocks, ids.own_blocks)
+                self.rows_Uk = self._exchange(rows, ids.counts_T, ids.own_counts_T)
         else:
-            self._send_rows(F.embedding(ids.own_blocks, blocks))
-
-    @property
-    def _own_counts_T(self) -> list[int]:
-        """Every rank is sent as many rows as this rank owns."""
-        ranks = len(self.ids.counts_T)
-        return [self.ids.own_blocks.numel() // ranks] * ranks
-
-    def _send_rows(self, sent: Tensor) -> None:
-        self.rows_Uk = self._exchange(sent, self.ids.counts_T, self._own_counts_T)
+            self.rows_Uk = self._exchange(F.embedding(ids.own_blocks, blocks), ids.counts_T, ids.own_counts_T)
 
     def _exchange(self, sent: Tensor, received_T: list[int], sent_T: list[int]) -> Tensor:
-        """What the ranks send this one, once `_wait` has returned."""
+        """All-to-all; the result is valid once `_wait` has returned."""
         if len(sent_T) == 1:
             self.work = self.message = None
             return sent
@@ -236,53 +230,52 @@ class _Lookup:
 
     def values_SBk(self) -> Tensor:
         if self.rows_Uk is None:
-            raise RuntimeError("a layer took its values twice, or a table has more readers than `started` was told")
+            raise RuntimeError("a layer took its values twice, or more layers read a table than `readers` of `started`")
         self._wait()
         if self.table.on_host:
             self.copy.wait(self.rows_Uk)
         return F.embedding(self.ids.inverse_SB, self.rows_Uk)
 
     def read(self) -> None:
-        """One reader has what it needs for good; after the last, the rows go."""
+        """Count one read; the last frees the rows."""
         self.reads_to_come -= 1
         if not self.reads_to_come:
             self.rows_Uk = None
 
     def add_gradient(self, grad_SBk: Tensor) -> None:
-        """Sum over tokens in fp32."""
+        """Add a reader's gradient, summed over tokens by distinct row in fp32."""
         if not self.readers_to_come:
             raise RuntimeError("a second backward pass through the same lookup; run the forward pass again")
         self.readers_to_come -= 1
         flat, index = grad_SBk.flatten(0, 1).float(), self.ids.inverse_SB.flatten()
-        # The embedding's own backward: unlike index_add_, it adds in a fixed order on a GPU too.
+        # Unlike index_add_, the embedding's backward pass is deterministic on a GPU too.
         summed_Uk = torch.ops.aten.embedding_dense_backward(flat, index, sum(self.ids.counts_T), -1, False)
         self.gradient_Uk = summed_Uk if self.gradient_Uk is None else self.gradient_Uk.add_(summed_Uk)
 
     def send_gradient(self) -> None:
-        """Rounded to the table's dtype, once per distinct row, as a weight's gradient is per micro-batch."""
-        sent = self.gradient_Uk.to(self.table.weight.dtype)
+        sent = self.gradient_Uk.to(self.table.weight.dtype)  # as any weight's gradient of a micro-batch
         self.gradient_Uk = None
-        self.received: Any = self._exchange(sent, self._own_counts_T, self.ids.counts_T)
+        self.received: Any = self._exchange(sent, self.ids.own_counts_T, self.ids.counts_T)
 
     def settle(self) -> None:
-        """Add the gradients of this rank's rows, once all ranks' have come."""
+        """Wait for the gradients of this rank's rows from all ranks, and add them to the table's."""
         self._wait()
         weight: Any = self.table.weight
-        target = weight.main_grad if self.by_hand else torch.zeros_like(weight)
+        target = weight.main_grad if self.has_main_grad else torch.zeros_like(weight)
         blocks, received = target.view(-1, self.ids.width), self.received
         self.received, self.settled = None, True
-        if self.table.on_host and self.by_hand:
+        if self.table.on_host and self.has_main_grad:
             host_tables.add_later(blocks, self.ids.own_blocks, received)
             return
         blocks.index_add_(0, self.ids.own_blocks, received.to(blocks))
-        if self.by_hand:
+        if self.has_main_grad:
             gradient_ready(weight)
         else:
             self.dense_gradient = target
 
 
 class _Start(torch.autograd.Function):
-    """Makes the ticket. Its backward pass comes after that of every layer that took values with it."""
+    """Creates the ticket. Its backward pass runs after that of every layer that took values with it."""
 
     @staticmethod
     def forward(ctx, lookups, root, *weights):
@@ -295,7 +288,7 @@ class _Start(torch.autograd.Function):
 
 
 class _Take(torch.autograd.Function):
-    """Values by token. The gradient goes to the lookup; the ticket's, zero, makes `_Start` wait for it."""
+    """Values by token. Their gradient goes to the lookup; a zero gradient of the ticket makes `_Start` wait for it."""
 
     @staticmethod
     def forward(ctx, ticket, lookups, lookup):

@@ -28,10 +28,12 @@ from bov_megatron.recipe import ModelConfig
 class ValueTable(torch.nn.Module):
     """Rows of values by token id (arXiv 2606.02780). Mirrors Megatron's VocabParallelEmbedding.
 
+    Split by `vocab`, this rank owns rows `[rank·V/T, (rank+1)·V/T)`, and a lookup communicates. Split by `head`, it
+    owns its groups' columns of all rows, and a lookup does not communicate. With fewer groups than ranks, consecutive
+    ranks share a group.
+
     Args:
-        model: how wide a row is, and how the table is split, looked up and kept. Split by `vocab`, this rank owns rows
-            `[rank·V/T, (rank+1)·V/T)` and a lookup communicates; split by `head`, it owns all rows of its own groups'
-            columns and a lookup needs no traffic. With fewer groups than ranks, consecutive ranks share one.
+        model: the recipe's model section.
         vocab_size: padded vocabulary V; a multiple of the tensor-parallel size.
         tp_group: the tensor-parallel process group.
     """
@@ -53,12 +55,12 @@ class ValueTable(torch.nn.Module):
         self.weight = torch.nn.Parameter(weight)
         self.partition_dim = 0 if by_rows else 1
         self.ahead = value.rows_sent_ahead(size)
-        """Whether rows are sent ahead of the layer, to be taken with a ticket (see lookup_ahead.py)."""
+        """Whether rows are sent ahead of the layer (see lookup_ahead.py)."""
         if self.ahead and size > 1:
             self.lookup_group = process_groups.twin(tp_group)
 
     def forward(self, ids_BS: Tensor) -> Tensor:
-        """Values of every token for this rank's heads, `[S, B, G/T, D]`. Raises where rows are sent ahead."""
+        """Values of every token for this rank's heads, `[S, B, G/T, D]`; RuntimeError where rows are sent ahead."""
         if self.ahead:
             raise RuntimeError("this table's rows are sent ahead of its layer: use lookup_ahead.look_up")
         ids_SB = ids_BS.t().contiguous()
@@ -72,8 +74,8 @@ class ValueTable(torch.nn.Module):
         return values_SBK.unflatten(-1, (-1, self.head_dim))
 
     def _combine(self, partial_SBK: Tensor) -> Tensor:
-        """Sum the ranks' partial rows (zeros for foreign ids) and keep this rank's columns."""
-        # Its backward gathers: a plain slice after an all-reduce would leave each rank its own columns' gradient only.
+        """Sum the ranks' partial rows (zeros for other ranks' ids) and keep this rank's columns."""
+        # The backward pass gathers. A slice after an all-reduce would give each rank its own columns' gradient only.
         return reduce_scatter_last_dim_to_tensor_parallel_region(partial_SBK, group=self.tp_group)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
@@ -95,8 +97,8 @@ class ValueTable(torch.nn.Module):
 def lookup_rows(table_RK: Tensor, rows: Tensor, own: Tensor | None) -> Tensor:
     """`table[rows]`, zero where `own` is False; `[*rows.shape, K]`.
 
-    Where the table has a `main_grad` (Megatron's data-parallel wrapper), the gradient is added to the touched
-    rows in place: a dense gradient of the whole table per micro-batch would cost more than the lookup saves.
+    Where the table has a `main_grad` (Megatron's data-parallel wrapper), the gradient is added to its touched rows in
+    place, because a dense gradient of the whole table per micro-batch would cost more than the lookup saves.
     """
     if hasattr(table_RK, "main_grad") and torch.is_grad_enabled():
         return _AccumulatingLookup.apply(table_RK, rows, own)
@@ -105,7 +107,7 @@ def lookup_rows(table_RK: Tensor, rows: Tensor, own: Tensor | None) -> Tensor:
 
 
 class _AccumulatingLookup(torch.autograd.Function):
-    """Embedding lookup whose backward adds straight into `table.main_grad`."""
+    """Embedding lookup whose backward pass adds to `table.main_grad`."""
 
     @staticmethod
     def forward(ctx, table_RK, rows, own):
@@ -122,7 +124,7 @@ class _AccumulatingLookup(torch.autograd.Function):
             grad = grad * own.unsqueeze(-1)
         main_grad = table.main_grad
         index = rows.reshape(-1, 1).expand(-1, main_grad.size(1))
-        # Eight times as fast as index_add_ on a CPU.
+        # On a CPU, eight times as fast as index_add_.
         main_grad.scatter_add_(0, index, grad.reshape(-1, main_grad.size(1)).to(main_grad.dtype))
         gradient_ready(table)
         return None, None, None
