@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from bov_megatron import __version__
@@ -46,3 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BovError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except BrokenPipeError:  # `bov plan … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its end
+        return 141  # as a process that SIGPIPE has ended

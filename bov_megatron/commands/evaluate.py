@@ -1,8 +1,8 @@
 """Run lm-eval on an exported model: on its own tasks, and on local YAML tasks.
 
-  bov evaluate OUT --tasks hellaswag arc_easy --limit 200
-  bov evaluate OUT --tasks held_out --tasks-dir my_tasks --offline --json results.json
-  bov evaluate OUT --packed DATA/val         bits per byte on packed held-out samples, as in training
+  bov evaluate EXPORT --tasks hellaswag arc_easy --limit 200
+  bov evaluate EXPORT --tasks held_out --tasks-dir my_tasks --offline --json results.json
+  bov evaluate EXPORT --packed DATA/val         bits per byte on packed held-out samples, as in training
 
 Where every task is found in --tasks-dir (or is the path of a YAML file), lm-eval's own tasks are not indexed, which
 saves up to half a minute. A local task's data_files are relative to the current folder unless absolute.
@@ -20,7 +20,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bov evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="OUT", help="folder written by `bov convert to-hf`")
+    parser.add_argument("model", metavar="EXPORT", help="folder written by `bov convert to-hf`")
     parser.add_argument("--tasks", nargs="+", default=[], help="names, or paths of YAML files; commas separate too")
     parser.add_argument("--tasks-dir", help="folder searched (with its subfolders) for local YAML tasks")
     parser.add_argument("--packed", metavar="MDS", help="score the packed samples of this folder of MDS shards as well")

@@ -29,8 +29,8 @@ def data_parallel_size(recipe: Recipe, world_size: int) -> int:
         raise RecipeError(
             f"world size {world_size} is not a multiple of {model_parallel} (tensor {p.tensor_model_parallel_size} × "
             f"pipeline {p.pipeline_model_parallel_size} × context {p.context_parallel_size}); start a multiple of "
-            f"{model_parallel} ranks, or change parallel.tensor_model_parallel_size or "
-            "parallel.pipeline_model_parallel_size"
+            f"{model_parallel} ranks, or change parallel.tensor_model_parallel_size, pipeline_model_parallel_size or "
+            "context_parallel_size"
         )
     data_parallel = world_size // model_parallel
     micro_batches = micro_batches_per_rank(train.global_batch_size, train.micro_batch_size, data_parallel)

@@ -90,6 +90,7 @@ def _is_kept(trainer, line: dict[str, Any]) -> bool:
     """Whether a line is part of the history of the trainer's weights: a step, rollback or validation before them."""
     if "rollback" in line:
         return line["rollback"]["number"] <= len(trainer.health.rollbacks)
-    if "loss" not in line and trainer.validation_owed:  # the checkpoint is older than this validation: it is repeated
+    late_validation = "validation_bits_per_byte" in line and "loss" not in line
+    if late_validation and trainer.validation_owed:  # the checkpoint is older than this validation: it is repeated
         return line["step"] < trainer.step
     return line["step"] <= trainer.step
