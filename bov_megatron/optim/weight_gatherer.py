@@ -67,7 +67,7 @@ class WeightGatherer:
             packed = self._pack(gathered[position, dtype], ranks, bucket_elements // ranks)
             self.buckets += packed
             self.positions += [position] * len(packed)
-        self._pending: deque[_Pending] = deque()
+        self._under_way: deque[_Pending] = deque()
 
     def _pack(self, indices: list[int], ranks: int, limit: int) -> list[list[list[int]]]:
         queues = []
@@ -115,8 +115,8 @@ class WeightGatherer:
     @torch.no_grad()
     def finish(self, position: int | None = None) -> None:
         """Wait for weights of `start` up to and including `position` (None: all); write them into the parameters."""
-        while self._pending and (position is None or self.positions[self._pending[0].bucket] <= position):
-            self._write(self._pending.popleft())
+        while self._under_way and (position is None or self.positions[self._under_way[0].bucket] <= position):
+            self._write(self._under_way.popleft())
 
     @torch.no_grad()
     def _copy_replicated(self, main: Sequence[Tensor]) -> None:
@@ -136,7 +136,7 @@ class WeightGatherer:
             offset += main[i].numel()
         received = torch.empty(size * len(bucket), dtype=parameter.dtype, device=parameter.device)
         work = dist.all_gather_into_tensor(received, sent, group=self.group, async_op=True)
-        self._pending.append(_Pending(number, sent, received, work))
+        self._under_way.append(_Pending(number, sent, received, work))
 
     def _write(self, pending: _Pending) -> None:
         pending.work.wait()

@@ -94,26 +94,26 @@ def _check_value(m: ModelConfig) -> None:
 
 
 def _check_host_tables(m: ModelConfig) -> None:
-    v, found = m.value, "model.value.table_memory=host"
+    v, setting = m.value, "model.value.table_memory=host"
     if not v.facts.has_table:
-        raise RecipeError(f"{found}: model.value.source={v.source} has no table; use model.value.table_memory=device")
+        raise RecipeError(f"{setting}: model.value.source={v.source} has no table; use model.value.table_memory=device")
     if v.table_partition != "vocab" or v.lookup != "distinct":
         raise RecipeError(
-            f"{found} copies distinct rows, and model.value.table_partition={v.table_partition}, "
+            f"{setting} copies distinct rows, and model.value.table_partition={v.table_partition}, "
             f"model.value.lookup={v.lookup} read whole tables; use vocab and distinct"
         )
 
 
 def _check_explicit_targets(m: ModelConfig, layers: list[int]) -> None:
-    found = f"model.value.target_layers={layers}"
+    setting = f"model.value.target_layers={layers}"
     for layer in layers:
         if not 0 <= layer < m.num_layers:
-            raise RecipeError(f"{found}: layer {layer} does not exist; layers are 0 to {m.num_layers - 1}")
+            raise RecipeError(f"{setting}: layer {layer} does not exist; layers are 0 to {m.num_layers - 1}")
         if layers.count(layer) > 1:
-            raise RecipeError(f"{found}: layer {layer} is listed twice; list it once")
+            raise RecipeError(f"{setting}: layer {layer} is listed twice; list it once")
     if 0 in layers and m.value.facts.reads == "first_layer":
         raise RecipeError(
-            f"{found}: layer 0 cannot be a target of source '{m.value.source}', which reads layer 0's own values; "
+            f"{setting}: layer 0 cannot be a target of source '{m.value.source}', which reads layer 0's own values; "
             "leave 0 out"
         )
 

@@ -129,19 +129,19 @@ def _check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
 
 
 def _check_pipeline_layers(m: ModelConfig, p: ParallelConfig, layers: list[int]) -> None:
-    found, chunks = f"parallel.pipeline_layers={layers}", p.pipeline_model_parallel_size
+    setting, chunks = f"parallel.pipeline_layers={layers}", p.pipeline_model_parallel_size
     chunks *= p.virtual_pipeline_model_parallel_size
     if p.pipeline_balance != "layers":
-        raise RecipeError(f"{found} and parallel.pipeline_balance={p.pipeline_balance} are both set; set one of them")
+        raise RecipeError(f"{setting} and parallel.pipeline_balance={p.pipeline_balance} are both set; set one of them")
     if len(layers) != chunks:
         raise RecipeError(
-            f"{found}: needs {chunks} numbers, found {len(layers)} (parallel.pipeline_model_parallel_size="
+            f"{setting}: needs {chunks} numbers, found {len(layers)} (parallel.pipeline_model_parallel_size="
             f"{p.pipeline_model_parallel_size} × parallel.virtual_pipeline_model_parallel_size="
             f"{p.virtual_pipeline_model_parallel_size})"
         )
     if min(layers) < 1 or sum(layers) != m.num_layers:
         raise RecipeError(
-            f"{found}: must be at least 1 each and add up to model.num_layers={m.num_layers}, found {sum(layers)}"
+            f"{setting}: must be at least 1 each and add up to model.num_layers={m.num_layers}, found {sum(layers)}"
         )
 
 
@@ -193,16 +193,16 @@ def _check_recomputation(recipe: Recipe) -> None:
     p = recipe.parallel
     if p.recompute_num_layers is None:
         return
-    found = f"parallel.recompute_num_layers={p.recompute_num_layers}"
+    setting = f"parallel.recompute_num_layers={p.recompute_num_layers}"
     if p.recompute != "full":
         raise RecipeError(
-            f"{found} needs parallel.recompute=full, found {p.recompute!r}: it says how many layers to recompute; set "
-            "parallel.recompute=full, or leave it null"
+            f"{setting} needs parallel.recompute=full, found {p.recompute!r}: it says how many layers to recompute; "
+            "set parallel.recompute=full, or leave it null"
         )
     largest = max(chunk_sizes(recipe))
     if not 1 <= p.recompute_num_layers <= largest:
         raise RecipeError(
-            f"{found}: must be between 1 and {largest}, the layers of a pipeline stage (interleaved: "
+            f"{setting}: must be between 1 and {largest}, the layers of a pipeline stage (interleaved: "
             "of a model chunk); null recomputes all of them"
         )
 
