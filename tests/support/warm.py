@@ -1,4 +1,4 @@
-"""Imported once by the server that ranks are forked from (tests/support/distributed.py): what they would each import."""
+"""Imported once by the server that forks ranks (tests/support/distributed.py): what each would import."""
 
 import os
 import sys
