@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 from bov_megatron.errors import RecipeError
 from bov_megatron.recipe import Recipe
+
+
+def without_retired_values(stored: dict) -> dict:
+    """A stored recipe as this version reads it: defaults instead of values that only earlier versions had, none of
+    which changes what the model computes."""
+    recipe = copy.deepcopy(stored)
+    if recipe["model"].get("core_attention") == "megatron":
+        del recipe["model"]["core_attention"]
+    if recipe["model"]["value"].get("lookup") in ("all_reduce", "all_to_all"):
+        del recipe["model"]["value"]["lookup"]
+    return recipe
 
 
 def check_same_model(stored: dict, recipe: Recipe, path: Path) -> None:

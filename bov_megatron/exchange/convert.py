@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bov_megatron import checkpoint
+from bov_megatron.checkpoint import compatibility
 from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import ExportError
@@ -79,7 +80,7 @@ def to_hf(
 @contextlib.contextmanager
 def open_checkpoint(path: Path) -> Iterator[Engine]:
     """An unsharded fp32 engine without optimizer, with the weights of a checkpoint of any layout."""
-    recipe = recipe_from_dict(checkpoint.read_run(path)["recipe"])
+    recipe = recipe_from_dict(compatibility.without_retired_values(checkpoint.read_run(path)["recipe"]))
     recipe = dataclasses.replace(
         recipe, parallel=ParallelConfig(), train=dataclasses.replace(recipe.train, precision="fp32")
     )

@@ -38,7 +38,7 @@ def on_first_rank(function: Callable[[], T]) -> T:
     answer: list[Any] = [result, error]
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
-        raise answer[1] from error
+        raise answer[1]
     return answer[0]
 
 
@@ -48,7 +48,9 @@ def _attempt(function: Callable[[], Any]) -> tuple[Any, BovError | None]:
     except BovError as error:
         return None, error
     except OSError as error:
-        return None, RunFolderError(f"{error.filename}: {error.strerror}; check the file system and its permissions")
+        # Libraries raise it with a text of their own, too.
+        problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return None, RunFolderError(f"{problem}; check the file system and its permissions")
 
 
 def gather_items(items: list[T]) -> list[T]:

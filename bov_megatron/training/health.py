@@ -64,11 +64,11 @@ class Health:
 
     def judge(self, loss: float, gradient_norm: float = 0.0) -> Verdict:
         """The verdict on a step, by numbers that are the same on all ranks; `gradient_norm` where it is known."""
-        self._deviations = self.detector.deviations(loss)
-        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+        self._deviations = self.detector.deviations(loss)  # 0 for a loss that is not finite
+        if self._is_spike() and self.config.on_spike != "warn":
+            self.verdict = Verdict.SPIKE  # with gradients that are not finite, too: it is rolled back
+        elif not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             self.verdict = Verdict.NOT_FINITE
-        elif self._is_spike() and self.config.on_spike != "warn":
-            self.verdict = Verdict.SPIKE
         else:
             self.verdict = Verdict.TAKE
         return self.verdict

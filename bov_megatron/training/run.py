@@ -78,6 +78,7 @@ def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
     start = _resume(engine)
     health = Health(recipe.health, start.extra.get("health") if start else None)
     train_loader, validation_loader = on_all_ranks(lambda: _open_data(recipe, start, health))
+    bytes_per_token = on_all_ranks(validation_loader.bytes_per_token)
     with train_loader:
         _announce(recipe, start, train_loader)
         yield Trainer(
@@ -92,7 +93,7 @@ def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
                 MetricsFile(recipe.run_dir, recipe.logging.interval),
                 Checkpoints(recipe.run_dir, recipe.checkpoint, from_step_0=recipe.health.on_spike == "rollback"),
             ],
-            bytes_per_token=_padded(validation_loader.bytes_per_token(), recipe.model.vocab_size),
+            bytes_per_token=_padded(bytes_per_token, recipe.model.vocab_size),
             start_step=start.step if start else 0,
             checkpoint_extra={"tokenizer_hash": train_loader.tokenizer_hash, "shards": _shards(train_loader)},
             health=health,

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bov_megatron.recipe import recipe_from_dict
+from bov_megatron.checkpoint.compatibility import without_retired_values
+from bov_megatron.recipe import Recipe, TrainConfig, ValueConfig, recipe_from_dict
 from tests.support.distributed import run_ranks
 
 FOLDER = Path(__file__).parents[1] / "golden" / "checkpoint"
@@ -41,3 +42,14 @@ def test_it_loads_and_trains_on(tensor_parallel):
     for step, extra, losses in run_ranks(going_on_rank, 2, tensor_parallel):
         assert step == 3 and extra["unfinished"]["step"] == 3, "the validation that it owes"
         assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_values_that_are_gone_do_not_keep_a_checkpoint_from_being_read():
+    recipe = Recipe(name="old", train=TrainConfig(steps=1))
+    recipe.data.path = "data"
+    stored = recipe.to_dict()
+    stored["model"]["core_attention"], stored["model"]["value"]["lookup"] = "megatron", "all_to_all"
+    model = recipe_from_dict(without_retired_values(stored)).model
+    assert model.core_attention == "auto" and model.value == ValueConfig()
+    assert stored["model"]["value"]["lookup"] == "all_to_all", "it is a copy"
+    assert without_retired_values(recipe.to_dict()) == recipe.to_dict()

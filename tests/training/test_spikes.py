@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import statistics
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from bov_megatron.data.loader import TrainLoader
-from bov_megatron.recipe import load_recipe
+from bov_megatron.recipe import HealthConfig, load_recipe
+from bov_megatron.training.health import Health, Verdict
 from bov_megatron.training.spikes import SpikeDetector
 from tests.support.distributed import run_ranks
 from tests.support.runs import SMOKE, metrics, overrides, train
@@ -57,6 +59,14 @@ def state(engine) -> list[torch.Tensor]:
     tensors += [tensor for _, _, tensor in engine.optimizer.state_tensors()]
     tensors += [tensor for *_, tensor in engine.optimizer.second_moments()]
     return [tensor.detach().clone() for tensor in tensors] + [torch.tensor(engine.optimizer.step_count)]
+
+
+def test_a_spike_stays_one_where_its_gradients_are_not_finite():
+    health = Health(HealthConfig(on_spike="rollback", spike_window=4), {"losses": [5.0, 5.1, 4.9, 5.0]})
+    assert health.judge(100.0, math.nan) is Verdict.SPIKE
+    assert health.must_roll_back({"updated": False})
+    assert health.judge(5.0, math.nan) is health.judge(math.nan) is Verdict.NOT_FINITE
+    assert not health.must_roll_back({"updated": False})
 
 
 def test_deviations_are_those_of_median_and_mad():

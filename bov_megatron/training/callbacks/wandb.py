@@ -46,7 +46,8 @@ class Wandb(Callback):
             self.run.log(numbers, step=record["step"])
 
     def after_line(self, trainer, line):
-        self.after_step(trainer, line)
+        if "rollback" not in line:  # its step is one that wandb has already
+            self.after_step(trainer, line)
 
     def finish(self, trainer):
         if self.run is not None:
