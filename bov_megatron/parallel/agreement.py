@@ -17,7 +17,8 @@ T = TypeVar("T")
 def on_all_ranks(function: Callable[[], T]) -> T:
     """`function()` on every rank; collective.
 
-    If it raises a BovError or OSError on any rank, all ranks raise the error of the first such rank.
+    If it raises a BovError on any rank, all ranks raise the error of the first such rank. Other errors end the rank, and
+    with it the job.
     """
     result, error = _attempt(function)
     # One number, whatever the world size; the error is sent only if there is one.
@@ -33,8 +34,18 @@ def on_all_ranks(function: Callable[[], T]) -> T:
 
 
 def on_first_rank(function: Callable[[], T]) -> T:
-    """The result of rank 0's `function()`, on every rank; collective. All raise its BovError or OSError."""
-    result, error = _attempt(function) if dist.get_rank() == 0 else (None, None)
+    """The result of rank 0's `function()`, which works on the run folder, on every rank; collective.
+
+    All ranks raise its BovError, or RunFolderError for its OSError.
+    """
+    result, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            result, error = _attempt(function)
+        except OSError as failure:
+            # Libraries raise it with a text of their own, too.
+            problem = f"{failure.filename}: {failure.strerror}" if failure.filename else str(failure)
+            error = RunFolderError(f"{problem}; check the file system and its permissions")
     answer: list[Any] = [result, error]
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
@@ -47,10 +58,6 @@ def _attempt(function: Callable[[], Any]) -> tuple[Any, BovError | None]:
         return function(), None
     except BovError as error:
         return None, error
-    except OSError as error:
-        # Libraries raise it with a text of their own, too.
-        problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return None, RunFolderError(f"{problem}; check the file system and its permissions")
 
 
 def gather_items(items: list[T]) -> list[T]:

@@ -234,11 +234,11 @@ def local_mean_as_the_loss():
 
     run = MegatronEngine._run
 
-    def undivided(self, model, micro_batches, loss_function, forward_only):
-        def mean(labels, losses):
-            return losses.mean(), loss_function(labels, losses)[1]
+    def undivided(self, model, micro_batches, loss_function, counted=None):
+        def mean(labels, counted_B, losses):
+            return losses.mean(), loss_function(labels, counted_B, losses)[1]
 
-        return run(self, model, micro_batches, mean, forward_only)
+        return run(self, model, micro_batches, mean, counted)
 
     MegatronEngine._run = undivided
 
@@ -270,12 +270,12 @@ def loss_logged_without_a_copy():
 
     run = MegatronEngine._run
 
-    def aliasing(self, model, micro_batches, loss_function, forward_only):
-        def aliased(labels, losses):
-            loss, _ = loss_function(labels, losses)
+    def aliasing(self, model, micro_batches, loss_function, counted=None):
+        def aliased(labels, counted_B, losses):
+            loss, _ = loss_function(labels, counted_B, losses)
             return loss, loss.detach()
 
-        return run(self, model, micro_batches, aliased, forward_only)
+        return run(self, model, micro_batches, aliased, counted)
 
     MegatronEngine._run = aliasing
 

@@ -50,8 +50,11 @@ class Checkpoints(Callback):
             self._finish(self.pending, last=False)
 
     def after_line(self, trainer, line):
-        # A checkpoint contains the samples that rollbacks leave out, and whether a validation is owed.
-        self._save(trainer, last=trainer.stopping or trainer.step == trainer.total_steps)
+        # A checkpoint contains the samples that rollbacks leave out, and whether a validation is owed: at the end, no
+        # later one will.
+        last = trainer.stopping or trainer.step == trainer.total_steps
+        if last or "rollback" in line:
+            self._save(trainer, last)
 
     def _save(self, trainer, last: bool) -> None:
         self._begin(trainer, last)
