@@ -17,8 +17,8 @@ T = TypeVar("T")
 def on_all_ranks(function: Callable[[], T]) -> T:
     """`function()` on every rank; collective.
 
-    If it raises a BovError on any rank, all ranks raise the error of the first such rank. Other errors end the rank, and
-    with it the job.
+    If it raises a BovError on any rank, all ranks raise the error of the first such rank. Any other error ends the rank
+    that meets it.
     """
     result, error = _attempt(function)
     # One number, whatever the world size; the error is sent only if there is one.
