@@ -1,3 +1,4 @@
+import functools
 import json
 import multiprocessing
 import os
@@ -182,7 +183,12 @@ def test_interrupted_from_the_keyboard_says_how_to_go_on(library, tokenizer_fold
     command = [sys.executable, str(TOOL), *[str(library / name) for name in ("unittest", "asyncio", "email")]]
     options = ["--tokenizer", str(tokenizer_folder), "--unit-bytes", "20000", "--workers", "2", "--quiet"]
     process = subprocess.Popen(
-        [*command, *options, "--out", str(tmp_path / "d")], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, *options, "--out", str(tmp_path / "d")],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Tests that a shell runs in the background inherit that it ignores SIGINT.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     while not list((tmp_path / "d/.work").glob("unit-*.json")) and process.poll() is None:
         time.sleep(0.001)
