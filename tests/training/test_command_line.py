@@ -62,7 +62,7 @@ def test_one_line_for_all_ranks(prepared_data, tmp_path):
     odd = overrides(prepared_data, tmp_path / "a", "train.global_batch_size=3")
     refuse(2, odd, "train.global_batch_size=3")
     missing = overrides(prepared_data, tmp_path / "a", f"data.path={tmp_path / 'nowhere'}")
-    refuse(2, missing, str(tmp_path / "nowhere"), "prepare_data.py")
+    refuse(2, missing, str(tmp_path / "nowhere"), "bov prepare-data")
     assert not (tmp_path / "a").exists(), "a run that cannot start leaves no folder"
 
 
