@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from bov_megatron.checkpoint import latest_checkpoint
+from bov_megatron.lifecycle.run_folder import latest_checkpoint
 from tests.support.runs import metrics
 
 
