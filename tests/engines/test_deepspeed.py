@@ -71,8 +71,8 @@ def test_equals_megatron(found, name):
         if not bf16:
             assert worst_gradient(rank["weights"], expected["weights"])[0] < 5e-5
         for key, value in expected["statistics"].items():
-            # AdamW divides gamma's gradient by its own size, so that bf16's rounding shows in full: on a CPU without
-            # AVX-512, 0.045 of the 0.54 that gamma has moved by; on one with it, less than 0.02.
+            # AdamW divides gamma's gradient by its own size, so that bf16's rounding shows in full: on one CPU
+            # 0.045 of the 0.54 that gamma has moved by, on another less than 0.02.
             absolute = 0.15 * abs(1 - value) if key.startswith("gamma") else 2e-2
             approximately = pytest.approx(value, rel=2e-2, abs=absolute) if bf16 else pytest.approx(value, rel=1e-4)
             assert rank["statistics"][key] == approximately, key
