@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bov_megatron.parallel.device import has_fast_bf16_products
+
 # Quintic coefficients (a, b, c) of each Polar Express iteration: arXiv 2505.16932 for 5 iterations, safety factor 2e-2,
 # cushion 2. Further iterations repeat the last ones.
 POLAR_EXPRESS_COEFFICIENTS = (
@@ -42,10 +44,17 @@ def polar_express(direction_RC: Tensor, steps: int = 5) -> Tensor:
     x_RC = x_RC / (x_RC.norm() * NORM_MARGIN + 1e-6)
     for i in range(steps):
         a, b, c = POLAR_EXPRESS_COEFFICIENTS[min(i, len(POLAR_EXPRESS_COEFFICIENTS) - 1)]
-        gram = x_RC.mT @ x_RC if tall else x_RC @ x_RC.mT
-        polynomial = b * gram + c * (gram @ gram)
-        x_RC = a * x_RC + (x_RC @ polynomial if tall else polynomial @ x_RC)
+        gram = _product(x_RC.mT, x_RC) if tall else _product(x_RC, x_RC.mT)
+        polynomial = b * gram + c * _product(gram, gram)
+        x_RC = a * x_RC + (_product(x_RC, polynomial) if tall else _product(polynomial, x_RC))
     return x_RC
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product of bf16 matrices, summed in fp32."""
+    if has_fast_bf16_products(left.device):
+        return left @ right
+    return (left.float() @ right.float()).bfloat16()
 
 
 def second_moment_size(rows: int, columns: int) -> int:
