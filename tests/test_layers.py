@@ -28,7 +28,8 @@ SEES = {
     "evaluation": ("recipe", "parallel", "model", "engines", "lifecycle", "checkpoint", "data", "exchange"),
     "plan": ("recipe",),
     "train": ("recipe", "parallel", "lifecycle", "training"),
-    "commands": ("recipe", "lifecycle", "checkpoint", "data", "exchange", "evaluation", "plan", "train"),
+    "studies": ("recipe", "lifecycle", "plan"),
+    "commands": ("recipe", "lifecycle", "checkpoint", "data", "exchange", "evaluation", "plan", "train", "studies"),
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path

@@ -1,0 +1,1 @@
+"""Scaling studies: one file -> runs -> table of results -> fits with intervals -> page. Without torch."""
