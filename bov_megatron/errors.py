@@ -28,6 +28,10 @@ class RecipeError(BovError, ValueError):
     """A recipe that cannot be run. The message names the field, the value found and the remedy."""
 
 
+class StudyError(BovError, ValueError):
+    """A study file, folder or table of runs that cannot be used. The message names what was found and the remedy."""
+
+
 class ThisRankError(BovError, RuntimeError):
     """An error of this rank alone, such as a damaged shard that no other rank reads: the others only see it gone."""
 

@@ -1,0 +1,72 @@
+"""Scaling studies: many runs from one file, and what they say together.
+
+    bov study plan STUDY.yaml            every cell: parameters, FLOPs, memory, layout, GPU-hours, cost
+    bov study submit STUDY.yaml          start what is missing, on Slurm or (--local N) here
+    bov study status STUDY.yaml          how far each cell is
+    bov study fit STUDY.yaml             scaling laws and compute multipliers with intervals
+    bov study report STUDY.yaml          one page with all of it
+
+`section.field=value` after the file applies to every cell, e.g. data.path=data/mine; output_dir=FOLDER is where the
+study's runs lie. docs/use/studies.md describes the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bov study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (text, add_arguments, run) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=run)
+        command.add_argument("--json", type=Path, metavar="FILE", help="also write every number there ('-': print it)")
+        add_arguments(command)
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+def _add_study(command: argparse.ArgumentParser) -> None:
+    command.add_argument("study", type=Path, metavar="STUDY", help="study file, e.g. recipes/studies/smoke.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="for every cell, e.g. data.path=data/mine")
+
+
+def _write_json(path: Path | None, values) -> None:
+    if path is not None:
+        text = json.dumps(values, indent=2) + "\n"
+        print(text, end="") if str(path) == "-" else path.write_text(text)
+
+
+def _plan(options) -> int:
+    raise NotImplementedError
+
+
+def _submit(options) -> int:
+    raise NotImplementedError
+
+
+def _status(options) -> int:
+    raise NotImplementedError
+
+
+def _fit(options) -> int:
+    raise NotImplementedError
+
+
+def _report(options) -> int:
+    raise NotImplementedError
+
+
+_COMMANDS = {
+    "plan": ("what every cell and the whole study cost, before anything runs", _add_study, _plan),
+    "submit": ("start the cells that are missing or have failed", _add_study, _submit),
+    "status": ("state, step, loss and time left of each cell", _add_study, _status),
+    "fit": ("fit scaling laws to the study's runs, or to a table of runs", _add_study, _fit),
+    "report": ("write the study's page", _add_study, _report),
+}
+"""Name -> help, function that adds its arguments, function that runs it and returns the exit status."""
