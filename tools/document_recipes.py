@@ -52,7 +52,7 @@ def update(text: str, recipes: Path) -> str:
 def recipe_table(folder: Path) -> str:
     """One row a recipe: its path and the comment at its head."""
     rows = ["| recipe | what it is and why to run it |", "|---|---|"]
-    for path in [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]:
+    for path in [*sorted(folder.glob("*.yaml")), *sorted((folder / "variants").glob("*.yaml"))]:
         comment = re.match(r"(?:#[^\n]*\n)*", path.read_text(encoding="utf-8"))[0]
         text = " ".join(line.lstrip("# ") for line in comment.splitlines())
         rows.append(f"| `{path.relative_to(folder).with_suffix('')}` | {_cell(text)} |")

@@ -12,7 +12,7 @@ import typing
 from bov_megatron.errors import RecipeError
 from bov_megatron.recipe.fields import DataConfig, ModelConfig, OptimizerConfig, Recipe, TrainConfig
 from bov_megatron.recipe.layout_checks import check_layout
-from bov_megatron.recipe.limits import AtLeast, divides, limits_of
+from bov_megatron.recipe.limits import AtLeast, divides, field_limits
 from bov_megatron.recipe.quantities import flops_per_token, total_steps
 from bov_megatron.recipe.value_sources import PROJECTION
 
@@ -35,13 +35,14 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_fields(section: typing.Any, where: str = "") -> None:
     """Check every field of `section`, nested sections included, against the limits in its annotation."""
-    for field, hint in typing.get_type_hints(type(section), include_extras=True).items():
+    cls: type = type(section)
+    for field, limits in field_limits(cls).items():
         name, value = f"{where}{field}", getattr(section, field)
         items = value if isinstance(value, list) else [value]
         for i, item in enumerate(items):
             if dataclasses.is_dataclass(item):
                 _check_fields(item, f"{name}[{i}]." if items is value else f"{name}.")
-            for limit in limits_of(hint) if item is not None else ():
+            for limit in limits if item is not None else ():
                 limit.check(name, item)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import typing
 from dataclasses import dataclass
 
@@ -64,6 +65,12 @@ class OneOf:
         if not isinstance(value, str):
             raise RecipeError(f"{name}={value}: must be {str(self).replace('`', '')}")
         raise RecipeError(f"{name}={value!r} is unknown{nearest(value, self.known)}" + f" {self.more}".rstrip())
+
+
+@functools.cache  # a study checks thousands of recipes
+def field_limits(cls: type) -> dict[str, list]:
+    """All limits of each field of a dataclass."""
+    return {name: limits_of(hint) for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
 
 
 def limits_of(hint: typing.Any) -> list:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -57,7 +58,7 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict:
 
 def _read_yaml(path: Path, children: tuple[Path, ...]) -> dict:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
     except FileNotFoundError:
         raise RecipeError(_missing(path, children)) from None
     except IsADirectoryError:
@@ -86,7 +87,7 @@ def _listing(folder: Path) -> str:
     return ", ".join(names) or "no recipe"
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """SafeLoader that rejects duplicate keys, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -138,10 +139,15 @@ def _apply_override(values: dict, override: str, key: str, text: str) -> None:
             hint = f"; give the whole list: {name}=[…]" if isinstance(values, list) else ""
             raise RecipeError(f"override '{override}': '{name}' is a value, not a section{hint}")
     try:
-        values[last] = yaml.load(text, _StrictLoader) if text.strip() else None
+        values[last] = yaml.load(text, StrictLoader) if text.strip() else None
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
         raise RecipeError(f"override '{override}': the value is not valid YAML ({problem}); quote it") from None
+
+
+@functools.cache  # a study builds thousands of recipes
+def _field_types(cls: type) -> dict[str, typing.Any]:
+    return typing.get_type_hints(cls)
 
 
 def build(cls: type, values: typing.Any, where: str = "") -> typing.Any:
@@ -149,7 +155,7 @@ def build(cls: type, values: typing.Any, where: str = "") -> typing.Any:
 
     `where` is the path of the section with a trailing dot, for messages.
     """
-    wanted = typing.get_type_hints(cls)
+    wanted = _field_types(cls)
     if not isinstance(values, dict):
         section = where.rstrip(".") or "recipe"
         raise RecipeError(

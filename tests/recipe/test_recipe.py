@@ -16,7 +16,7 @@ from bov_megatron.recipe.fields import TARGET_LAYERS
 from bov_megatron.recipe.value_sources import VALUE_SOURCES
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-ALL = sorted(RECIPES.rglob("*.yaml"))
+ALL = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "studies")
 BANK = RECIPES / "135m_bov.yaml"
 
 
