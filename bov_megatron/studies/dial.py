@@ -42,7 +42,7 @@ def matrices_and_head(model: ModelConfig) -> int:
 
 
 def ffn_for_parameters(model: ModelConfig, parameters: int) -> int:
-    """Feed-forward width, a multiple of FFN_MULTIPLE, at which `model` has closest to `parameters` in all; may be < 1."""
+    """Feed-forward width (a multiple of FFN_MULTIPLE) that brings `model` closest to `parameters`; may be below 1."""
     each = 2 * model.num_layers * model.hidden_size
     others = sum(parameter_counts(model).values()) - each * model.ffn_size
     return round((parameters - others) / each / FFN_MULTIPLE) * FFN_MULTIPLE

@@ -72,6 +72,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         file = read_study(path)
         given = _parse(overrides)
         output_dir = str(given.pop("output_dir", None) or file.output_dir).replace("{name}", path.stem)
+        if set(output_dir) & set("{}"):
+            raise StudyError(f"output_dir={output_dir!r}: only {{name}}, the study's name, may be in braces")
         for key in given:
             refuse_fixed(key, "command line")
         cells = tuple(_Builder(path, file, given, output_dir).cells())
