@@ -13,6 +13,7 @@ study's runs lie. docs/use/studies.md describes the file.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -42,8 +43,26 @@ def _write_json(path: Path | None, values) -> None:
         print(text, end="") if str(path) == "-" else path.write_text(text)
 
 
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    from bov_megatron.recipe.gpus import GPUS
+
+    _add_study(command)
+    command.add_argument("--gpu", default="H100", help=f"one of {', '.join(GPUS)} (%(default)s)")
+    command.add_argument(
+        "--mfu", default="0.4", help="share of the GPU's peak, or a run folder that has measured it (%(default)s)"
+    )
+    command.add_argument("--price", type=float, help="of a GPU-hour, in any currency")
+
+
 def _plan(options) -> int:
-    raise NotImplementedError
+    from bov_megatron.studies.planning import format_study_plan, plan_study
+    from bov_megatron.studies.study import load_study
+
+    plan = plan_study(load_study(options.study, options.overrides), options.gpu, options.mfu, options.price)
+    if str(options.json) != "-":
+        print(format_study_plan(plan))
+    _write_json(options.json, dataclasses.asdict(plan))
+    return 0
 
 
 def _submit(options) -> int:
@@ -63,7 +82,7 @@ def _report(options) -> int:
 
 
 _COMMANDS = {
-    "plan": ("what every cell and the whole study cost, before anything runs", _add_study, _plan),
+    "plan": ("what every cell and the whole study cost, before anything runs", _add_plan, _plan),
     "submit": ("start the cells that are missing or have failed", _add_study, _submit),
     "status": ("state, step, loss and time left of each cell", _add_study, _status),
     "fit": ("fit scaling laws to the study's runs, or to a table of runs", _add_study, _fit),

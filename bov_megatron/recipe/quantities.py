@@ -21,6 +21,23 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
     return counts
 
 
+def parameters_by_convention(model: ModelConfig) -> dict[str, int]:
+    """Parameters as scaling laws count them.
+
+    `all`; `without_embeddings`: without the token embedding; `without_tables`: without value tables; `matrices`: block
+    matrices only; `matrices_and_head`: these and the output matrix.
+    """
+    counts = parameter_counts(model)
+    total = sum(counts.values())
+    return {
+        "all": total,
+        "without_embeddings": total - counts["embedding"],
+        "without_tables": total - counts["table"],
+        "matrices": counts["matrix"],
+        "matrices_and_head": counts["matrix"] + counts["output"],
+    }
+
+
 def flops_per_token(model: ModelConfig) -> float:
     """Training FLOPs of one token, forward and backward.
 

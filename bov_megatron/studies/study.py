@@ -18,7 +18,7 @@ from bov_megatron.recipe import Recipe, data_parallel_size, recipe_from_dict
 from bov_megatron.recipe.loading import StrictLoader, read_with_bases
 from bov_megatron.recipe.quantities import parameter_counts, total_steps
 from bov_megatron.studies import dial
-from bov_megatron.studies.study_file import Selection, StudyFile, known, number, read_study, refuse_fixed
+from bov_megatron.studies.study_file import Selection, StudyFile, known, number, override, read_study, refuse_fixed
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,16 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 def _parse(overrides: Sequence[str]) -> dict[str, Any]:
     """`key=value` with values read as YAML."""
     values: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
+    for given in overrides:
+        key, equals, text = given.partition("=")
         if not equals or not key:
-            raise StudyError(f"override '{override}' is not of the form section.field=value")
+            raise StudyError(f"override '{given}' is not of the form section.field=value")
         if key in values:
-            raise StudyError(f"override '{override}': {key} is given twice; keep one")
+            raise StudyError(f"override '{given}': {key} is given twice; keep one")
         try:
             values[key] = yaml.load(text, StrictLoader) if text.strip() else None
         except yaml.YAMLError:
-            raise StudyError(f"override '{override}': the value is not valid YAML; quote it") from None
+            raise StudyError(f"override '{given}': the value is not valid YAML; quote it") from None
     return values
 
 
@@ -152,7 +152,7 @@ class _Builder:
             train=replace(recipe.train, seed=seed),
             data=replace(recipe.data, shuffle_seed=seed),
         )
-        overrides = tuple(f"{key}={_text(value)}" for key, value in (settings | own).items())
+        overrides = tuple(override(key, value) for key, value in (settings | own).items())
         return Cell(name, variant, size, budget, seed, recipe, base, overrides, world_size)
 
     def _recipe(self, variant: str, size: str, budget: str) -> Recipe:
@@ -232,12 +232,6 @@ def _recipe_from(base: dict, settings: dict[str, Any]) -> Recipe:
                 raise RecipeError(f"'{key}': '{name}' is a value, not a section; give the whole of {name}")
         section[last] = value
     return recipe_from_dict(values)
-
-
-def _text(value: Any) -> str:
-    """`value` in the YAML of an override."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
 
 
 def _selected(names: list[str] | None, all_names: Iterable[str], section: str) -> list[str]:

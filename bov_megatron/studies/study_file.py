@@ -109,6 +109,12 @@ def number(amount: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
+def override(field: str, value: Any) -> str:
+    """`section.field=value`, the value in YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return f"{field}={text.strip().removesuffix('...').strip()}"
+
+
 def read_study(path: Path) -> StudyFile:
     """The checked contents of a study file. Raises StudyError."""
     values = _read_yaml(path)

@@ -7,24 +7,16 @@ from collections import deque
 
 from bov_megatron.parallel.device import device_name
 from bov_megatron.recipe import Recipe
+from bov_megatron.recipe.gpus import peak_of_device
 from bov_megatron.recipe.quantities import flops_per_token
 
-PEAK_BF16_FLOPS = {
-    # Dense bf16 peaks without sparsity, from NVIDIA's data sheets.
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-}
-"""Peak FLOP/s by part of the device's name."""
 WINDOW = 20
 """Steps over which rates are averaged."""
 
 
 def peak_flops(recipe: Recipe) -> float | None:
     """Peak FLOP/s of this rank's device: `logging.peak_flops`, else the known value, None where unknown (a CPU)."""
-    name = device_name()
-    return recipe.logging.peak_flops or next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    return recipe.logging.peak_flops or peak_of_device(device_name())
 
 
 class Throughput:

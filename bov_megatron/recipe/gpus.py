@@ -1,0 +1,33 @@
+"""GPUs by name: peak and memory as their data sheets have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    peak_flops: float
+    """Dense bf16 FLOP/s; data sheets print twice that, with sparsity."""
+    memory_bytes: float
+    source: str
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100-40GB", 312e12, 40e9, "NVIDIA A100 Tensor Core GPU data sheet"),
+        Gpu("A100", 312e12, 80e9, "NVIDIA A100 Tensor Core GPU data sheet, 80 GB SXM"),
+        Gpu("H100", 989e12, 80e9, "NVIDIA H100 Tensor Core GPU data sheet, SXM"),
+        Gpu("H200", 989e12, 141e9, "NVIDIA H200 Tensor Core GPU data sheet, SXM"),
+        Gpu("GB200", 2500e12, 186e9, "NVIDIA GB200 NVL72 data sheet, per GPU"),
+        Gpu("B200", 2250e12, 180e9, "NVIDIA DGX B200 data sheet, per GPU"),
+    )
+}
+"""By name; a device is the first whose name is part of its own."""
+
+
+def peak_of_device(device_name: str) -> float | None:
+    """Peak FLOP/s of a device by the name that its driver gives it, None where unknown (a CPU)."""
+    return next((gpu.peak_flops for name, gpu in GPUS.items() if name in device_name), None)
