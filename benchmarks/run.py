@@ -20,6 +20,7 @@ NAMES = {
     "loader": "the data loader by itself, and its share of a training step",
     "lookup": "the value table's lookup over tensor-parallel ranks: its time, a step's, and bytes on natural text",
     "checkpoint": "how long a save stalls training: waiting for it, and written beside training",
+    "plot": "drawing twenty runs of 100,000 steps",
     "recipes": "tokens/s, MFU and peak memory of the published recipes (GPU only)",
 }
 TURNS, QUICK_TURNS = 9, 1
@@ -58,7 +59,7 @@ def run(names: Sequence[str] = (), quick: bool = False, turns: int | None = None
 
 def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
     # Not at the top: --help and a wrong name shouldn't wait for Megatron's import.
-    from benchmarks import checkpoint, loader, lookup, training_step
+    from benchmarks import checkpoint, loader, lookup, plot, training_step
 
     if name == "step":
         return training_step.bench_step(turns, quick)
@@ -68,6 +69,8 @@ def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
         return lookup.bench_lookup(turns, quick, torch.get_num_threads())
     if name == "checkpoint":
         return checkpoint.bench_checkpoint(turns, quick)
+    if name == "plot":
+        return plot.bench_plot(turns, quick)
     if name == "recipes":
         return training_step.bench_recipes(turns, RECIPES)
     step_seconds = None

@@ -27,9 +27,13 @@ SEES = {
     "exchange": ("recipe", "parallel", "model", "optim", "engines", "lifecycle", "checkpoint", "data"),
     "evaluation": ("recipe", "parallel", "model", "engines", "lifecycle", "checkpoint", "data", "exchange"),
     "plan": ("recipe",),
+    "plotting": ("recipe", "lifecycle"),
     "train": ("recipe", "parallel", "lifecycle", "training"),
     "studies": ("recipe", "lifecycle", "plan"),
-    "commands": ("recipe", "lifecycle", "checkpoint", "data", "exchange", "evaluation", "plan", "train", "studies"),
+    "commands": (
+        *("recipe", "lifecycle", "checkpoint", "data", "exchange", "evaluation", "plan", "plotting", "train"),
+        "studies",
+    ),
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
@@ -96,7 +100,12 @@ def test_files_that_ship_with_an_export_stand_alone():
 
 
 @pytest.mark.parametrize(
-    "code", ["import bov_megatron.recipe", "from bov_megatron.commands import main; main(['plan', '--help'])"]
+    "code",
+    [
+        "import bov_megatron.recipe",
+        "from bov_megatron.commands import main; main(['plan', '--help'])",
+        "import bov_megatron.plotting.page, bov_megatron.plotting.watch",
+    ],
 )
 def test_without_torch(code):
     program = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"

@@ -162,8 +162,6 @@ def _parameters(run_dir: Path) -> int:
 
 def _report(results: Sequence[Result], out: Path, seconds: float) -> None:
     """results.md, results.json and loss_curves.png."""
-    from bov_megatron.training.plot import plot_runs
-
     _title("6. Results")
     rows = [
         ("value source", [f"`{r.source}`" for r in results]),
@@ -183,8 +181,9 @@ def _report(results: Sequence[Result], out: Path, seconds: float) -> None:
     text = f"# Demo\n\n{table}\n\n![loss curves](loss_curves.png)\n\nContinuations of `{PROMPT}`:\n\n{samples}\n"
     (out / "results.md").write_text(text)
     (out / "results.json").write_text(json.dumps([vars(r) for r in results], indent=2) + "\n")
-    runs = {f"{r.name} ({r.source})": out / "runs" / r.name for r in results}
-    plot_runs(runs, out / "loss_curves.png", "Bank of Values against standard attention, smoke recipe")
+    runs = [out / "runs" / r.name for r in results]
+    title = "Bank of Values against standard attention, smoke recipe"
+    _tool("plot.py", *runs, "--x", "tokens", "--out", out / "loss_curves.png", "--title", title)
     print(f"{table}\n\n{samples}\n\n{seconds / 60:.1f} minutes. See {out / 'results.md'} and {out / 'loss_curves.png'}")
     for r in results:
         for pair in ((r.trainer_packed, r.export_packed), (r.trainer_windows, r.lm_eval)):

@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare-data": ("bov_megatron.commands.prepare_data", "tokenize text and pack it into shards for training"),
     "train": ("bov_megatron.train", "train the model of a recipe or go on with its run; several ranks: see its --help"),
     "checkpoint": ("bov_megatron.commands.checkpoint", "list, inspect or verify the checkpoints of a run"),
+    "plot": ("bov_megatron.commands.plot", "draw runs from their metrics, or watch them in the terminal"),
     "convert": ("bov_megatron.commands.convert", "export a checkpoint to Hugging Face's format"),
     "evaluate": ("bov_megatron.commands.evaluate", "score an exported model: lm-eval's tasks, packed samples"),
     "study": ("bov_megatron.commands.study", "scaling studies: many runs from one file, and what they say together"),

@@ -96,6 +96,11 @@ def test_checkpoint_stalls_are_reported(results):
         check_spread(found["variants"][way]["stall_seconds"])
 
 
+def test_the_time_of_a_picture_is_reported(results):
+    assert results["plot"]["runs"] == 20
+    check_spread(results["plot"]["seconds"])
+
+
 def test_the_machine_is_described(results):
     assert results["machine"]["threads"] == 1 and results["quick"] and results["turns"] == 1
 
@@ -103,7 +108,7 @@ def test_the_machine_is_described(results):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["lokup"], "unknown benchmark 'lokup'; known: step, attention, loader, lookup, checkpoint, recipes"),
+        (["lokup"], "unknown benchmark 'lokup'; known: step, attention, loader, lookup, checkpoint, plot, recipes"),
         (["--turns", "0"], "--turns 0: must be at least 1"),
         (["recipes"], "needs a GPU"),
     ],

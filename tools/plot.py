@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""`bov plot`, for a checkout where the package is not installed."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bov_megatron.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main(["plot", *sys.argv[1:]]))
