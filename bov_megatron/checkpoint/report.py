@@ -16,6 +16,7 @@ from bov_megatron.errors import CheckpointError
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.lifecycle.run_folder import CHECKPOINTS, DAMAGED, SAVING
 from bov_megatron.recipe import load_recipe
+from bov_megatron.recipe.identity import flatten
 
 READERS = 8
 """Files read in parallel while verifying."""
@@ -189,16 +190,9 @@ def _differences(stored: dict, recipe: Path | None, path: Path) -> list[dict[str
         other = yaml.safe_load(started_with.read_text())
     else:
         return None
-    stored, other = _flat(stored), _flat(other)
+    stored, other = flatten(stored), flatten(other)
     return [
         {"field": field, "stored": stored.get(field), "other": other.get(field)}
         for field in sorted(stored.keys() | other.keys())
         if stored.get(field) != other.get(field)
     ]
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

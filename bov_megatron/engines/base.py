@@ -8,6 +8,7 @@ and every context-parallel rank takes its part of the sequence.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,18 @@ class ScoreResult:
     bytes: int
     tokens: int
     """Targets, without special tokens, which count neither nats nor bytes."""
+
+    def __add__(self, other: ScoreResult) -> ScoreResult:
+        return ScoreResult(self.nats + other.nats, self.bytes + other.bytes, self.tokens + other.tokens)
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / (math.log(2) * self.bytes)
 
 
 class Engine(abc.ABC):

@@ -1,6 +1,7 @@
 """What lies in the folder of a run, and under which names. Imports nothing heavy.
 
 RUN/recipe.yaml, RUN/tokenizer/          what the run was started with
+RUN/starts.jsonl                         when, by which code and with which recipe it was started, and how that ended
 RUN/metrics.jsonl                        a line of metrics for each step
 RUN/checkpoints/step_00000200/           one complete checkpoint
 RUN/checkpoints/step_00000400.1f3a.saving/   being written or removed; never read, deleted by the next save
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from bov_megatron.errors import CheckpointError
 
-RECIPE, TOKENIZER, METRICS = "recipe.yaml", "tokenizer", "metrics.jsonl"
+RECIPE, TOKENIZER, STARTS, METRICS = "recipe.yaml", "tokenizer", "starts.jsonl", "metrics.jsonl"
 CHECKPOINTS, SAVING, DAMAGED = "checkpoints", ".saving", ".damaged"
 LEASE, RESTARTS, STACKS, WANDB_ID = "lease.json", "restarts.json", "stacks", "wandb_id"
 _STEP = re.compile(r"step_(\d{8})")

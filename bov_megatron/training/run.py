@@ -21,11 +21,13 @@ from bov_megatron.errors import DataError, ThisRankError
 from bov_megatron.lifecycle import exit_status, run_folder
 from bov_megatron.lifecycle.interruption import StopReason, StopRequest, StopSignals
 from bov_megatron.lifecycle.lease import Lease
+from bov_megatron.lifecycle.starts import StartRecord
 from bov_megatron.lifecycle.watchdog import Watchdog
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.agreement import on_all_ranks
 from bov_megatron.parallel.launch import World
 from bov_megatron.recipe import Recipe
+from bov_megatron.recipe.identity import recipe_digest
 from bov_megatron.training.callbacks.checkpoints import Checkpoints
 from bov_megatron.training.callbacks.metrics_file import MetricsFile
 from bov_megatron.training.callbacks.progress import Progress
@@ -47,15 +49,19 @@ def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
     stop_request = StopRequest(signals, recipe.train.max_minutes)
     process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
     watchdog = Watchdog(recipe.run_dir, world.rank, recipe.health.hang_minutes)
-    with _run_folder(recipe) as lease, watchdog, _trainer(recipe, stop_request, watchdog) as trainer:
-        stop_request.watch(lease)
+    with _run_folder(recipe, stop_request) as record, watchdog, _trainer(recipe, stop_request, watchdog) as trainer:
+        if record:
+            record.begin(trainer.step)
         try:
             trainer.fit()
         except DataError as error:  # in a shard that other ranks need not read
             raise ThisRankError(str(error)) from error
-    reason = StopReason.NONE if trainer.done else trainer.stop_reason
+        reason = StopReason.NONE if trainer.done else trainer.stop_reason
+        status = errors.INTERRUPTED if reason else errors.DONE
+        if record:
+            record.end(trainer.step, status)
     if world.rank == 0:
-        exit_status.report(errors.INTERRUPTED if reason else errors.DONE)
+        exit_status.report(status)
     # srun kills all ranks as soon as one exits with a status other than 0: wait for rank 0's report.
     dist.barrier()
     # Not after an error: other ranks may be inside a collective, and shutdown would wait for them.
@@ -64,12 +70,16 @@ def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
 
 
 @contextlib.contextmanager
-def _run_folder(recipe: Recipe):
-    """Hold the run folder's lease on rank 0; collective."""
+def _run_folder(recipe: Recipe, stop_request: StopRequest):
+    """Hold the run folder's lease on rank 0, which also records the start; collective."""
     lease = Lease(recipe.run_dir)
     with contextlib.ExitStack() as stack:
         on_all_ranks(lambda: stack.enter_context(lease) if dist.get_rank() == 0 else None)
-        yield lease
+        stop_request.watch(lease)
+        if dist.get_rank() == 0:
+            yield stack.enter_context(StartRecord(lease, recipe_digest(recipe), dist.get_world_size()))
+        else:
+            yield None
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from bov_megatron.checkpoint import Loaded
 from bov_megatron.data.loader import TrainBatch
-from bov_megatron.engines.base import Engine
+from bov_megatron.engines.base import Engine, ScoreResult
 from bov_megatron.errors import BovError, TrainingError
 from bov_megatron.lifecycle.interruption import StopReason
 from bov_megatron.parallel.device import device
@@ -213,20 +213,19 @@ class Trainer:
         """Whether something that is done every `interval` steps (0: only at the end) is due after this step."""
         return self.step == self.total_steps or (interval > 0 and self.step % interval == 0)
 
-    def validate(self, loader) -> float | None:
-        """Bits per byte over the held-out split, or None where the run stops early; the same on every rank."""
-        nats, size = 0.0, 0
+    def validate(self, loader) -> ScoreResult | None:
+        """Score of the held-out split, or None where the run stops early; the same on every rank."""
+        total = ScoreResult(0.0, 0, 0)
         batches = iter(loader)
         while chunk := list(itertools.islice(batches, VALIDATION_CHUNK)):
             if not self.stopping:
                 self._agree()
             if self.stopping:
                 return None
-            score = self.engine.score(
+            total += self.engine.score(
                 [batch.tokens for batch in chunk], self.bytes_per_token, [batch.mask for batch in chunk]
             )
-            nats, size = nats + score.nats, size + score.bytes
-        return nats / (math.log(2) * size)
+        return total
 
 
 def _finite(number: float) -> float | None:

@@ -96,6 +96,8 @@ def test_validation_equals_the_exported_model_class(run, weights, prepared_data)
     assert (sizes == 0).any(), "no special token among the targets: the test would not see it counted"
     wanted = nats.double()[sizes > 0].sum() / math.log(2) / sizes.sum()
     assert lines[-1]["validation_bits_per_byte"] == pytest.approx(wanted.item(), rel=1e-5)
+    per_token = nats.double()[sizes > 0].mean()
+    assert lines[-1]["validation_loss"] == pytest.approx(per_token.item(), rel=1e-5)
 
 
 TP2_BF16 = ["train.precision=bf16", "parallel.tensor_model_parallel_size=2"]

@@ -1,4 +1,4 @@
-"""Bits per byte on the held-out split during training."""
+"""Loss and bits per byte on the held-out split during training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from bov_megatron.training.trainer import Callback
 
 
 class Validation(Callback):
-    """Adds `validation_bits_per_byte` every `validation.interval` steps and at the end.
+    """Adds `validation_bits_per_byte` and `validation_loss` (nats per token) every `validation.interval` steps and at
+    the end.
 
     An early stop abandons a validation. The next start repeats it with the same weights, and logs it in a separate
     line.
@@ -31,8 +32,9 @@ class Validation(Callback):
 
     def _validate(self, trainer, record: dict[str, Any]) -> None:
         started = time.perf_counter()
-        bits = trainer.validate(self.loader)
-        trainer.validation_owed = bits is None
-        if bits is not None:
-            record["validation_bits_per_byte"] = bits
+        score = trainer.validate(self.loader)
+        trainer.validation_owed = score is None
+        if score is not None:
+            record["validation_bits_per_byte"] = score.bits_per_byte
+            record["validation_loss"] = score.loss
             record["validation_seconds"] = time.perf_counter() - started

@@ -1,0 +1,56 @@
+"""What makes two runs the same run: the fields of a recipe that decide about its result."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from typing import Any
+
+from bov_megatron.recipe.fields import Recipe
+
+EXECUTION = (
+    *("name", "output_dir", "parallel", "deepspeed", "checkpoint", "logging", "validation.interval"),
+    *("train.max_minutes", "train.micro_batch_size", "validation.micro_batch_size", "health.hang_minutes"),
+    *("data.remote", "data.num_workers", "data.prefetch_factor"),
+    *("model.value.lookup", "model.value.table_partition", "model.value.table_memory"),
+)
+"""Fields and sections that say where and how a run is executed, watched and stored. They change rounding at most."""
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Sixteen hexadecimal digits over all fields that decide about the run's result; see EXECUTION for the others."""
+    text = json.dumps(_deciding(recipe.to_dict()), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def deciding_differences(stored: dict[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Fields that decide about a run's result and differ: name -> (stored value, value in `recipe`).
+
+    Args:
+        stored: `to_dict()` of another recipe, as in a run's recipe.yaml. Fields that it lacks, such as those of later
+            versions, have their defaults.
+    """
+    before, now = _defaults() | _deciding(stored), _deciding(recipe.to_dict())
+    return {name: (before.get(name), now.get(name)) for name in before | now if before.get(name) != now.get(name)}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with keys such as `model.value.source`; lists are values."""
+    flat = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _deciding(values: dict[str, Any]) -> dict[str, Any]:
+    fields = flatten(values)
+    return {name: value for name, value in fields.items() if not f"{name}.".startswith(_SECTIONS)}
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return _deciding(Recipe().to_dict())
+
+
+_SECTIONS = tuple(f"{name}." for name in EXECUTION)
