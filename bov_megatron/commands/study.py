@@ -17,6 +17,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from bov_megatron.errors import StudyError
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -28,7 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
         command.set_defaults(run=run)
         command.add_argument("--json", type=Path, metavar="FILE", help="also write every number there ('-': print it)")
         add_arguments(command)
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word]
+    if wrong or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+    if rest:  # overrides behind options, which argparse doesn't put together with those before
+        options.overrides += rest
     return options.run(options)
 
 
@@ -65,12 +72,44 @@ def _plan(options) -> int:
     return 0
 
 
+def _add_submit(command: argparse.ArgumentParser) -> None:
+    _add_study(command)
+    command.add_argument("--local", type=int, metavar="N", help="train here, N cells at a time, instead of on Slurm")
+    command.add_argument(
+        "--set-aside", action="store_true", help="move runs of cells whose recipe has changed away, and start them anew"
+    )
+
+
 def _submit(options) -> int:
-    raise NotImplementedError
+    from bov_megatron.studies.study import load_study
+    from bov_megatron.studies.submission import cells_to_start, train_here
+
+    study = load_study(options.study, options.overrides)
+    cells, _ = cells_to_start(study, options.set_aside)
+    if options.local is None:
+        raise StudyError("give --local N, to train N cells at a time here")
+    if options.local < 1:
+        raise StudyError(f"--local {options.local}: train at least one cell at a time")
+    return train_here(study, cells, options.local)
+
+
+def _add_status(command: argparse.ArgumentParser) -> None:
+    _add_study(command)
+    command.add_argument("--watch", action="store_true", help="show it again and again, until Ctrl-C")
 
 
 def _status(options) -> int:
-    raise NotImplementedError
+    from rich.console import Console
+
+    from bov_megatron.studies.status import as_table, read_status
+    from bov_megatron.studies.study import load_study
+
+    study = load_study(options.study, options.overrides)
+    statuses = read_status(study)
+    if str(options.json) != "-":
+        Console().print(as_table(statuses))
+    _write_json(options.json, {"cells": [dataclasses.asdict(status) for status in statuses]})
+    return 0
 
 
 def _fit(options) -> int:
@@ -83,8 +122,8 @@ def _report(options) -> int:
 
 _COMMANDS = {
     "plan": ("what every cell and the whole study cost, before anything runs", _add_plan, _plan),
-    "submit": ("start the cells that are missing or have failed", _add_study, _submit),
-    "status": ("state, step, loss and time left of each cell", _add_study, _status),
+    "submit": ("start the cells that are missing or have failed", _add_submit, _submit),
+    "status": ("state, step, loss and time left of each cell", _add_status, _status),
     "fit": ("fit scaling laws to the study's runs, or to a table of runs", _add_study, _fit),
     "report": ("write the study's page", _add_study, _report),
 }

@@ -196,6 +196,24 @@ def read_holder(path: Path) -> Holder | None:
         ) from None
 
 
+def current_holder(run_dir: Path, now: float) -> Holder | None:
+    """The start that holds a run folder, judged without waiting; None if nobody does any more.
+
+    A holder on another machine counts as gone when its lease was last renewed STALE_SECONDS before `now`, the
+    modification time of a file just written to the same file system: clocks of machines are not compared.
+
+    Raises RunFolderError for a damaged lease.
+    """
+    path = run_dir / run_folder.LEASE
+    holder = read_holder(path)
+    if holder is None or holder.machine == _machine():
+        return holder if holder is not None and _start_ticks(holder.process) == holder.process_started else None
+    try:
+        return holder if now - path.stat().st_mtime < STALE_SECONDS else None
+    except FileNotFoundError:  # released meanwhile
+        return None
+
+
 def _myself(environ: Mapping[str, str]) -> Holder:
     return Holder(
         token=uuid.uuid4().hex,
