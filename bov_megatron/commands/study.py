@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from bov_megatron.errors import StudyError
@@ -112,8 +113,77 @@ def _status(options) -> int:
     return 0
 
 
+def _add_fit(command: argparse.ArgumentParser) -> None:
+    command.add_argument("study", type=Path, nargs="?", metavar="STUDY", help="study file; not with --table")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="as for submit, e.g. output_dir=FOLDER")
+    command.add_argument("--table", type=Path, metavar="FILE", help="fit the runs of this CSV or Parquet file instead")
+    for option, text in {
+        "n": "column with parameters; of a study: which count (default: all of them)",
+        "c": "column with FLOPs; without --d, D is C/(6N)",
+        "d": "column with tokens; without --c, C is 6ND",
+        "loss": "column with losses (of a study: loss, the default, or bits_per_byte)",
+        "variant": "column with names of variants",
+        "seed": "column with seeds: noise that runs of a size and seed share is then accounted for",
+        "size": "column with names of sizes (default: by rank of N)",
+        "tokens-per-second": "column with speeds, for wall-clock multipliers",
+    }.items():
+        command.add_argument(f"--{option}", metavar="COLUMN", help=text)
+    command.add_argument("--baseline", metavar="VARIANT", help="what the others are compared with")
+    command.add_argument("--drop-highest", type=int, default=0, metavar="K", help="leave out the K highest losses")
+    command.add_argument("--drop-failed", action="store_true", help="leave out rows without a finite, positive loss")
+    command.add_argument("--level", type=float, default=0.9, help="of the intervals (default %(default)s)")
+    command.add_argument("--bootstraps", type=int, default=2000, metavar="COUNT", help="default %(default)s")
+    command.add_argument("--bootstrap-seed", type=int, default=0, metavar="SEED", help="default %(default)s")
+
+
 def _fit(options) -> int:
-    raise NotImplementedError
+    from bov_megatron.studies.findings import as_json
+    from bov_megatron.studies.findings_text import format_findings
+
+    if (options.table is None) == (options.study is None):
+        raise StudyError("give a study file or --table FILE, one of them")
+    findings = _findings_of_study(options) if options.table is None else _findings_of_table(options)
+    if str(options.json) != "-":
+        print(format_findings(findings))
+    _write_json(options.json, as_json(findings))
+    return 0 if findings.fits else StudyError.exit_status
+
+
+def _findings_of_table(options):
+    from bov_megatron.studies.findings import findings_of
+    from bov_megatron.studies.table import Columns, read_table, runs_of
+
+    for option in ("n", "loss"):
+        if getattr(options, option) is None:
+            raise StudyError(f"--table {options.table} needs --{option} COLUMN")
+    columns = Columns(
+        n=options.n, loss=options.loss, c=options.c, d=options.d, variant=options.variant, seed=options.seed,
+        size=options.size, tokens_per_second=options.tokens_per_second,
+    )  # fmt: skip
+    runs = runs_of(
+        read_table(options.table), columns, baseline=options.baseline, drop_highest=options.drop_highest,
+        drop_failed=options.drop_failed,
+    )  # fmt: skip
+    return findings_of([runs], level=options.level, bootstraps=options.bootstraps, seed=options.bootstrap_seed)
+
+
+def _findings_of_study(options):
+    from bov_megatron.studies.findings import findings_of_results
+    from bov_megatron.studies.results import read_results
+    from bov_megatron.studies.study import load_study
+    from bov_megatron.studies.table import CONVENTIONS
+
+    study = load_study(options.study, options.overrides)
+    results = read_results(study)
+    for problem in results.problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    if results.table.empty:
+        raise StudyError(f"study {options.study}: no cell has finished in {study.output_dir}; `submit` starts them")
+    return findings_of_results(
+        results.table, options.baseline or study.baseline, loss=options.loss or "loss",
+        conventions=[options.n] if options.n else CONVENTIONS, drop_highest=options.drop_highest,
+        level=options.level, bootstraps=options.bootstraps, seed=options.bootstrap_seed,
+    )  # fmt: skip
 
 
 def _report(options) -> int:
@@ -124,7 +194,7 @@ _COMMANDS = {
     "plan": ("what every cell and the whole study cost, before anything runs", _add_plan, _plan),
     "submit": ("start the cells that are missing or have failed", _add_submit, _submit),
     "status": ("state, step, loss and time left of each cell", _add_status, _status),
-    "fit": ("fit scaling laws to the study's runs, or to a table of runs", _add_study, _fit),
+    "fit": ("fit scaling laws to the study's runs, or to a table of runs", _add_fit, _fit),
     "report": ("write the study's page", _add_study, _report),
 }
 """Name -> help, function that adds its arguments, function that runs it and returns the exit status."""
