@@ -30,7 +30,7 @@ class Findings:
     """By the headline's count of parameters."""
     cross_checks: tuple[CrossCheck, ...] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
-    """Variant -> why the data can't carry its multiplier, and which runs would; all variants if nothing can be fitted."""
+    """Variant -> why the data can't carry its multiplier, and which runs would; all variants if there is no fit."""
     warnings: tuple[str, ...] = ()
 
 

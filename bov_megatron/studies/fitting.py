@@ -216,15 +216,16 @@ def _warnings(runs: Runs, fit: Fit) -> Iterator[str]:
     if odd.any():
         listed = ", ".join(f"{runs.name[i]} ({fit.residuals[i]:+.1%})" for i in np.flatnonzero(odd)[:5])
         yield (
-            f"{odd.sum()} run(s) far off the law: {listed}; see whether they diverged. They pull little on the fit, but "
-            "a run that failed should be run again or left out"
+            f"{odd.sum()} run(s) far off the law: {listed}; see whether they diverged. They pull little on the fit, "
+            "but a run that failed should be run again or left out"
         )
     if fit.lack_of_fit is None:
         yield "no cell was run with several seeds, so that misfit can't be told from noise: no lack-of-fit test"
     elif fit.lack_of_fit.p_value < 0.01:
         yield (
-            f"the law misses cells by {fit.lack_of_fit.misfit:.2%} beyond seed noise of {fit.lack_of_fit.seed_noise:.2%} "
-            f"(p = {fit.lack_of_fit.p_value:.1g}): it is not exact here; the intervals include what this scatter does"
+            f"the law misses cells by {fit.lack_of_fit.misfit:.2%} beyond seed noise of "
+            f"{fit.lack_of_fit.seed_noise:.2%} (p = {fit.lack_of_fit.p_value:.1g}): it is not exact here; the "
+            "intervals include what such scatter does"
         )
     if fit.holdout is None:
         yield "the runs below the largest budget don't carry a fit of their own: no hold-out"

@@ -19,6 +19,8 @@ from bov_megatron.studies.objective import Objective
 _OUTLIER = 4.0
 """In robust standard deviations: further out, a residual counts this much for the variances, so that one diverged run
 is not taken for noise of its whole group."""
+_CHANCE = 0.5
+"""Standard errors by which variances of common noise are lowered; by the counted coverage."""
 
 
 def bootstrap(
@@ -56,7 +58,9 @@ def common_noise(
     """Standard deviations of each run's own noise and of each kind of common noise `[1 + len(groups)]`, and the common
     noise of every run as best predicted `[R]`, free of what the law's parameters could take up.
 
-    Henderson's method of moments: each group sum of squares equals its expectation under the fit, none negative.
+    Henderson's method of moments: each group sum of squares equals its expectation under the fit. None is negative,
+    and each is lowered by half the standard error that runs without common noise would give it: chance makes variances
+    that are cut off at zero too large on average.
     """
     spread = 1.4826 * np.median(np.abs(residuals))
     kept = np.clip(residuals, -_OUTLIER * spread, _OUTLIER * spread) if spread > 0 else residuals
@@ -72,6 +76,8 @@ def common_noise(
             expected[i + 1, j + 1] = ((member.T @ free[j]) ** 2).sum()
     scale = max(sums[0], 1e-300)
     variances = nnls(expected, sums / scale)[0] * scale
+    chance = variances[0] * np.sqrt(2 * np.diag(np.linalg.pinv(expected))[1:])
+    variances[1:] = np.maximum(variances[1:] - _CHANCE * chance, 0)
     covariance = variances[0] * np.eye(len(residuals))
     shared = np.zeros_like(covariance)
     for variance, member in zip(variances[1:], members, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.interpolate import interp1d
 
 from bov_megatron.errors import StudyError
 from bov_megatron.studies.fitting import Fit
@@ -59,8 +60,11 @@ class Costs:
         self.lowest, self.highest = float(runs.flops.min()), float(runs.flops.max())
 
     def per_token(self, n: np.ndarray) -> np.ndarray:
-        """FLOPs per token of a model of `n` parameters; beyond the sizes that ran, in proportion to n."""
-        return n * np.exp(np.interp(np.log(n), np.log(self.n), np.log(self.flops_per_parameter)))
+        """FLOPs per token of a model of `n` parameters; beyond the sizes that ran, the nearest two go on in a line."""
+        if len(self.n) == 1:
+            return n * self.flops_per_parameter[0]
+        line = interp1d(np.log(self.n), np.log(self.flops_per_parameter), fill_value="extrapolate")
+        return n * np.exp(line(np.log(n)))
 
     def rate(self, n: np.ndarray) -> np.ndarray:
         """FLOP/s of a run of a model of `n` parameters."""

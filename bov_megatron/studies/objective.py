@@ -58,7 +58,7 @@ class Objective:
         return np.log(irreducible + size + tokens)
 
     def jacobian(self, theta: np.ndarray) -> np.ndarray:
-        """Derivative of `log_law` by theta, `[S, R, P]`: each term's share of the law, times what its exponent moves."""
+        """Derivative of `log_law` by theta, `[S, R, P]`: a term's share of the law, times what moves its logarithm."""
         irreducible, size, tokens = self._terms(theta)
         law = irreducible + size + tokens
         size, tokens, variants = size / law, tokens / law, len(self.variants)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -74,13 +76,11 @@ class Runs:
 
     def where(self, kept: np.ndarray) -> Runs:
         """The runs that the mask `kept [R]` picks; variants that have none left are gone."""
-        arrays = {
-            name: None if values is None else values[kept]
-            for name, values in vars(self).items()
-            if name in ("seed", "tokens_per_second") or isinstance(values, np.ndarray)
+        arrays: dict[str, Any] = {
+            name: values[kept] for name, values in vars(self).items() if isinstance(values, np.ndarray)
         }
-        variants = tuple(name for name in self.variants if name in set(arrays["variant"]))
-        return Runs(**arrays, variants=variants, n_column=self.n_column, loss_column=self.loss_column)
+        left = set(arrays["variant"])
+        return dataclasses.replace(self, **arrays, variants=tuple(name for name in self.variants if name in left))
 
     def of(self, variant: str) -> Runs:
         return self.where(self.variant == variant)
@@ -164,26 +164,25 @@ def runs_of(
     table, variant, name, loss = table.iloc[kept], variant[kept], name[kept], loss[kept]
 
     n = _positive(table, columns.n, name)
-    flops = _positive(table, columns.c, name) if columns.c else None
-    d = _positive(table, columns.d, name) if columns.d else None
-    if d is None:
-        d = flops / (FLOPS_PER_PARAMETER_AND_TOKEN * n)
-    if flops is None:
+    if columns.c is not None:
+        flops = _positive(table, columns.c, name)
+        d = flops / (FLOPS_PER_PARAMETER_AND_TOKEN * n) if columns.d is None else _positive(table, columns.d, name)
+    else:
+        assert columns.d is not None  # Columns has checked
+        d = _positive(table, columns.d, name)
         flops = FLOPS_PER_PARAMETER_AND_TOKEN * n * d
     seed = _labels(table, columns.seed) if columns.seed else None
     _refuse_duplicates(name, variant, n, d, loss, seed)
-    speed = _numeric(table, columns.tokens_per_second) if columns.tokens_per_second in table.columns else None
+    size = _labels(table, columns.size) if columns.size else _sizes(variant, n)
+    speed = _numeric(table, columns.tokens_per_second) if columns.tokens_per_second else None
     return Runs(
-        name, n, d, flops, loss, variant, _variants(variant, baseline),
-        _labels(table, columns.size) if columns.size in table.columns else _sizes(variant, n),
-        seed, speed, columns.n, columns.loss,
-    )  # fmt: skip
+        name, n, d, flops, loss, variant, _variants(variant, baseline), size, seed, speed, columns.n, columns.loss
+    )
 
 
 def _require_columns(table: pd.DataFrame, columns: Columns) -> None:
-    options = {"n": "--n", "c": "--c", "d": "--d", "loss": "--loss", "variant": "--variant", "seed": "--seed"}
-    for field, option in options.items():
-        column = getattr(columns, field)
+    for field in dataclasses.fields(columns):
+        column, option = getattr(columns, field.name), "--" + field.name.replace("_", "-")
         if column is not None and column not in table.columns:
             near = difflib.get_close_matches(column, map(str, table.columns), 1)
             hint = f"did you mean '{near[0]}'? " if near else ""
