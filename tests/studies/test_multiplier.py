@@ -104,8 +104,6 @@ def test_the_baseline_against_itself_is_one():
     copy = table[table.variant == "baseline"]
     noise = 1e-4 * np.random.default_rng(5).standard_normal(len(copy))
     twin = copy.assign(variant="bank", loss=copy.loss * np.exp(noise))
-        variant="bank", loss=copy.loss * np.exp(1e-4 * np.random.default_rng(5).standard_normal(len(copy)))
-    )
     runs = make_runs(pd.concat([copy, twin], ignore_index=True))
     (compute,) = multipliers(runs, fit_runs(runs, bootstraps=200))[0]["bank"]
     assert compute.value[1] < 1 < compute.value[2]
