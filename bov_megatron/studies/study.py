@@ -98,6 +98,18 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+@dataclass(frozen=True)
+class _WithoutSeed:
+    """What cells that differ in their seed alone have in common."""
+
+    base: Path
+    recipe: Recipe
+    overrides: tuple[str, ...]
+    world_size: int
+    key: str
+    """Equal for equal recipes."""
+
+
 class _Builder:
     """Builds the cells of a study file.
 
@@ -110,69 +122,78 @@ class _Builder:
         self.run_dirs = str(Path(output_dir) / "cells" / "{name}")
         # Cells that differ in their seed alone are checked once.
         self.read_base = functools.cache(_read_base)
-        self.settings = functools.cache(self._settings)
-        self.recipe = functools.cache(self._recipe)
+        self.without_seed = functools.cache(self._without_seed)
 
     def cells(self) -> Iterator[Cell]:
-        names: dict[tuple[str, int], str] = {}
+        names: set[str] = set()
+        runs: dict[tuple[str, int], str] = {}
         for selection in self.file.cells:
             for variant, size, budget, seed in self._combinations(selection):
                 cell = self._cell(variant, size, budget, seed)
-                if cell.name in names.values():
+                if cell.name in names:
                     raise StudyError(f"cell {cell.name} is in 'cells' twice; list it once")
-                same = (repr(self.recipe(variant, size, budget)), seed)
-                if same in names:
-                    raise StudyError(f"cells {names[same]} and {cell.name} are the same run; remove one of them")
-                names[same] = cell.name
+                names.add(cell.name)
+                same = runs.setdefault((self.without_seed(variant, size, budget).key, seed), cell.name)
+                if same != cell.name:
+                    raise StudyError(f"cells {same} and {cell.name} are the same run; remove one of them")
                 yield cell
+        self._check_all_used()
+
+    def _check_all_used(self) -> None:
+        """A name that is in no cell is a slip, and would silently leave runs out."""
+        for section in ("variants", "sizes", "budgets"):
+            used = [getattr(selection, section) for selection in self.file.cells]
+            if None not in used:
+                given = {_budget(name) if section == "budgets" else name for names in used for name in names}
+                for name in getattr(self.file, section):
+                    if name not in given:
+                        raise StudyError(f"{section}: '{name}' is in no cell; add it to 'cells', or remove it")
 
     def _combinations(self, selection: Selection) -> Iterator[tuple[str, str, str, int]]:
         file = self.file
         budgets = selection.budgets
         variants = _selected(selection.variants, file.variants, "variants")
         sizes = _selected(selection.sizes, file.sizes, "sizes")
-        names = _selected(None if budgets is None else [_budget(b) for b in budgets], file.budgets, "budgets")
+        amounts = _selected(None if budgets is None else [_budget(b) for b in budgets], file.budgets, "budgets")
         seeds = file.seeds if selection.seeds is None else selection.seeds
-        return itertools.product(variants, sizes, names, seeds)
+        return itertools.product(variants, sizes, amounts, seeds)
 
     def _cell(self, variant: str, size: str, budget: str, seed: int) -> Cell:
         name = f"{variant}-{size}-{budget}-s{seed}"
         try:
-            base, settings = self.settings(variant, size, budget)
-            recipe = self.recipe(variant, size, budget)
-            own = {"name": name, "output_dir": self.run_dirs, "train.seed": seed, "data.shuffle_seed": seed}
-            world_size = self.file.sizes[size].world_size or recipe.parallel.model_parallel_size
-            data_parallel_size(recipe, world_size)
+            built = self.without_seed(variant, size, budget)
         except RecipeError as error:
             raise StudyError(f"cell {name} can't be built: {error}") from None
+        own = {"name": name, "output_dir": self.run_dirs, "train.seed": seed, "data.shuffle_seed": seed}
         recipe = replace(
-            recipe,
+            built.recipe,
             name=name,
             output_dir=self.run_dirs,
-            train=replace(recipe.train, seed=seed),
-            data=replace(recipe.data, shuffle_seed=seed),
+            train=replace(built.recipe.train, seed=seed),
+            data=replace(built.recipe.data, shuffle_seed=seed),
         )
-        overrides = tuple(override(key, value) for key, value in (settings | own).items())
-        return Cell(name, variant, size, budget, seed, recipe, base, overrides, world_size)
+        overrides = (*built.overrides, *(override(key, value) for key, value in own.items()))
+        return Cell(name, variant, size, budget, seed, recipe, built.base, overrides, built.world_size)
 
-    def _recipe(self, variant: str, size: str, budget: str) -> Recipe:
-        base, settings = self.settings(variant, size, budget)
-        return _recipe_from(self.read_base(base), settings)
-
-    def _settings(self, variant: str, size: str, budget: str) -> tuple[Path, dict[str, Any]]:
-        """Base recipe, and every field that is not as there, but for name, folder and seeds."""
+    def _without_seed(self, variant: str, size: str, budget: str) -> _WithoutSeed:
         base, settings = self._model(variant, size)
-        file_variant = self.file.variants[variant]
-        if file_variant.match_parameters is not None:
-            settings |= self._match_parameters(base, settings, variant, size)
-        if file_variant.match_tokens is not None:
-            steps = total_steps(self.recipe(file_variant.match_tokens, size, budget))
-            return base, settings | {"train.steps": steps, "train.budget_flops": None}
+        matches = self.file.variants[variant]
+        if (other := matches.match_parameters) is not None:
+            settings["model.ffn_hidden_size"] = self._matching_ffn(base, settings, variant, other, size)
         kind, amount = self.file.budgets[budget]
+        if matches.match_tokens is not None:
+            same = self.without_seed(matches.match_tokens, size, budget).recipe
+            kind, amount = "tokens", total_steps(same) * same.batch_tokens
         if kind == "flops":
-            return base, settings | {"train.steps": None, "train.budget_flops": amount}
-        batch = _recipe_from(self.read_base(base), settings | _ONE_STEP).batch_tokens
-        return base, settings | {"train.steps": max(1, round(amount / batch)), "train.budget_flops": None}
+            settings |= {"train.steps": None, "train.budget_flops": amount}
+        else:
+            batch = _recipe_from(self.read_base(base), settings | _ONE_STEP).batch_tokens
+            settings |= {"train.steps": max(1, round(amount / batch)), "train.budget_flops": None}
+        recipe = _recipe_from(self.read_base(base), settings)
+        world_size = self.file.sizes[size].world_size or recipe.parallel.model_parallel_size
+        data_parallel_size(recipe, world_size)
+        overrides = tuple(override(key, value) for key, value in settings.items())
+        return _WithoutSeed(base, recipe, overrides, world_size, repr(recipe))
 
     def _model(self, variant: str, size: str) -> tuple[Path, dict[str, Any]]:
         """Base and settings without those that follow from a budget or from another variant."""
@@ -194,9 +215,8 @@ class _Builder:
                 derived |= dial.shape(file_size.depth, file_variant.aspect_ratio, file_size.head_dim)
         return base, derived | explicit | file_variant.fields | self.given
 
-    def _match_parameters(self, base: Path, settings: dict[str, Any], variant: str, size: str) -> dict[str, Any]:
-        other = self.file.variants[variant].match_parameters
-        assert other is not None
+    def _matching_ffn(self, base: Path, settings: dict[str, Any], variant: str, other: str, size: str) -> int:
+        """Feed-forward width that gives `variant` as many parameters as `other` has at this size."""
         values = self.read_base(base)
         other_model = _recipe_from(values, self._model(other, size)[1] | _ONE_STEP).model
         target = sum(parameter_counts(other_model).values())
@@ -206,7 +226,7 @@ class _Builder:
                 f"variants.{variant}.match_parameters: {other} has {target:,} parameters at size {size}, fewer than "
                 f"{variant} without feed-forward layers; match another variant"
             )
-        return {"model.ffn_hidden_size": width}
+        return width
 
 
 _ONE_STEP = {"train.steps": 1, "train.budget_flops": None}
