@@ -117,8 +117,8 @@ def _splits(recipe: Recipe, world_size: int, gpu: Gpu) -> Iterator[ParallelConfi
                     recompute=recompute,
                 )
                 stages = ranks // tensor
-                data_parallel = _whole_copies(world_size, ranks * own.context_parallel_size) // tensor
-                share = _memory(_with(recipe, one_stage, 1), data_parallel) / stages
+                copy = ranks * own.context_parallel_size
+                share = _memory(_with(recipe, one_stage, 1), _whole_copies(world_size, copy) // copy) / stages
                 # Balancing by memory takes long to compute: not where even equal shares would be too large.
                 if share <= usable_bytes(gpu):
                     yield replace(one_stage, pipeline_model_parallel_size=stages)
