@@ -41,7 +41,7 @@ def test_every_field_is_explained(cls):
             assert f"| `{field.name}` |" in page
 
 
-@pytest.mark.parametrize("page", ["docs/use/recipes.md", "docs/use/plan.md"])
+@pytest.mark.parametrize("page", ["docs/use/recipes.md", "docs/use/plan.md", "docs/use/studies.md"])
 def test_shown_commands_print_what_is_shown(page):
     blocks = re.findall(r"```\n\$ python (\S+) (.*?)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks

@@ -207,6 +207,15 @@ def test_wrong_files_and_overrides(tmp_path):
         load_study(path)
 
 
+def test_the_page_shows_a_study_and_lists_all_that_ship(tmp_path):
+    page = (RECIPES.parent / "docs/use/studies.md").read_text()
+    example = page.split("```yaml\n")[1].split("```")[0].replace("../", f"{RECIPES}/")
+    (tmp_path / "example.yaml").write_text(example)
+    names = [cell.name for cell in load_study(tmp_path / "example.yaml").cells]
+    assert len(names) == 10 and "bank-d12-1.5e18-s0" in names and "bank-780m-3.91e19-s0" in names
+    assert [f"| `{path.stem}` |" in page for path in SHIPPED] == [True] * len(SHIPPED)
+
+
 def test_a_wider_variant_needs_a_depth(tmp_path):
     sizes = {"paper": {"recipe": str(RECIPES / "780m_baseline.yaml")}}
     path = write(tmp_path, sizes=sizes, variants={"baseline": {}, "wider": {"aspect_ratio": 80}})
