@@ -19,6 +19,7 @@ demo: env  ## train BoV and baseline on this machine's text, export, evaluate, d
 	$(PY) tools/demo.py $(ARGS)
 
 test: env  ## run the test suite
+	@tools/setup_env.sh --transformers5 || echo "make test: without transformers 5, its tests are skipped"
 	$(PY) -m pytest -q --durations=15 $(ARGS)
 
 faults: env  ## kill, cut off and damage real runs, and say what became of them

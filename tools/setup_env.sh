@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make the virtual environment that everything here runs in, `bov` included, and keep it up to date.
 #
-#   tools/setup_env.sh          create or update .venv; returns at once when nothing changed
+#   tools/setup_env.sh                    create or update .venv; returns at once when nothing changed
+#   tools/setup_env.sh --transformers5    also .venv/transformers5: transformers 5, on which exports are tested too
 #   tools/setup_env.sh --help
 #
 # PYTHON=/path/to/python3.12   which Python to build it from (3.11 or 3.12); only read when the venv is made
@@ -15,6 +16,8 @@ requirements=("$root/requirements.txt" "$root/requirements-dev.txt")
 pyproject=$root/pyproject.toml
 compat=$root/bov_megatron/compat.py
 stamp=$venv/.requirements.sum
+transformers5=$venv/transformers5
+transformers5_requirements=$root/tests/exchange/requirements-transformers5.txt
 
 die() {
     printf 'setup_env: %s\n' "$*" >&2
@@ -78,12 +81,7 @@ mend_torchvision() {
     fi
 }
 
-main() {
-    case ${1:-} in
-        "") ;;
-        -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" && exit 0 ;;
-        *) die "unknown argument '$1' (see --help)" ;;
-    esac
+make_environment() {
     local file
     for file in "${requirements[@]}" "$pyproject"; do
         [[ -f $file ]] || die "$file is missing: is this a whole checkout?"
@@ -113,6 +111,30 @@ main() {
     mend_torchvision
     fingerprint >"$stamp" # last, so that an interrupted installation is not taken for a whole one
     echo "setup_env: done, $("$venv/bin/python" --version) in $venv"
+}
+
+# A folder beside site-packages, seen only by a Python that has it in PYTHONPATH; torch and the rest come from the
+# environment. The copy of the requirements, written last, says that it is whole and what it holds.
+make_transformers5() {
+    if cmp -s "$transformers5_requirements" "$transformers5/requirements.txt"; then
+        return
+    fi
+    echo "setup_env: installing transformers 5 into $transformers5 (130 MB)"
+    rm -rf "$transformers5"
+    install --no-deps --target "$transformers5" -r "$transformers5_requirements"
+    cp "$transformers5_requirements" "$transformers5/requirements.txt"
+}
+
+main() {
+    case ${1:-} in
+        "") make_environment ;;
+        --transformers5)
+            make_environment
+            make_transformers5
+            ;;
+        -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" && exit 0 ;;
+        *) die "unknown argument '$1' (see --help)" ;;
+    esac
 }
 
 main "$@"

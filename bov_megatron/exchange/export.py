@@ -134,7 +134,8 @@ def _write_tokenizer(tokenizer_dir: str | Path, model: ModelConfig, out: Path) -
     tokenizer = AutoTokenizer.from_pretrained(
         str(tokenizer_dir),
         local_files_only=True,
-        # Stored with the tokenizer, which would otherwise return token_type_ids, which `generate` rejects.
+        # Stored with the tokenizer: generation needs padding on the left, and `generate` rejects token_type_ids.
+        padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
     )
     if tokenizer.bos_token is None:
@@ -181,7 +182,9 @@ def _write_weights(
         nonlocal pending_bytes
         if pending:
             shards.append(list(pending))
-            save_file(pending, out / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+            file = out / f"shard-{len(shards)}.safetensors"
+            save_file(pending, file, metadata={"format": "pt"})
+            shutil.copymode(out / "config.json", file)  # what the umask says; safetensors gives 0600
             pending.clear()
             pending_bytes = 0
 

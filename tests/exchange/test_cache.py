@@ -101,5 +101,5 @@ def test_other_caches_are_refused():
     model, ids = small_model(VARIANTS["bank"]), random_ids(1, 4)
     with pytest.raises(ValueError, match="cache_implementation='static' doesn't work"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static", pad_token_id=PAD)
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
+    with pytest.raises(ValueError, match="is a DynamicCache, but this model needs a BovCache"):
         model(ids, past_key_values=DynamicCache())

@@ -44,7 +44,7 @@ class BovConfig(PretrainedConfig):
     """
 
     model_type = "bov"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     def __init__(
         self,

@@ -8,23 +8,40 @@ Shapes: B batch, S new positions, T positions seen so far (cached and new), C hi
 G key/value heads, D head size, K columns of a projection (heads · D).
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_bov import BovConfig
 
 SMEAR_CHANNELS = 24
 GATE_CHANNELS = 12
+# What generation calls the cache, in what it passes and in what it reads from outputs; `cache` since transformers 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def rms_norm(x):
     """RMSNorm over the last dimension, without weight; eps is the machine epsilon of the dtype."""
     return F.rms_norm(x, (x.size(-1),))
+
+
+def attention_weights(q_BHSD, k_BGTD, mask, is_causal):
+    """The softmax inside `scaled_dot_product_attention`, `[B, H, S, T]`, for `output_attentions`."""
+    k_BHTD = k_BGTD.repeat_interleave(q_BHSD.size(1) // k_BGTD.size(1), dim=1)
+    scores_BHST = q_BHSD @ k_BHTD.transpose(-1, -2) * q_BHSD.size(-1) ** -0.5
+    if is_causal:
+        mask = torch.ones_like(scores_BHST, dtype=torch.bool).tril()
+    if mask is not None:
+        scores_BHST = scores_BHST.masked_fill(~mask, float("-inf"))
+    return scores_BHST.softmax(-1)
 
 
 class BovCacheLayer(DynamicLayer):
@@ -124,6 +141,8 @@ class BovAttention(nn.Module):
         y_BHSD = F.scaled_dot_product_attention(
             q_BHSD, k_BGTD, v_BGTD, mask, is_causal=is_causal, enable_gqa=self.num_heads != self.num_kv_heads
         )
+        if context.attentions is not None:
+            context.attentions.append(F.pad(attention_weights(q_BHSD, k_BGTD, mask, is_causal), (start, 0)))
         return self.o_proj(y_BHSD.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BSK, num_heads):
@@ -165,7 +184,7 @@ class BovMLP(nn.Module):
         return self.down_proj(F.relu(self.up_proj(x_BSC)).square())
 
 
-class BovDecoderLayer(nn.Module):
+class BovDecoderLayer(GradientCheckpointingLayer):
     """Attention, then MLP, each on the normalised residual stream."""
 
     def __init__(self, config, layer):
@@ -179,12 +198,16 @@ class BovDecoderLayer(nn.Module):
 
 
 class BovContext:
-    """State shared by all layers in a forward pass: ids, x0, layer 0's values, rotary angles and masks."""
+    """State shared by all layers in a forward pass: ids, x0, layer 0's values, rotary angles and masks.
 
-    def __init__(self, config, ids_BT, position_ids_BS, attention_mask_BT, dtype):
+    `attentions` collects each layer's weights if it is a list.
+    """
+
+    def __init__(self, config, ids_BT, position_ids_BS, attention_mask_BT, dtype, attentions=None):
         self.ids_BT, self.windows = ids_BT, config.windows
         self.num_new, self.attention_mask_BT = position_ids_BS.size(1), attention_mask_BT
         self.x0_BSC = self.first_values_BGTD = self.shared_table = None
+        self.attentions = attentions
         self._masks = {}
         # Not a buffer, because loading on the meta device would lose it.
         steps = torch.arange(0, config.head_dim, 2, device=ids_BT.device, dtype=torch.float32)
@@ -228,6 +251,22 @@ class BovPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["BovDecoderLayer"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **options):
+        # A reentrant checkpoint loses gradients here: x0 and layer 0's values reach a layer through the context.
+        function = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, function, **options)
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in `PreTrainedModel`, and every value table with it: a new token needs a row in each."""
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for module in self.modules():
+            table = getattr(module, "value_table", None)
+            if table is not None and table.num_embeddings != embedding.num_embeddings:
+                resized = self._get_resized_embeddings(table, embedding.num_embeddings, mean_resizing=mean_resizing)
+                module.value_table = resized.requires_grad_(table.weight.requires_grad)
+        return embedding
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -275,17 +314,19 @@ class BovModel(BovPreTrainedModel):
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
+        inputs_embeds=None,
         use_cache=None,
+        output_attentions=None,
         output_hidden_states=None,
-        **kwargs,
+        return_dict=None,
+        cache=None,
     ):
-        """`input_ids` `[B, S]`; `attention_mask` `[B, T]`, 0 on padding. Returns the normalised last hidden state."""
-        if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            raise ValueError("BovModel needs input_ids: values are looked up by token id, so inputs_embeds can't work")
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask must be [batch, positions], found shape {tuple(attention_mask.shape)}")
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        cache = self._cache(past_key_values, use_cache)
+        """`input_ids` `[B, S]`; `attention_mask` `[B, T]`, 0 on padding. Returns the normalised last hidden state.
+
+        `cache` and `past_key_values` are two names for a BovCache.
+        """
+        self._check(input_ids, inputs_embeds, attention_mask)
+        cache = self._cache(cache, past_key_values, use_cache)
         new = input_ids.size(1)
         ids_BT = input_ids if cache is None else cache.update_ids(input_ids)
         past = ids_BT.size(1) - new
@@ -294,28 +335,55 @@ class BovModel(BovPreTrainedModel):
 
         x_BSC = rms_norm(self.embed_tokens(input_ids))
         x_BSC = self.smear(x_BSC, self._previous(x_BSC, ids_BT, attention_mask))
-        context = BovContext(self.config, ids_BT, position_ids, attention_mask, x_BSC.dtype)
+        attentions = [] if _chosen(output_attentions, self.config.output_attentions) else None
+        states = [] if _chosen(output_hidden_states, self.config.output_hidden_states) else None
+        context = BovContext(self.config, ids_BT, position_ids, attention_mask, x_BSC.dtype, attentions)
         context.x0_BSC, context.shared_table = x_BSC, self.value_table
-        states = [x_BSC]
         for layer in self.layers:
+            if states is not None:
+                states.append(x_BSC)
             x_BSC = layer(x_BSC, context, cache)
-            states.append(x_BSC)
         x_BSC = rms_norm(x_BSC)
-        return BaseModelOutputWithPast(
+        outputs = BaseModelOutputWithPast(
             last_hidden_state=x_BSC,
-            past_key_values=cache,
-            hidden_states=(*states[:-1], x_BSC) if output_hidden_states else None,
+            hidden_states=None if states is None else (*states, x_BSC),
+            attentions=None if attentions is None else tuple(attentions),
+            **{CACHE: cache},
         )
+        return outputs if _chosen(return_dict, self.config.return_dict) else outputs.to_tuple()
 
-    def _cache(self, past_key_values, use_cache):
-        if past_key_values is None:
-            return BovCache(self.config) if use_cache else None
-        if not isinstance(past_key_values, BovCache):
+    def _check(self, input_ids, inputs_embeds, attention_mask):
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("BovModel needs input_ids: values are looked up by token id, so inputs_embeds can't work")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be [batch, positions], found shape {tuple(attention_mask.shape)}")
+        if torch.compiler.is_compiling() or input_ids.is_meta or not input_ids.numel():
+            return
+        lowest, highest = (int(extreme) for extreme in input_ids.aminmax())
+        if lowest < 0 or highest >= self.config.vocab_size:
             raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}, but this model needs a BovCache, which holds "
-                "token ids in place of values; pass none to have one made"
+                f"input_ids contains {lowest if lowest < 0 else highest}, but this model's ids are 0 to "
+                f"{self.config.vocab_size - 1}; for a tokenizer with added tokens, call "
+                "model.resize_token_embeddings(len(tokenizer))"
             )
-        return past_key_values
+
+    def _cache(self, cache, past_key_values, use_cache):
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names for one argument; give one of them")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, BovCache):
+            raise ValueError(
+                f"{CACHE} is a {type(cache).__name__}, but this model needs a BovCache, which holds token ids in place "
+                "of values; pass none to have one made"
+            )
+        # Computing a layer again for the backward pass would append to the cache twice.
+        if self.training and torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in self.layers):
+            if cache is not None:
+                raise ValueError(f"{CACHE} doesn't work with gradient checkpointing in training; pass none")
+            return None
+        if cache is None and _chosen(use_cache, self.config.use_cache and not self.training):
+            return BovCache(self.config)
+        return cache
 
     def _previous(self, x_BSC, ids_BT, attention_mask_BT):
         """The token to the left of each new one, before smearing; zero at the start of a row and after padding."""
@@ -328,6 +396,10 @@ class BovModel(BovPreTrainedModel):
             is_token_BT = F.pad(attention_mask_BT, (1, 0))[:, past:-1]
             previous_BSC = previous_BSC * is_token_BT[..., None].to(x_BSC.dtype)
         return previous_BSC
+
+
+def _chosen(argument, configured):
+    return configured if argument is None else argument
 
 
 def _positions(ids_BT, attention_mask_BT):
@@ -351,27 +423,41 @@ class BovForCausalLM(BovPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    # For Trainer: whether forward takes num_items_in_batch.
+    accepts_loss_kwargs = True
+
+    # Without **kwargs, so that Python refuses what the model doesn't know.
     def forward(
         self,
         input_ids=None,
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
+        inputs_embeds=None,
         labels=None,
         use_cache=None,
+        output_attentions=None,
         output_hidden_states=None,
+        return_dict=None,
         logits_to_keep=0,
-        **kwargs,
+        num_items_in_batch=None,
+        cache=None,
     ):
-        """Logits are fp32, after the soft cap. `labels` `[B, S]` are shifted here; the loss ignores -100."""
+        """Logits are fp32, after the soft cap. `labels` `[B, S]` are shifted here; the loss ignores -100.
+
+        `num_items_in_batch` divides the summed loss, in place of the number of labels in this batch.
+        """
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            inputs_embeds=kwargs.pop("inputs_embeds", None),
+            return_dict=True,
+            cache=cache,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         x_BSC = outputs.last_hidden_state[:, keep] if not isinstance(keep, int) else outputs.last_hidden_state
@@ -379,10 +465,26 @@ class BovForCausalLM(BovPreTrainedModel, GenerationMixin):
         logits = cap * torch.tanh(self.lm_head(x_BSC).float() / cap)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        outputs = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
+        return outputs if _chosen(return_dict, self.config.return_dict) else outputs.to_tuple()
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """What generation passes to `forward`."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("cache_position", None)  # of transformers 4; the cache itself tells where the new tokens belong
+        return inputs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # Generation's default cache would store the ids as floats.
@@ -392,5 +494,5 @@ class BovForCausalLM(BovPreTrainedModel, GenerationMixin):
                 f"cache_implementation={kind!r} doesn't work with this model, whose cache grows and holds token ids in "
                 "place of the bank layers' values; leave cache_implementation out"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = BovCache(self.config)
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = BovCache(self.config)
