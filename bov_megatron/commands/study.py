@@ -48,7 +48,10 @@ def _add_study(command: argparse.ArgumentParser) -> None:
 def _write_json(path: Path | None, values) -> None:
     if path is not None:
         text = json.dumps(values, indent=2) + "\n"
-        print(text, end="") if str(path) == "-" else path.write_text(text)
+        try:
+            print(text, end="") if str(path) == "-" else path.write_text(text)
+        except OSError as error:
+            raise StudyError(f"--json {path}: {error.strerror}; name a file that can be written") from error
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:

@@ -83,24 +83,30 @@ class Selection:
     seeds: list[int] | None = None
 
 
-@dataclass
-class StudyFile:
-    """A study file; the keys of the YAML are these names."""
+@dataclass(kw_only=True)
+class _Plain:
+    """The keys of a study file that are a single value, or a list of numbers."""
 
     base: str
     """Path of the recipe that every cell builds on, relative to the study file."""
-    variants: dict[str, Variant]
-    sizes: dict[str, Size]
-    budgets: dict[str, tuple[str, float]]
-    """As of `Budgets.by_name`."""
     description: str = ""
     baseline: str = ""
     """Default: the first variant."""
     output_dir: str = "runs/studies/{name}"
     seeds: list[int] = field(default_factory=lambda: [0])
-    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class StudyFile(_Plain):
+    """A study file; the keys of the YAML are these names."""
+
+    variants: dict[str, Variant]
+    sizes: dict[str, Size]
+    budgets: dict[str, tuple[str, float]]
+    """As of `Budgets.by_name`."""
+    overrides: dict[str, Any]
     """Fields of the recipe, for every cell."""
-    cells: list[Selection] = field(default_factory=lambda: [Selection()])
+    cells: list[Selection]
 
 
 def number(amount: float) -> str:
@@ -130,26 +136,13 @@ def read_study(path: Path) -> StudyFile:
         "sizes": {name: _size(name, entry) for name, entry in _named(values, "sizes")},
         "budgets": _build(Budgets, values["budgets"], "budgets.").by_name(),
         "overrides": _fields(values.get("overrides") or {}, "overrides"),
+        "cells": _selections(values["cells"]) if "cells" in values else [Selection()],
     }
-    if "cells" in values:
-        sections["cells"] = _selections(values["cells"])
-    plain = {key: value for key, value in values.items() if key not in sections}
-    checked = dataclasses.asdict(_build(_Plain, plain, ""))
-    file = StudyFile(**{key: value for key, value in checked.items() if key in plain}, **sections)
+    plain = _build(_Plain, {key: value for key, value in values.items() if key not in sections}, "")
+    file = StudyFile(**vars(plain), **sections)
     file.baseline = file.baseline or next(iter(file.variants))
     _check_names(file)
     return file
-
-
-@dataclass
-class _Plain:
-    """The keys of a study file whose values are plain, for their types."""
-
-    base: str = ""
-    description: str = ""
-    baseline: str = ""
-    output_dir: str = ""
-    seeds: list[int] = field(default_factory=list)
 
 
 _EXAMPLES = {
