@@ -188,7 +188,9 @@ class _Builder:
             settings |= {"train.steps": None, "train.budget_flops": amount}
         else:
             batch = _recipe_from(self.read_base(base), settings | _ONE_STEP).batch_tokens
-            settings |= {"train.steps": max(1, round(amount / batch)), "train.budget_flops": None}
+            if round(amount / batch) < 1:
+                raise RecipeError(f"{amount:g} tokens are less than half a batch of {batch:,}; raise the budget")
+            settings |= {"train.steps": round(amount / batch), "train.budget_flops": None}
         recipe = _recipe_from(self.read_base(base), settings)
         world_size = self.file.sizes[size].world_size or recipe.parallel.model_parallel_size
         data_parallel_size(recipe, world_size)

@@ -65,6 +65,8 @@ class Budgets:
         """Name -> (`flops` or `tokens`, amount)."""
         named = [(number(amount), "flops", amount) for amount in self.flops]
         named += [(number(amount) + "tokens", "tokens", amount) for amount in self.tokens]
+        if not named:
+            raise StudyError(f"budgets: there is none; {_EXAMPLES['budgets']}")
         for name, _, amount in named:
             if amount <= 0:
                 raise StudyError(f"budgets: {amount} must be greater than 0")
@@ -234,7 +236,12 @@ def _selections(values: Any) -> list[Selection]:
             "'cells' must be a list of selections, e.g. cells: [{sizes: [d12], budgets: [1.5e18]}]; leave it out for "
             "all combinations"
         )
-    return [_build(Selection, entry, f"cells[{i}].") for i, entry in enumerate(values)]
+    selections = [_build(Selection, entry, f"cells[{i}].") for i, entry in enumerate(values)]
+    for i, selection in enumerate(selections):
+        for key, chosen in vars(selection).items():
+            if chosen == []:
+                raise StudyError(f"cells[{i}].{key} is empty and so selects nothing; leave {key} out for all of them")
+    return selections
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
@@ -247,8 +254,9 @@ def _build(cls: type, values: Any, where: str) -> Any:
 def _check_names(file: StudyFile) -> None:
     """Every name that is referred to exists."""
     known(file.baseline, file.variants, "baseline")
-    if not file.seeds or len(set(file.seeds)) < len(file.seeds) or min(file.seeds) < 0:
-        raise StudyError(f"seeds={file.seeds}: must be different integers, 0 or more, at least one")
+    for seeds in (file.seeds, *(selection.seeds for selection in file.cells if selection.seeds is not None)):
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise StudyError(f"seeds={seeds}: must be different integers, 0 or more, at least one")
     for name, variant in file.variants.items():
         for key in ("match_parameters", "match_tokens"):
             if (other := getattr(variant, key)) is None:
