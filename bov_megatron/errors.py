@@ -14,8 +14,11 @@ NOT_WORTH_GOING_ON = 3
 """The run ended itself: numbers that went wrong too often. A person should look first."""
 HANG = 4
 """No step for `health.hang_minutes`: stacks were written, starting again may help."""
+CTRL_C = 130
+"""The status of SIGINT: a tool ended by Ctrl-C, or a run by the second one."""
 INTERRUPTED = 143
-"""The status of SIGTERM: ended by a signal or `train.max_minutes`. All steps done are saved; start again to go on."""
+"""The status of SIGTERM: a run ended by a signal (the first Ctrl-C too) or `train.max_minutes`. All steps done are
+saved; start again to go on."""
 
 
 class BovError(Exception):

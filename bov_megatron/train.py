@@ -6,31 +6,40 @@ The same under `srun`: rank and world size are taken from Slurm where torchrun's
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import sys
+from typing import TYPE_CHECKING
 
 from bov_megatron import errors
 from bov_megatron.compat import quiet_megatron_imports
 from bov_megatron.errors import BovError, ThisRankError
 from bov_megatron.lifecycle import exit_status
 from bov_megatron.lifecycle.interruption import StopSignals
+from bov_megatron.lifecycle.program import run_program
+from bov_megatron.lifecycle.signals import speaks
 from bov_megatron.lifecycle.terminal import say
-from bov_megatron.parallel.launch import World, detect_world, export_world
-from bov_megatron.recipe import Recipe, data_parallel_size, load_recipe
+
+if TYPE_CHECKING:
+    from bov_megatron.parallel.launch import World
+    from bov_megatron.recipe import Recipe
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, signals: StopSignals | None = None) -> int:
     """Entry point; returns the exit status: see bov_megatron.errors.
 
     Rank 0 also reports it to a launcher that asks for it.
+
+    Args:
+        signals: heard already; None means to hear them during this call.
     """
-    status = _main(arguments)
+    with contextlib.nullcontext(signals) if signals else StopSignals() as heard:
+        status = _main(arguments, heard)
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         exit_status.report(status)
     return status
 
 
-def _main(arguments: list[str] | None) -> int:
+def _main(arguments: list[str] | None, signals: StopSignals) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bov_megatron.train",
         description="Train the model of a recipe. A run folder that holds a checkpoint is continued from it.",
@@ -43,8 +52,9 @@ def _main(arguments: list[str] | None) -> int:
     )
     options = parser.parse_args(arguments)
 
-    # The first rank of each node speaks: a recipe may be missing on one node alone.
-    speaks = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    from bov_megatron.parallel.launch import detect_world, export_world
+    from bov_megatron.recipe import data_parallel_size, load_recipe
+
     try:
         world = detect_world()
         recipe = load_recipe(options.recipe, options.overrides)
@@ -52,13 +62,16 @@ def _main(arguments: list[str] | None) -> int:
         export_world(world)
         quiet_megatron_imports()
     except BovError as error:
-        return _refuse(error, speaks)
-    with StopSignals() as signals:  # importing takes its time
-        return _train(recipe, world, signals)
+        return _refuse(error, speaks())  # on each node: a recipe may be missing on one alone
+    return _train(recipe, world, signals)
 
 
 def _train(recipe: Recipe, world: World, signals: StopSignals) -> int:
-    from bov_megatron.training import run  # torch and Megatron: seconds, in which signals are heard
+    if world.rank == 0:
+        ranks = f"{world.world_size} ranks" if world.world_size > 1 else "one rank"
+        say(f"{recipe.name}: {ranks}, run folder {recipe.run_dir}; loading torch and Megatron-core")
+    with signals.nothing_begun() if world.world_size == 1 else contextlib.nullcontext():
+        from bov_megatron.training import run  # up to half a minute, in which signals are heard
 
     try:
         stopped_by = run.train(recipe, world, signals)
@@ -81,4 +94,5 @@ def _refuse(error: BovError, speaks: bool, rank: int = 0) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    heard = StopSignals()
+    run_program(lambda: main(signals=heard), heard)

@@ -6,15 +6,20 @@ import argparse
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 from bov_megatron import __version__
 from bov_megatron.errors import BovError
+from bov_megatron.lifecycle.interruption import CtrlC, StopSignals
+from bov_megatron.lifecycle.program import run_program
+from bov_megatron.lifecycle.signals import Listener
 
 COMMANDS = {
     "plan": ("bov_megatron.commands.plan", "what a recipe costs, before anything runs"),
     "train-tokenizer": ("bov_megatron.commands.train_tokenizer", "train a byte-level BPE tokenizer on text"),
     "prepare-data": ("bov_megatron.commands.prepare_data", "tokenize text and pack it into shards for training"),
-    "train": ("bov_megatron.train", "train the model of a recipe or go on with its run; several ranks: see its --help"),
+    "train": ("bov_megatron.train", "train the model of a recipe or go on with its run, on one rank"),
+    "torchrun": ("bov_megatron.commands.torchrun", "the same on several ranks of this machine"),
     "checkpoint": ("bov_megatron.commands.checkpoint", "list, inspect or verify the checkpoints of a run"),
     "plot": ("bov_megatron.commands.plot", "draw runs from their metrics, or watch them in the terminal"),
     "convert": ("bov_megatron.commands.convert", "export a checkpoint to Hugging Face's format"),
@@ -23,12 +28,29 @@ COMMANDS = {
     "requeue": ("bov_megatron.commands.requeue", "whether a training job that has ended should start again"),
 }
 """Name -> module with `main(arguments) -> exit status`, and one line of help."""
+_ADVICE = {"prepare-data": "; run the same command again to go on"}
+"""What follows "interrupted" where the command has more to say."""
 
 
-def main(arguments: list[str] | None = None) -> int:
+def program(*command: str) -> NoReturn:
+    """`main` as a process of its own, which Ctrl-C ends with a line and a status, never with a traceback.
+
+    Args:
+        command: its name, where the command line begins behind it.
+    """
+    arguments = [*command, *sys.argv[1:]]
+    name = arguments[0] if arguments else ""
+    signals: Listener = StopSignals() if name == "train" else CtrlC(_ADVICE.get(name, ""))
+    run_program(lambda: main(arguments, signals), signals)
+
+
+def main(arguments: list[str] | None = None, signals: Listener | None = None) -> int:
     """Run the command that `arguments` begin with (default: the command line's); returns its exit status.
 
     An error that the user can mend is printed in one line.
+
+    Args:
+        signals: those that training is to hear, if they are heard already.
     """
     parser = argparse.ArgumentParser(
         prog="bov",
@@ -43,9 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"bov_megatron {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     first, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    module, _ = COMMANDS[parser.parse_args([first]).command]
+    name = parser.parse_args([first]).command
+    module, _ = COMMANDS[name]
     try:
-        return importlib.import_module(module).main(rest)
+        command = importlib.import_module(module).main
+        return command(rest, signals) if name == "train" else command(rest)
     except BovError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -7,7 +7,6 @@ manifest.json is written last; a folder without it is not read. The data set doe
 """
 
 import argparse
-import sys
 import time
 
 from bov_megatron.data.corpus import INVALID_UTF8_POLICIES
@@ -46,11 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = vars(parse_args(arguments))
     quiet = args.pop("quiet")
     start = time.monotonic()
-    try:
-        manifest = prepare_data(PrepareOptions(**args), progress=not quiet)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+    manifest = prepare_data(PrepareOptions(**args), progress=not quiet)
     seconds = time.monotonic() - start
     for name, split in manifest.splits.items():
         size = f"{split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens"

@@ -13,6 +13,8 @@ from bov_megatron.errors import DataError
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
+WORK_NAME = ".work"
+"""Of the folder in a data set that is being prepared."""
 COLUMN = "tokens"
 
 
@@ -62,8 +64,12 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Read a data set's manifest. Raises DataError if it is missing, of another version or damaged."""
     path = folder / MANIFEST_NAME
+    if folder.is_file():
+        raise DataError(f"{folder} is a file, not a data set; {_make_one(folder)}")
     if not folder.is_dir():
         raise DataError(f"data set {folder} does not exist; prepare it with `bov prepare-data`")
+    if not path.is_file() and not any((folder / name).exists() for name in (WORK_NAME, "tokenizer", *SPLITS)):
+        raise DataError(f"folder {folder} holds no data set: it has no {MANIFEST_NAME}; {_make_one(folder)}")
     if not path.is_file():
         raise DataError(
             f"data set {folder} has no {MANIFEST_NAME}, so it is not complete; "
@@ -80,3 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(**values)
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a data set's manifest: {error}") from None
+
+
+def _make_one(text: Path) -> str:
+    return f"make one of text with `bov prepare-data {text} --tokenizer TOKENIZER --out DATA`, and give data.path=DATA"

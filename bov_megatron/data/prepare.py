@@ -32,7 +32,7 @@ import numpy as np
 
 from bov_megatron.data.corpus import INVALID_UTF8_POLICIES, Unit, find_files, make_units
 from bov_megatron.data.files import json_bytes, write_atomically
-from bov_megatron.data.manifest import MANIFEST_NAME, SPLITS, Manifest, SplitManifest, read_manifest
+from bov_megatron.data.manifest import MANIFEST_NAME, SPLITS, WORK_NAME, Manifest, SplitManifest, read_manifest
 from bov_megatron.data.packing import (
     HELD_OUT_NAME,
     PackedUnit,
@@ -44,7 +44,6 @@ from bov_megatron.data.packing import (
 from bov_megatron.data.tokenizer import Encoder, copy_tokenizer, load_encoder
 from bov_megatron.errors import DataError
 
-WORK_NAME = ".work"
 LOCK_NAME = ".prepare.lock"
 LOCK_SECONDS = 3
 """Longer than workers take to notice that their parent has died."""
@@ -228,12 +227,14 @@ def _run_units(
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.kill()  # its unit has no marker yet, and leaving the pool would wait for it
             raise
 
 
 def _start_worker(parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches workers too: end without a traceback each
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too: the parent ends them
 
     # A killed parent can't stop its workers, so they poll.
     def watch() -> None:

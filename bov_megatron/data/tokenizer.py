@@ -234,9 +234,7 @@ def training_texts(units: Sequence[Unit], max_bytes: int, text_field: str, inval
                     empty = False
                     yield data.decode(errors="ignore")
     if empty:
-        raise DataError(
-            f"the input holds no text, in {sum(len(unit.segments) for unit in units)} files or parts of files"
-        )
+        raise DataError("the input holds no text: its files, or all of their documents, are empty")
 
 
 def _train_bpe(texts: Iterator[str], vocab_size: int, progress: bool):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ def to_hf(
         run_dir: run folder (the newest checkpoint, or that of `step`), or one checkpoint's folder.
         dtype: of the stored weights; None means that of the run's computation.
         tokenizer_dir: None means the run's.
-        check_parity: compare logits with the Megatron model's and delete the export if they differ by more than
+        check_parity: compare logits with the Megatron model's, and export nothing if they differ by more than
             PARITY_TOLERANCE.
 
     Raises CheckpointError or ExportError.
@@ -64,6 +63,7 @@ def to_hf(
     if dtype is None:
         dtype = torch.bfloat16 if stored["recipe"]["train"]["precision"] == "bf16" else torch.float32
     with open_checkpoint(path) as engine:
+        parity: list[float] = []
         out_dir = export(
             _canonical_tensors(engine),
             engine.recipe.model,
@@ -72,9 +72,9 @@ def to_hf(
             dtype=dtype,
             recipe=stored["recipe"],
             overwrite=overwrite,
+            check=lambda folder: parity.append(_parity(engine, folder, dtype)) if check_parity else None,
         )
-        parity = _parity(engine, out_dir, dtype) if check_parity else None
-    return Conversion(out_dir, path, stored["step"], parity)
+    return Conversion(out_dir, path, stored["step"], parity[0] if parity else None)
 
 
 @contextlib.contextmanager
@@ -104,7 +104,7 @@ def _canonical_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 def _parity(engine: Engine, out_dir: Path, dtype: torch.dtype) -> float:
     """Relative error of the exported model's logits on random ids, more than a short window of them.
 
-    Rounds the engine's weights to `dtype`. Raises ExportError, and deletes the export, beyond PARITY_TOLERANCE.
+    Rounds the engine's weights to `dtype`. Raises ExportError beyond PARITY_TOLERANCE.
     """
     from transformers import AutoModelForCausalLM
 
@@ -118,9 +118,8 @@ def _parity(engine: Engine, out_dir: Path, dtype: torch.dtype) -> float:
     exported = AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True, dtype=torch.float32).eval()
     error = ((exported(ids).logits - expected).norm() / expected.norm()).item()
     if not error <= PARITY_TOLERANCE:
-        shutil.rmtree(out_dir)
         raise ExportError(
             f"the exported model's logits differ from the Megatron model's by {error:.1e} (relative; at most "
-            f"{PARITY_TOLERANCE:.0e} is rounding), so {out_dir} was removed; please report it with the recipe"
+            f"{PARITY_TOLERANCE:.0e} is rounding), so nothing was written; please report it with the recipe"
         )
     return error

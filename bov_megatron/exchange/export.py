@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,7 @@ def export(
     recipe: Mapping | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Write a folder that loads with `AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True)`.
 
@@ -78,6 +79,7 @@ def export(
         dtype: of the stored weights.
         recipe: the resolved recipe (`Recipe.to_dict()`), for the model card.
         overwrite: replace `out_dir` if it isn't empty.
+        check: called with the complete folder before it takes its place; if it raises, nothing has changed.
 
     The folder appears complete or not at all. Raises ExportError if weights are missing, unexpected or of another
     shape, if the tokenizer doesn't fit, or if `out_dir` isn't empty.
@@ -88,26 +90,31 @@ def export(
     if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
         raise ExportError(f"{out_dir} is not empty; choose another folder, or pass overwrite (--overwrite)")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    beside = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    partial = beside / out_dir.name  # transformers names the modules that it copies from there after the folder
+    partial.mkdir(parents=True)
     try:
         token_ids = _write_tokenizer(tokenizer_dir, model, partial) if tokenizer_dir is not None else {}
         _write_config(model, token_ids, dtype, partial)
         _write_weights(state.items() if isinstance(state, Mapping) else state, model, dtype, max_shard_bytes, partial)
         (partial / "README.md").write_text(_model_card(model, dtype, recipe))
-        _replace(out_dir, partial)
+        check(partial)
+        _replace(out_dir, partial, previous=beside / "previous")
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
     return out_dir
 
 
-def _replace(out_dir: Path, partial: Path) -> None:
-    previous = partial.with_name(partial.name.replace(".partial-", ".previous-"))
-    if out_dir.exists():
-        out_dir.rename(previous)
-    partial.rename(out_dir)
-    shutil.rmtree(previous, ignore_errors=True)
+def _replace(out_dir: Path, partial: Path, previous: Path) -> None:
+    try:
+        if out_dir.exists():
+            out_dir.rename(previous)
+        partial.rename(out_dir)
+    except BaseException:  # Ctrl-C too
+        if previous.exists() and not out_dir.exists():
+            previous.rename(out_dir)
+        raise
 
 
 def _raise_if_different(shapes: dict[str, tuple[int, ...]], model: ModelConfig) -> None:

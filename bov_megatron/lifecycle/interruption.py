@@ -1,16 +1,26 @@
-"""Reasons for a rank to end a run early: signals, its time limit, a lost lease. The trainer makes all ranks agree.
+"""Ctrl-C and other reasons to end early, of training and of the tools. The trainer makes all ranks agree.
 
-Imports nothing heavy, so that signals are handled while the framework is still being imported.
+Imports nothing heavy, so that signals are heard while everything else is still being imported.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import os
 import signal
+import sys
+import threading
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from bov_megatron.lifecycle.lease import Lease
+from bov_megatron import errors
+from bov_megatron.lifecycle import exit_status
+from bov_megatron.lifecycle.signals import Listener, end, speaks, tell
+
+if TYPE_CHECKING:
+    from bov_megatron.lifecycle.lease import Lease
 
 
 class StopReason(enum.IntEnum):
@@ -19,38 +29,63 @@ class StopReason(enum.IntEnum):
     NONE = 0
     TIME_LIMIT = 1
     SIGUSR1 = 2
-    SIGTERM = 3
-    LEASE_LOST = 4
+    SIGINT = 3
+    """Ctrl-C."""
+    SIGTERM = 4
+    LEASE_LOST = 5
     """Another start has taken the run folder, e.g. while this one was suspended: save nothing."""
 
     def describe(self) -> str:
         """To follow "stopped by" in a message."""
-        return "train.max_minutes" if self is StopReason.TIME_LIMIT else self.name
+        return {StopReason.TIME_LIMIT: "train.max_minutes", StopReason.SIGINT: "Ctrl-C"}.get(self, self.name)
 
 
-class StopSignals:
-    """Context manager that records SIGTERM and SIGUSR1, which schedulers send before a time limit or a preemption.
+class StopSignals(Listener):
+    """Records Ctrl-C, and SIGTERM and SIGUSR1, which schedulers send before a time limit or a preemption.
 
-    The second signal of a kind kills the process as usual.
+    The second signal of a kind ends the process at once. So does, after a first one, the end of torchrun: its ranks are
+    not in the terminal's foreground, and it passes on only the first Ctrl-C.
     """
 
-    REASONS = {signal.SIGTERM: StopReason.SIGTERM, signal.SIGUSR1: StopReason.SIGUSR1}
+    REASONS = {
+        signal.SIGINT: StopReason.SIGINT,
+        signal.SIGTERM: StopReason.SIGTERM,
+        signal.SIGUSR1: StopReason.SIGUSR1,
+    }
 
     def __init__(self):
+        super().__init__(tuple(self.REASONS))
         self.reason = StopReason.NONE
-        self._former: dict[int, Any] = {}
+        self._nothing_begun = False
+        self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
-    def __enter__(self) -> StopSignals:
-        self._former = {number: signal.signal(number, self._receive) for number in self.REASONS}
-        return self
+    @contextlib.contextmanager
+    def nothing_begun(self) -> Iterator[None]:
+        """Within it a signal ends the process at once; for a start with nothing done that nobody else waits for."""
+        self._nothing_begun = True
+        if self.reason:  # heard before
+            self._end_before_the_first_step(self.reason)
+        yield
+        self._nothing_begun = False
 
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+    def handle(self, number: signal.Signals) -> None:
+        self.reason = max(self.reason, self.REASONS[number])
 
-    def _receive(self, number: int, frame: object) -> None:
-        self.reason = max(self.reason, self.REASONS[signal.Signals(number)])
-        signal.signal(number, self._former[number])
+    def first(self, number: signal.Signals) -> None:
+        if self._nothing_begun:
+            self._end_before_the_first_step(self.REASONS[number])
+        if speaks():
+            name = self.REASONS[number].describe()
+            tell(f"{name}: the run ends after the current step and saves all steps done; once more ends it at once")
+
+    def _end_before_the_first_step(self, reason: StopReason) -> None:
+        tell(f"stopped by {reason.describe()} before the first step")
+        exit_status.report(errors.INTERRUPTED)
+        end(errors.INTERRUPTED)
+
+    def waiting(self, since: float) -> None:
+        if self._torchrun is not None and os.getppid() != self._torchrun:
+            end(errors.CTRL_C)
 
 
 class StopRequest:
@@ -75,3 +110,57 @@ class StopRequest:
             return StopReason.LEASE_LOST
         late = self.deadline is not None and time.monotonic() >= self.deadline
         return max(self.signals.reason, StopReason.TIME_LIMIT if late else StopReason.NONE)
+
+
+class CtrlC(Listener):
+    """Ends a tool on Ctrl-C: with one line, and KeyboardInterrupt in the main thread, so that it removes what it has
+    half done. Where that takes long, because a library computes or has swallowed the exception, the process ends
+    without it.
+
+    Args:
+        advice: follows "interrupted" in the line.
+    """
+
+    PATIENCE_SECONDS = 1.5
+    """For the main thread to hear of it."""
+    REMOVAL_SECONDS = 20.0
+    """For it to end then: removing a large file from a busy file system takes a while."""
+
+    def __init__(self, advice: str = ""):
+        super().__init__((signal.SIGINT,))
+        self.advice = advice
+        self.interrupted = False
+        self._saying, self._said = threading.Lock(), False
+
+    def say(self) -> None:
+        """Print the line, unless it is printed."""
+        with self._saying:
+            if not self._said:
+                tell(f"interrupted{self.advice}")
+            self._said = True
+
+    def handle(self, number: signal.Signals) -> None:
+        if self._final_status is not None or self.interrupted:
+            return
+        self.interrupted = True
+        # Raised in a destructor or a thread's start, the exception would be printed there, with a traceback.
+        sys.unraisablehook = _say_nothing
+        threading.excepthook = _say_nothing
+        raise KeyboardInterrupt
+
+    def first(self, number: signal.Signals) -> None:
+        if self._in_charge():
+            self.say()
+
+    def waiting(self, since: float) -> None:
+        patience = self.REMOVAL_SECONDS if self.interrupted else self.PATIENCE_SECONDS
+        if self._in_charge() and time.monotonic() - since > patience:
+            end(errors.CTRL_C)
+
+    def _in_charge(self) -> bool:
+        """Whether no library handles the signal instead, as torchrun does while it has ranks."""
+        return signal.getsignal(signal.SIGINT) == self._handle
+
+
+def _say_nothing(unraisable: object) -> None:
+    pass

@@ -2,11 +2,11 @@
 
 import sys
 
-from tqdm import tqdm
-
 
 def say(text: str) -> None:
     """Print one line to stderr, above any progress bar."""
+    from tqdm import tqdm  # not at the head: signals are to be heard before it is imported
+
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 

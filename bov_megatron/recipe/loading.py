@@ -115,18 +115,14 @@ def _merge(base: dict, over: dict) -> dict:
 def apply_overrides(values: dict, overrides: typing.Sequence[str]) -> None:
     """Write each `section.field=value` into the nested mapping `values`; the value is read as YAML.
 
-    `section.field=` and `section.field=null` both mean null. Raises RecipeError for another form, a value that is not
-    valid YAML, a field given twice, or a path through something that is not a section.
+    `section.field=` and `section.field=null` both mean null; of a field given twice, the last holds. Raises RecipeError
+    for another form, a value that is not valid YAML, or a path through something that is not a section.
     """
-    given: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.removeprefix("--").strip()
         if not equals or not key or not all(key.split(".")):
             raise RecipeError(f"override '{override}' is not of the form section.field=value")
-        if key in given:
-            raise RecipeError(f"override '{override}': {key} was already given as '{given[key]}'; keep one")
-        given[key] = override
         _apply_override(values, override, key, text)
 
 
@@ -220,6 +216,8 @@ def _convert_scalar(wanted: type, value: typing.Any) -> typing.Any:
 
 
 def _wrong_type(wanted: typing.Any, value: typing.Any, where: str) -> RecipeError:
+    if value is None:
+        return RecipeError(f"{where} is empty, or null: expected {_describe(wanted)}; leave it out for the default")
     found = _kind(value) + _hint(wanted, value)
     return RecipeError(f"{where}={value!r}: expected {_describe(wanted)}, found {found}")
 
@@ -237,9 +235,9 @@ def _describe(wanted: typing.Any) -> str:
 
 
 def _kind(value: typing.Any) -> str:
-    if isinstance(value, dict):
-        return "a section"
-    return {type(None): "null", bool: "a boolean", list: "a list", str: "a string"}.get(type(value), "a number")
+    if isinstance(value, float):
+        return "a number with a fraction" if math.isfinite(value) else "a number that is not finite"
+    return {dict: "a section", bool: "a boolean", list: "a list", str: "a string"}.get(type(value), "a number")
 
 
 def _hint(wanted: typing.Any, value: typing.Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
-import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from megatron.core import parallel_state
 
 from bov_megatron import checkpoint, errors
 from bov_megatron.checkpoint import compatibility
+from bov_megatron.checkpoint.differences import find_differences, format_differences
 from bov_megatron.data.loader import TrainLoader, ValidationLoader
 from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
@@ -22,12 +24,15 @@ from bov_megatron.lifecycle import exit_status, run_folder
 from bov_megatron.lifecycle.interruption import StopReason, StopRequest, StopSignals
 from bov_megatron.lifecycle.lease import Lease
 from bov_megatron.lifecycle.starts import StartRecord
+from bov_megatron.lifecycle.terminal import say
 from bov_megatron.lifecycle.watchdog import Watchdog
 from bov_megatron.parallel import process_groups
-from bov_megatron.parallel.agreement import on_all_ranks
+from bov_megatron.parallel.agreement import on_all_ranks, on_first_rank
+from bov_megatron.parallel.device import device
 from bov_megatron.parallel.launch import World
 from bov_megatron.recipe import Recipe
 from bov_megatron.recipe.identity import recipe_digest
+from bov_megatron.recipe.quantities import total_steps
 from bov_megatron.training.callbacks.checkpoints import Checkpoints
 from bov_megatron.training.callbacks.metrics_file import MetricsFile
 from bov_megatron.training.callbacks.progress import Progress
@@ -48,20 +53,56 @@ def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
     """
     stop_request = StopRequest(signals, recipe.train.max_minutes)
     process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
+    if reason := _agree_to_stop(stop_request()):  # before all that takes long
+        return _leave(reason)
     watchdog = Watchdog(recipe.run_dir, world.rank, recipe.health.hang_minutes)
-    with _run_folder(recipe, stop_request) as record, watchdog, _trainer(recipe, stop_request, watchdog) as trainer:
+    with _run_folder(recipe, stop_request) as record, watchdog:
+        stored = _find_stored(recipe)
+        if stored is not None and stored.is_end_of(recipe):
+            _say(stored.describe_end(recipe))
+            step, reason = stored.step, StopReason.NONE
+            if record:
+                record.begin(step)
+        else:
+            step, reason = _fit(recipe, stored, stop_request, watchdog, record)
+        if record:
+            record.end(step, _status(reason))
+    return _leave(reason)
+
+
+def _fit(
+    recipe: Recipe,
+    stored: StoredRun | None,
+    stop_request: StopRequest,
+    watchdog: Watchdog,
+    record: StartRecord | None,
+) -> tuple[int, StopReason]:
+    """Train on; steps done, and why it stopped."""
+    with _trainer(recipe, stored, stop_request, watchdog) as trainer:
         if record:
             record.begin(trainer.step)
         try:
             trainer.fit()
         except DataError as error:  # in a shard that other ranks need not read
             raise ThisRankError(str(error)) from error
-        reason = StopReason.NONE if trainer.done else trainer.stop_reason
-        status = errors.INTERRUPTED if reason else errors.DONE
-        if record:
-            record.end(trainer.step, status)
-    if world.rank == 0:
-        exit_status.report(status)
+    return trainer.step, StopReason.NONE if trainer.done else trainer.stop_reason
+
+
+def _status(reason: StopReason) -> int:
+    return errors.INTERRUPTED if reason else errors.DONE
+
+
+def _agree_to_stop(own: StopReason) -> StopReason:
+    """The highest of all ranks' reasons; collective."""
+    reason = torch.tensor(int(own), device=device())
+    dist.all_reduce(reason, op=dist.ReduceOp.MAX)
+    return StopReason(int(reason))
+
+
+def _leave(reason: StopReason) -> StopReason:
+    """End the process groups after a run that `reason` has stopped, or none; collective."""
+    if dist.get_rank() == 0:
+        exit_status.report(_status(reason))
     # srun kills all ranks as soon as one exits with a status other than 0: wait for rank 0's report.
     dist.barrier()
     # Not after an error: other ranks may be inside a collective, and shutdown would wait for them.
@@ -82,11 +123,61 @@ def _run_folder(recipe: Recipe, stop_request: StopRequest):
             yield None
 
 
+@dataclass(frozen=True)
+class StoredRun:
+    """What the newest valid checkpoint of the run folder says of itself."""
+
+    path: Path
+    step: int
+    recipe: dict
+    extra: dict
+
+    @property
+    def validation_owed(self) -> bool:
+        """Whether the run was interrupted in the validation after `step`."""
+        # Checkpoints saved before version 0.1 hold the line of that step instead.
+        return bool(self.extra.get("validation_owed") or self.extra.get("unfinished"))
+
+    def is_end_of(self, recipe: Recipe) -> bool:
+        """Whether nothing of `recipe` is left to do."""
+        steps = total_steps(recipe)
+        return self.step > steps or (self.step == steps and not self.validation_owed)
+
+    def describe_end(self, recipe: Recipe) -> str:
+        steps = total_steps(recipe)
+        asked = "" if self.step == steps else f", more than the {steps} of this recipe, which is not stored"
+        return f"{recipe.name} is finished: {self.step} steps are done{asked}; {self.path}. To go on, raise train.steps"
+
+
+def _find_stored(recipe: Recipe) -> StoredRun | None:
+    """The newest valid checkpoint of the run folder, if any; collective. Raises RecipeError where the recipe would
+    change the order of its data."""
+    newest = on_first_rank(lambda: run_folder.latest_checkpoint(recipe.run_dir))
+    if newest is not None:
+        _say(f"reading {newest} and comparing its checksums")
+    path = checkpoint.newest_valid(recipe.run_dir)
+    if path is None:
+        return None
+    stored = on_all_ranks(lambda: checkpoint.read_run(path))
+    compatibility.check_same_data_order(stored["recipe"], recipe, path)
+    return StoredRun(path, stored["step"], stored["recipe"], stored["extra"])
+
+
+def _load_newest(engine: Engine) -> checkpoint.Loaded | None:
+    """Go back to the newest valid checkpoint, if any; collective."""
+    stored = _find_stored(engine.recipe)
+    return None if stored is None else on_all_ranks(lambda: checkpoint.load(engine, stored.path))
+
+
 @contextlib.contextmanager
-def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
+def _trainer(recipe: Recipe, start: StoredRun | None, stop_request: StopRequest, watchdog: Watchdog):
+    _say("building the model" + (f", and loading {start.path.name} into it" if start else ""))
     engine = build_engine(recipe)
-    start = _resume(engine)
+    if start is not None:
+        path = start.path
+        on_all_ranks(lambda: checkpoint.load(engine, path))
     health = Health(recipe.health, start.extra.get("health") if start else None)
+    _say("opening the data")
     train_loader, validation_loader = on_all_ranks(lambda: _open_data(recipe, start, health))
     bytes_per_token = on_all_ranks(validation_loader.bytes_per_token)
     with train_loader:
@@ -107,29 +198,14 @@ def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
             start_step=start.step if start else 0,
             checkpoint_extra={"tokenizer_hash": train_loader.tokenizer_hash, "shards": _shards(train_loader)},
             health=health,
-            reload=functools.partial(_resume, engine),
+            reload=functools.partial(_load_newest, engine),
             stop_request=stop_request,
             alive=watchdog.alive,
-            validation_owed=_validation_owed(start),
+            validation_owed=start is not None and start.validation_owed,
         )
 
 
-def _resume(engine: Engine) -> checkpoint.Loaded | None:
-    """Load the newest valid checkpoint of the run folder, if any; collective."""
-    path = checkpoint.newest_valid(engine.recipe.run_dir)
-    if path is None:
-        return None
-    stored = on_all_ranks(lambda: checkpoint.read_run(path))
-    compatibility.check_same_data_order(stored["recipe"], engine.recipe, path)
-    return on_all_ranks(lambda: checkpoint.load(engine, path))
-
-
-def _validation_owed(start: checkpoint.Loaded | None) -> bool:
-    # Checkpoints saved before version 0.1 hold the line of that step instead.
-    return start is not None and bool(start.extra.get("validation_owed") or start.extra.get("unfinished"))
-
-
-def _open_data(recipe: Recipe, start: checkpoint.Loaded | None, health: Health) -> tuple[TrainLoader, ValidationLoader]:
+def _open_data(recipe: Recipe, start: StoredRun | None, health: Health) -> tuple[TrainLoader, ValidationLoader]:
     common = {
         "sequence_length": recipe.model.sequence_length,
         "vocab_size": recipe.model.vocab_size,
@@ -165,7 +241,7 @@ def _shards(loader: TrainLoader) -> list[str]:
     return [data_set.manifest.splits["train"].index_sha256 for data_set in loader.data_sets]
 
 
-def _announce(recipe: Recipe, start: checkpoint.Loaded | None, loader: TrainLoader) -> None:
+def _announce(recipe: Recipe, start: StoredRun | None, loader: TrainLoader) -> None:
     """Store resolved recipe and tokenizer in the run folder, and print what starts; rank 0 only."""
     if dist.get_rank() != 0:
         return
@@ -180,9 +256,20 @@ def _announce(recipe: Recipe, start: checkpoint.Loaded | None, loader: TrainLoad
         f"{parallel_state.get_data_parallel_world_size()}"
     )
     begins = f"resuming after step {start.step}" if start else "from the beginning"
-    print(
-        f"{recipe.name}: {recipe.model.value.source}, {ranks}; {recipe.run_dir}; {begins}", file=sys.stderr, flush=True
-    )
+    say(f"{recipe.name}: {recipe.model.value.source}, {ranks}; {recipe.run_dir}; {begins}")
+    if start and (differences := find_differences(start.recipe, recipe)):
+        say(f"the recipe differs from that of {start.path.name}:\n{format_differences(differences)}")
+    used, rows = loader.data_sets[0].manifest.vocab_size, recipe.model.vocab_size
+    if used < rows:
+        say(
+            f"model.vocab_size={rows}, but the data's tokenizer has {used} ids: {rows - used} rows of the embedding, "
+            f"of the output matrix and of each table stay untrained (model.vocab_size={used} leaves them out)"
+        )
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        say(text)
 
 
 def _padded(bytes_per_token: torch.Tensor, vocab_size: int) -> torch.Tensor:

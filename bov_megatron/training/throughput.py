@@ -37,12 +37,15 @@ class Throughput:
         self.started = time.perf_counter()
 
     def stop(self) -> dict[str, float]:
-        """At the end of a step: `step_seconds` of this step, `tokens_per_second` and `mfu` of the window."""
+        """At the end of a step: its `step_seconds`, `tokens_per_second` and `mfu`; and the means over the window,
+        `mean_tokens_per_second` and `mean_mfu`. Without a known peak there is no MFU."""
         seconds = time.perf_counter() - self.started
         self.seconds.append(seconds)
-        rates = {"step_seconds": seconds, "tokens_per_second": self.batch_tokens / self.mean_seconds}
-        if self.world_peak:
-            rates["mfu"] = self.flops / self.mean_seconds / self.world_peak
+        rates = {"step_seconds": seconds}
+        for prefix, duration in (("", seconds), ("mean_", self.mean_seconds)):
+            rates[f"{prefix}tokens_per_second"] = self.batch_tokens / duration
+            if self.world_peak:
+                rates[f"{prefix}mfu"] = self.flops / duration / self.world_peak
         return rates
 
     @property

@@ -80,7 +80,8 @@ def test_a_run_saves_the_same(prepared_data, tmp_path):
         one, two = (read_manifest(tmp_path / way / "checkpoints" / name).files for way in ("waiting", "beside"))
         assert {f: e for f, e in one.items() if ".distcp" in f} == {f: e for f, e in two.items() if ".distcp" in f}
     assert metrics(tmp_path / "waiting") == metrics(tmp_path / "beside")
-    assert "resuming after step 8" in train(2, overrides(prepared_data, tmp_path / "beside", *every, ASYNCHRONOUS))
+    further = overrides(prepared_data, tmp_path / "beside", *every, ASYNCHRONOUS, "train.steps=9")
+    assert "resuming after step 8" in train(2, further)
 
 
 def killed_rank(rank, world_size, folder):

@@ -70,7 +70,7 @@ def test_a_full_disk_fails_the_save_and_not_the_run(prepared_data, small_disk, a
     assert "the next save tries again" in warning
     assert names(run_dir) == ["step_00000006", "step_00000008"], "nothing is left of the failed one"
     assert len(metrics(run_dir)) == 8
-    assert "resuming after step 8" in train(2, overrides(prepared_data, run_dir))
+    assert "resuming after step 8" in train(2, overrides(prepared_data, run_dir, "train.steps=9"))
 
 
 def test_a_run_whose_last_save_failed_says_so_at_its_end(prepared_data, small_disk):

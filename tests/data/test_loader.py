@@ -173,6 +173,11 @@ def test_recipes_without_usable_data_are_refused(data_folder, tmp_path):
         train_loader(DataConfig(streams=[StreamConfig(str(data_folder)), StreamConfig()]))
     with pytest.raises(DataError, match="does not exist; prepare it"):
         train_loader(tmp_path / "nowhere")
+    (tmp_path / "raw.jsonl").write_text('{"text": "raw"}')
+    with pytest.raises(DataError, match="raw.jsonl is a file, not a data set; make one of text with `bov prepare-data"):
+        train_loader(tmp_path / "raw.jsonl")
+    with pytest.raises(DataError, match="holds no data set: it has no manifest.json; make one of text"):
+        train_loader(tmp_path)
 
 
 def test_damaged_data_sets_are_refused(copy):

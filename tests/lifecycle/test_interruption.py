@@ -4,11 +4,16 @@ import contextlib
 import io
 import os
 import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.lifecycle.interruption import StopReason, StopRequest, StopSignals
+from bov_megatron.lifecycle.signals import ONE_PRESS_SECONDS
 from tests.support.distributed import run_ranks
 from tests.support.runs import SMOKE, metrics, overrides, train
 
@@ -106,19 +111,79 @@ def test_time_limit(prepared_data, tmp_path, undisturbed):
     assert metrics(tmp_path) == undisturbed
 
 
-def test_the_same_signal_twice_kills_and_another_does_not():
-    former = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        with StopSignals() as signals:
-            request = StopRequest(signals, None)
-            assert request() is StopReason.NONE
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert request() is StopReason.SIGUSR1
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert request() is StopReason.SIGTERM
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGUSR1)
-        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+BUSY = """mutex = ctypes.create_string_buffer(256)
+for _ in range(2): ctypes.CDLL(None).pthread_mutex_lock(mutex)"""
+"""Inside a C function: it locks a mutex that it has locked itself."""
+SWALLOWS = """while True:
+    try: time.sleep(99)
+    except BaseException: pass"""
+
+
+def listening(tmp_path, code: str) -> subprocess.Popen:
+    """A process that runs `code`, and that is at its end by now."""
+    head = "import ctypes, threading, time\nfrom bov_megatron.lifecycle.interruption import CtrlC, StopSignals"
+    soon = "threading.Timer(0.5, print, ['ready'], {'flush': True}).start()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{head}\n{soon}\n{code}"],
+        stdout=subprocess.PIPE, stderr=(tmp_path / "stderr").open("wb"), text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_the_same_signal_twice_ends_the_process_and_another_does_not(tmp_path):
+    process = listening(tmp_path, f"signals = StopSignals(); signals.listen()\n{BUSY}")
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # moments later: torchrun passes on what the process has got already
+    time.sleep(ONE_PRESS_SECONDS + 0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    said = (tmp_path / "stderr").read_text().splitlines()
+    assert {line.split(":")[0] for line in said} == {"SIGUSR1", "SIGTERM"} and "once more ends it at once" in said[0]
+
+
+def test_ctrl_c_ends_a_tool_inside_a_library_that_computes(tmp_path):
+    process = listening(tmp_path, f"signals = CtrlC('; and so on'); signals.listen()\n{BUSY}")
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    assert process.wait(30) == 130 and time.monotonic() - started < 2.5
+    assert (tmp_path / "stderr").read_text() == "interrupted; and so on\n"
+
+
+def test_ctrl_c_ends_a_tool_that_swallows_it(tmp_path):
+    process = listening(tmp_path, f"signals = CtrlC(); signals.REMOVAL_SECONDS = 1; signals.listen()\n{SWALLOWS}")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+
+
+def test_ranks_of_torchrun_end_with_it_after_a_signal(tmp_path):
+    """The second Ctrl-C ends torchrun only: its ranks are in sessions of their own."""
+    rank = "signals = StopSignals(); signals.listen(); print(os.getpid(), 'ready', flush=True); time.sleep(120)"
+    code = f"import os, time; from bov_megatron.lifecycle.interruption import StopSignals; {rank}"
+    agent = (
+        f"import subprocess, sys, os; os.environ['TORCHELASTIC_RUN_ID'] = '1'; "
+        f"subprocess.run([sys.executable, '-c', {code!r}], start_new_session=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", agent], stdout=subprocess.PIPE, text=True) as process:
+        rank = psutil.Process(int(process.stdout.readline().split()[0]))
+        rank.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert rank.is_running()
+        process.kill()
+        rank.wait(30)
+
+
+def test_handlers_from_before_are_restored():
+    former = {number: signal.getsignal(number) for number in StopSignals.REASONS}
+    with StopSignals() as signals:
+        request = StopRequest(signals, None)
+        assert request() is StopReason.NONE
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert request() is StopReason.SIGUSR1
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request() is StopReason.SIGINT
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request() is StopReason.SIGTERM
+    assert {number: signal.getsignal(number) for number in former} == former

@@ -111,10 +111,13 @@ def test_base_chain_merges_sections_and_keeps_the_outer_name(tmp_path):
         ("train: {step: 1}\n", "unknown field 'train.step'; did you mean 'train.steps'"),
         ("train: {steps: 1, zzz: 1}\n", "unknown field 'train.zzz'; known: micro_batch_size"),
         ("train: {steps: ten}\n", "train.steps='ten': expected an integer or null, found a string"),
-        ("train: {steps: 1.5}\n", "train.steps=1.5: expected an integer or null"),
+        ("train: {steps: 1.5}\n", "train.steps=1.5: expected an integer or null, found a number with a fraction"),
         ("train: {steps: true}\n", "train.steps=True: expected an integer or null, found a boolean"),
         ("train: {steps: 1, deterministic: 1}\n", "train.deterministic=1: expected true or false"),
-        ("train: {steps: 1}\noptimizer: {matrix_lr: .nan}\n", "optimizer.matrix_lr=nan: expected a finite number"),
+        (
+            "train: {steps: 1}\noptimizer: {matrix_lr: .nan}\n",
+            "optimizer.matrix_lr=nan: expected a finite number, found a number that is not",
+        ),
         ("train: {steps: 1}\nlogging: {wandb: off}\n", "logging.wandb=False: expected a string.*quote it"),
         (
             "train: {steps: 1}\nmodel: {value: {source: bank, target_layers: [1, x]}}\n",
@@ -128,6 +131,11 @@ def test_base_chain_merges_sections_and_keeps_the_outer_name(tmp_path):
 def test_unreadable_recipe(tmp_path, text, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(write(tmp_path, "self.yaml", text))
+
+
+def test_of_an_override_given_twice_the_last_holds():
+    recipe = load_recipe(RECIPES / "smoke.yaml", ["train.steps=3", "train.seed=5", "train.steps=4"])
+    assert (recipe.train.steps, recipe.train.seed) == (4, 5)
 
 
 def test_missing_file_names_the_one_that_was_meant(tmp_path):
@@ -147,7 +155,7 @@ def test_missing_file_names_the_one_that_was_meant(tmp_path):
         (["train.steps"], "override 'train.steps' is not of the form section.field=value"),
         (["=3"], "is not of the form"),
         (["train..steps=3"], "is not of the form"),
-        (["train.steps=3", "train.steps=4"], "train.steps was already given as 'train.steps=3'; keep one"),
+        (["name="], "^name is empty, or null: expected a string; leave it out for the default"),
         (["train.steps.x=3"], r"train.steps=\{'x': 3\}: expected an integer or null, found a section"),
         (["model=3"], "'model' is a section, not a value; set model.<field>"),
         (["data.path.x=3"], "'data.path' is a value, not a section"),

@@ -11,7 +11,10 @@ import psutil
 import pytest
 import torch
 
-from bov_megatron.recipe import load_recipe
+from bov_megatron.checkpoint.differences import EFFECTS
+from bov_megatron.lifecycle import run_folder
+from bov_megatron.recipe import Recipe, load_recipe
+from bov_megatron.recipe.identity import flatten
 from tests.support.distributed import run_ranks
 from tests.support.runs import SMOKE, metrics, overrides, train
 
@@ -89,7 +92,7 @@ def test_resumed_run_is_bit_identical(prepared_data, tmp_path, layout):
     wanted, found = final_state(whole), final_state(stopped)
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
-    assert "resuming after step 8" in train(2, stopped), "a finished run, started again, ends at once"
+    assert "is finished: 8 steps are done" in train(2, stopped), "a finished run, started again, ends at once"
 
 
 def test_sigterm_saves_and_stops(prepared_data, tmp_path):
@@ -156,3 +159,37 @@ def start_and_kill(arguments: list[str], metrics_file, lines: int) -> None:
             one.kill()
         process.communicate()
     assert process.returncode == -signal.SIGKILL, "the run had ended before it could be killed"
+
+
+def test_what_differs_is_said_and_the_end_too(prepared_data, tmp_path):
+    short = overrides(prepared_data, tmp_path, "train.steps=2", "validation.interval=0")
+    train(1, short)
+    longer = overrides(
+        prepared_data, tmp_path, "train.steps=3", "train.seed=7", "optimizer.matrix_lr=0.01", "validation.interval=0"
+    )
+    said = train(1, longer).splitlines()
+    table = said[said.index("the recipe differs from that of step_00000002:") + 1 :]
+    assert [line.split()[:3] for line in table[:4]] == [
+        ["field", "checkpoint", "now"], ["train.steps", "2", "3"], ["train.seed", "1234", "7"],
+        ["optimizer.matrix_lr", "0.02", "0.01"],
+    ]  # fmt: skip
+    assert "the run's end" in table[1] and "nothing" in table[2] and "next step" in table[3]
+
+    stored = (tmp_path / run_folder.RECIPE).read_bytes()
+    assert "is finished: 3 steps are done, more than the 2 of this recipe" in train(1, short)
+    assert "is finished: 3 steps are done; " in train(1, longer)
+    assert (tmp_path / run_folder.RECIPE).read_bytes() == stored
+    assert run_folder.latest_checkpoint(tmp_path).name == "step_00000003"
+
+
+def test_rows_that_no_token_trains_are_counted(prepared_data, tmp_path):
+    fields = overrides(prepared_data, tmp_path, "train.steps=1", "validation.interval=0", "model.vocab_size=640")
+    assert "the data's tokenizer has 512 ids: 128 rows of" in train(1, fields)
+
+
+def test_every_field_that_may_change_says_what_it_does():
+    refused = {"train.global_batch_size", "train.precision", "data.shuffle", "data.shuffle_seed"}
+    refused |= {"data.shuffle_block_size", "data.num_canonical_nodes"}
+    for field in flatten(Recipe().to_dict()):
+        sections = {field.rsplit(".", depth)[0] for depth in range(3)}
+        assert sections & EFFECTS.keys() or field in refused, field

@@ -35,9 +35,9 @@ class Progress(Callback):
         if dist.get_rank() != 0:
             return
         left = (trainer.total_steps - record["step"]) * trainer.throughput.mean_seconds
-        rates = f"{record['tokens_per_second']:,.0f} tok/s"
-        if "mfu" in record:
-            rates += f" · MFU {record['mfu']:.1%}"
+        rates = f"{record['mean_tokens_per_second']:,.0f} tok/s"
+        if "mean_mfu" in record:
+            rates += f" · MFU {record['mean_mfu']:.1%}"
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         text = f"loss {loss} · {rates} · {_clock(left)} left"
         self._print_validation(record)
