@@ -85,12 +85,12 @@ class Command:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
 
-    def interrupt(self, wait: bool = True) -> Ended | None:
-        """Ctrl-C, at whatever the command does."""
+    def interrupt(self) -> Ended:
+        """Ctrl-C, at whatever the command does; how it ends."""
         sent = time.monotonic()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGINT)
-        return self.end(sent) if wait else None
+        return self.end(sent)
 
     def end(self, since: float | None = None) -> Ended:
         """Wait for the command to end by itself."""
