@@ -129,6 +129,7 @@ def test_preparation(prepared_data, tmp_path, say):
 
     def command(out: Path):
         options = ["--unit-bytes", "20000", "--workers", "2", "--quiet"]
+        options += ["--sequence-length", "256", "--validation-fraction", "0.1"]
         return tool("prepare_data", *text, "--tokenizer", prepared_data.tokenizer, "--out", out, *options)
 
     whole = Interrupts(command(tmp_path / "whole"), tmp_path, say)
