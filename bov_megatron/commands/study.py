@@ -189,8 +189,28 @@ def _findings_of_study(options):
     )  # fmt: skip
 
 
+def _add_report(command: argparse.ArgumentParser) -> None:
+    _add_study(command)
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="default: report/ beside the study's runs")
+    command.add_argument("--level", type=float, default=0.9, help="of the intervals (default %(default)s)")
+    command.add_argument("--bootstraps", type=int, default=2000, metavar="COUNT", help="default %(default)s")
+
+
 def _report(options) -> int:
-    raise NotImplementedError
+    from bov_megatron.studies.findings import as_json, findings_of_results
+    from bov_megatron.studies.report.page import write_report
+    from bov_megatron.studies.results import read_results
+    from bov_megatron.studies.study import load_study
+
+    study = load_study(options.study, options.overrides)
+    results = read_results(study)
+    findings = findings_of_results(results.table, study.baseline, level=options.level, bootstraps=options.bootstraps)
+    out = options.out or study.output_dir / "report"
+    page = write_report(study, results.table, findings, out, results.problems)
+    if str(options.json) != "-":
+        print(f"{len(results.table)} of {len(study.cells)} runs finished: {page}")
+    _write_json(options.json, as_json(findings))
+    return 0
 
 
 _COMMANDS = {
@@ -198,6 +218,6 @@ _COMMANDS = {
     "submit": ("start the cells that are missing or have failed", _add_submit, _submit),
     "status": ("state, step, loss and time left of each cell", _add_status, _status),
     "fit": ("fit scaling laws to the study's runs, or to a table of runs", _add_fit, _fit),
-    "report": ("write the study's page", _add_study, _report),
+    "report": ("write the study's page, with its figures and tables", _add_report, _report),
 }
 """Name -> help, function that adds its arguments, function that runs it and returns the exit status."""

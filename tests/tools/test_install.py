@@ -68,6 +68,16 @@ def test_from_text_to_an_evaluated_export(bov):
     assert 0 < scores["packed"]["bits_per_byte"] < 20
 
 
+def test_the_page_of_a_study(bov):
+    """The template and its style are in the wheel."""
+    (bov.folder / "study.yaml").write_text(
+        "base: smoke.yaml\nvariants: {baseline: {model.value.source: projection}, bank: {}}\nsizes: {d3: {depth: 3}}\n"
+        "budgets: {tokens: [2e5]}\n"
+    )
+    bov("study", "report", "study.yaml", "output_dir=study", "--out", "page")
+    assert "No run of bank has finished" in (bov.folder / "page/index.html").read_text()
+
+
 def test_help_lists_every_command(bov):
     text = bov()
     assert text == bov("--help")

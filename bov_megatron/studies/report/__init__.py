@@ -1,0 +1,1 @@
+"""The page of a study: numbers, figures, one HTML file."""
