@@ -133,6 +133,9 @@ def bench_coverage(quick: bool) -> dict:
         results[name] = {quantity: count / studies for quantity, count in counts.items()}
     chance = binomtest(round(LEVEL * studies), studies).proportion_ci(0.95)
     return {
-        "level": LEVEL, "studies": studies, "bootstraps": bootstraps, "chance": [chance.low, chance.high],
+        "level": LEVEL,
+        "studies": studies,
+        "bootstraps": bootstraps,
+        "chance": f"{chance.low:.3f} to {chance.high:.3f} (95%, of intervals that hold the truth as often as they say)",
         "coverage": results,
-    }  # fmt: skip
+    }

@@ -21,6 +21,7 @@ NAMES = {
     "lookup": "the value table's lookup over tensor-parallel ranks: its time, a step's, and bytes on natural text",
     "checkpoint": "how long a save stalls training: waiting for it, and written beside training",
     "plot": "drawing twenty runs of 100,000 steps",
+    "coverage": "how often the intervals of `study fit` hold the truth (an hour; only by name, or with --quick)",
     "recipes": "tokens/s, MFU and peak memory of the published recipes (GPU only)",
 }
 TURNS, QUICK_TURNS = 9, 1
@@ -40,7 +41,8 @@ def run(names: Sequence[str] = (), quick: bool = False, turns: int | None = None
     Raises ValueError for an unknown name, or for `recipes` without a GPU.
     """
     gpu = has_gpu()
-    names = list(dict.fromkeys(names)) or [name for name in NAMES if gpu or name != "recipes"]
+    left_out = {*(() if gpu else ("recipes",)), *(() if quick else ("coverage",))}
+    names = list(dict.fromkeys(names)) or [name for name in NAMES if name not in left_out]
     for name in names:
         if name not in NAMES:
             raise ValueError(f"unknown benchmark '{name}'; known: {', '.join(NAMES)}")
@@ -59,7 +61,7 @@ def run(names: Sequence[str] = (), quick: bool = False, turns: int | None = None
 
 def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
     # Not at the top: --help and a wrong name shouldn't wait for Megatron's import.
-    from benchmarks import checkpoint, loader, lookup, plot, training_step
+    from benchmarks import checkpoint, coverage, loader, lookup, plot, training_step
 
     if name == "step":
         return training_step.bench_step(turns, quick)
@@ -71,6 +73,8 @@ def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
         return checkpoint.bench_checkpoint(turns, quick)
     if name == "plot":
         return plot.bench_plot(turns, quick)
+    if name == "coverage":
+        return coverage.bench_coverage(quick)
     if name == "recipes":
         return training_step.bench_recipes(turns, RECIPES)
     step_seconds = None

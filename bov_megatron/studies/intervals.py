@@ -1,15 +1,17 @@
 """Intervals by bootstrap over runs, with the noise that runs of one size and seed, or one cell, have in common.
 
-Drawing runs with replacement is right as long as every run has its own noise (and is what the published intervals of
-arXiv 2404.10102 are). Runs that share a seed and a size start from the same weights and see the same batches; the runs
-of a cell share what the law misses there. Treated as independent they make intervals half as wide as they should be;
-drawn in whole clusters, of which a study has five or ten, they make intervals that are as wrong. So the noise is taken
-apart: the variance of each group's common part is estimated, the common parts are taken out, runs are drawn with
-replacement, and common parts of that variance are drawn anew. How often the intervals cover the truth is counted by
-`python tools/bench.py coverage`.
+Without seeds every run stands alone, and runs are drawn with replacement (as for the published intervals of
+arXiv 2404.10102). With seeds that would be wrong: runs that share a seed and a size start from the same weights and see
+the same batches, and the runs of a cell share what the law misses there. Treated as independent they make intervals
+half as wide as they should be; drawn in whole clusters, of which a study has five or ten, they are as wrong. So the
+noise is taken apart: the variance of each group's common part is estimated, and both common parts and the runs' own
+residuals are drawn anew around the fitted law, at the sizes and budgets that ran. How often the intervals cover the
+truth is counted by `python tools/bench.py coverage`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import nnls
@@ -19,8 +21,6 @@ from bov_megatron.studies.objective import Objective
 _OUTLIER = 4.0
 """In robust standard deviations: further out, a residual counts this much for the variances, so that one diverged run
 is not taken for noise of its whole group."""
-_CHANCE = 0.5
-"""Standard errors by which variances of common noise are lowered; by the counted coverage."""
 
 
 def bootstrap(
@@ -30,21 +30,37 @@ def bootstrap(
 
     `groups`: for each kind of common noise, the number of its group per run `[R]`; none: every run by itself.
     """
-    residuals, runs = objective.residuals(theta), len(objective.log_loss)
-    # Every run's number of copies. A draw that leaves the law undetermined is noise, not information: draw again.
-    weights = np.array([_draw(objective.index, runs, rng) for _ in range(samples)])
-    log_loss = np.repeat(objective.log_loss[None], samples, axis=0)
+    runs = len(objective.log_loss)
     if groups:
-        jacobian = objective.jacobian(theta[None])[0]
-        deviations, common = common_noise(residuals, jacobian, groups)
-        log_loss -= common
-        for deviation, group in zip(deviations[1:], groups, strict=True):
-            log_loss += deviation * rng.standard_normal((samples, group.max() + 1))[:, group]
-    return objective.minimise_samples(theta, log_loss, weights)
+        noise = _draw_noise(objective.residuals(theta), objective.jacobian(theta[None])[0], groups, samples, rng)
+        return objective.minimise_samples(theta, objective.log_law(theta[None]) + noise, np.ones((samples, runs)))
+    weights = np.array([_draw(objective.index, runs, rng) for _ in range(samples)])
+    return objective.minimise_samples(theta, np.repeat(objective.log_loss[None], samples, axis=0), weights)
+
+
+def _draw_noise(
+    residuals: np.ndarray, jacobian: np.ndarray, groups: list[np.ndarray], samples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Noise of every run in every sample `[samples, R]`: its own with a random sign, and its groups' common parts.
+
+    Every variance is drawn around its estimate as well, since few groups tell it badly: with normal noise that makes
+    ends of intervals Student's t, not the normal's.
+    """
+    noise = split_noise(residuals, jacobian, groups)
+    own = np.clip(noise.own, -_OUTLIER * noise.deviations[0], _OUTLIER * noise.deviations[0])
+    scale = noise.deviations[0] / max(float(np.sqrt((own**2).mean())), 1e-300)
+    signs = rng.choice([-1.0, 1.0], size=(samples, len(residuals)))
+    spread = np.sqrt(noise.degrees / rng.chisquare(noise.degrees, size=(samples, len(noise.degrees))))
+    drawn = signs * (scale * noise.own) * spread[:, :1]
+    for i, group in enumerate(groups, start=1):
+        common = rng.standard_normal((samples, group.max() + 1))
+        drawn += noise.deviations[i] * spread[:, i : i + 1] * common[:, group]
+    return drawn
 
 
 def _draw(variant: np.ndarray, runs: int, rng: np.random.Generator) -> np.ndarray:
     """How often each run is drawn, at least two distinct runs of every variant."""
+    # A draw that leaves the law undetermined is noise, not information: draw again.
     variants = variant.max() + 1
     while True:
         copies = np.bincount(rng.integers(0, runs, runs), minlength=runs).astype(float)
@@ -52,15 +68,22 @@ def _draw(variant: np.ndarray, runs: int, rng: np.random.Generator) -> np.ndarra
             return copies
 
 
-def common_noise(
-    residuals: np.ndarray, jacobian: np.ndarray, groups: list[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Standard deviations of each run's own noise and of each kind of common noise `[1 + len(groups)]`, and the common
-    noise of every run as best predicted `[R]`, free of what the law's parameters could take up.
+@dataclass(frozen=True)
+class Noise:
+    """Residuals, taken apart. The first entry is the runs' own part, the others are the groups' common parts."""
 
-    Henderson's method of moments: each group sum of squares equals its expectation under the fit. None is negative,
-    and each is lowered by half the standard error that runs without common noise would give it: chance makes variances
-    that are cut off at zero too large on average.
+    deviations: np.ndarray
+    """Standard deviations `[1 + groups]`."""
+    degrees: np.ndarray
+    """Degrees of freedom that told them `[1 + groups]`."""
+    own: np.ndarray
+    """Each run's residual less the common parts as best predicted, as large as if the fit had not followed it `[R]`."""
+
+
+def split_noise(residuals: np.ndarray, jacobian: np.ndarray, groups: list[np.ndarray]) -> Noise:
+    """Take the residuals `[R]` of a fit with this jacobian `[R, P]` apart.
+
+    Henderson's method of moments: each group sum of squares equals its expectation under the fit, none negative.
     """
     spread = 1.4826 * np.median(np.abs(residuals))
     kept = np.clip(residuals, -_OUTLIER * spread, _OUTLIER * spread) if spread > 0 else residuals
@@ -76,15 +99,20 @@ def common_noise(
             expected[i + 1, j + 1] = ((member.T @ free[j]) ** 2).sum()
     scale = max(sums[0], 1e-300)
     variances = nnls(expected, sums / scale)[0] * scale
-    chance = variances[0] * np.sqrt(2 * np.diag(np.linalg.pinv(expected))[1:])
-    variances[1:] = np.maximum(variances[1:] - _CHANCE * chance, 0)
     covariance = variances[0] * np.eye(len(residuals))
     shared = np.zeros_like(covariance)
     for variance, member in zip(variances[1:], members, strict=True):
         shared += variance * member @ member.T
     covariance += shared + 1e-9 * scale * np.eye(len(residuals)) / len(residuals)
     predicted = shared @ np.linalg.solve(covariance, kept)
-    return np.sqrt(variances), predicted - basis @ (basis.T @ predicted)
+    # Of its groups' degrees of freedom, what the parameters leave; of the runs', what parameters and groups leave.
+    degrees = [
+        max(float(expected[0, i + 1]) * member.shape[1] / len(residuals), 1.0) for i, member in enumerate(members)
+    ]
+    own_degrees = max(len(residuals) - basis.shape[1] - max(degrees), 1.0)
+    leverage = np.minimum((basis**2).sum(axis=1), 0.95)
+    own = (residuals - predicted) / np.sqrt(1 - leverage)
+    return Noise(np.sqrt(variances), np.array([own_degrees, *degrees]), own)
 
 
 def percentiles(draws: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
