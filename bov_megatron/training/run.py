@@ -31,6 +31,7 @@ from bov_megatron.recipe.identity import recipe_digest
 from bov_megatron.training.callbacks.checkpoints import Checkpoints
 from bov_megatron.training.callbacks.metrics_file import MetricsFile
 from bov_megatron.training.callbacks.progress import Progress
+from bov_megatron.training.callbacks.samples import Prompts, Samples
 from bov_megatron.training.callbacks.slowest_rank import SlowestRank
 from bov_megatron.training.callbacks.validation import Validation
 from bov_megatron.training.callbacks.value_statistics import ValueStatistics
@@ -89,6 +90,7 @@ def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
     health = Health(recipe.health, start.extra.get("health") if start else None)
     train_loader, validation_loader = on_all_ranks(lambda: _open_data(recipe, start, health))
     bytes_per_token = on_all_ranks(validation_loader.bytes_per_token)
+    samples = on_all_ranks(lambda: _samples(recipe, validation_loader))
     with train_loader:
         _announce(recipe, start, train_loader)
         yield Trainer(
@@ -96,6 +98,7 @@ def _trainer(recipe: Recipe, stop_request: StopRequest, watchdog: Watchdog):
             train_loader,
             [
                 Validation(validation_loader, recipe.validation.interval),
+                *([samples] if samples else []),
                 ValueStatistics(recipe.logging.table_interval),
                 SlowestRank(recipe.logging.interval),
                 Progress(recipe.logging.print_interval),
@@ -158,6 +161,12 @@ def _open_data(recipe: Recipe, start: checkpoint.Loaded | None, health: Health) 
         **common,
     )
     return train_loader, validation_loader
+
+
+def _samples(recipe: Recipe, loader: ValidationLoader) -> Samples | None:
+    if not recipe.validation.prompts:
+        return None
+    return Samples(recipe, Prompts(recipe, loader.tokenizer_folder))
 
 
 def _shards(loader: TrainLoader) -> list[str]:

@@ -11,7 +11,7 @@ from tests.support.distributed import run_ranks
 
 SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
 TIMINGS = (
-    *("step_seconds", "tokens_per_second", "validation_seconds", "mfu", "data_seconds", "data_rank"),
+    *("step_seconds", "tokens_per_second", "validation_seconds", "samples_seconds", "mfu", "data_seconds", "data_rank"),
     *("slowest_rank", "slowest_rank_seconds", "fastest_rank_seconds"),
 )
 
