@@ -146,7 +146,8 @@ def format_plan(plan: Plan) -> str:
     layout = f"{ranks} = tensor {p.tensor_model_parallel_size} × pipeline {p.pipeline_model_parallel_size}"
     if p.context_parallel_size > 1:
         layout += f" × context {p.context_parallel_size}"
-    estimate = p.time_estimate
+    estimate, on_host = p.time_estimate, p.host_memory_per_rank_bytes
+    host_memory = [("Host memory per rank", format_size(on_host), [])] if on_host else []
     sections = [
         ("Parameters", f"{p.parameters:,}", kinds),
         (
@@ -171,7 +172,7 @@ def format_plan(plan: Plan) -> str:
             ],
         ),
         ("Memory per rank", f"{format_size(p.memory_per_rank_bytes)} (estimate, the fullest rank)", memory),
-        *([("Host memory per rank", format_size(p.host_memory_per_rank_bytes), [])] if p.host_memory_per_rank_bytes else []),
+        *host_memory,
         ("Checkpoint", f"{format_size(p.checkpoint_bytes)} on disk", []),
         (
             "Values cached",

@@ -24,7 +24,7 @@ from bov_megatron.data.tokenizer import load_encoder
 from bov_megatron.errors import DONE, BovError, CheckpointError, DataError, RunFolderError
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.lifecycle.lease import STALE_SECONDS, current_holder
-from bov_megatron.plan import Plan, format_duration, format_size, plan
+from bov_megatron.plan import Plan, format_duration, format_size
 from bov_megatron.plotting.metrics import read_columns
 from bov_megatron.recipe import Recipe
 
@@ -44,23 +44,22 @@ class Preflight:
     """All findings, in the order in which a start would meet them."""
 
     recipe: Recipe
-    world_size: int
+    plan: Plan
     nodes: int
     findings: list[Finding] = field(default_factory=list)
     exit_status: int = DONE
     """Of the first error: what training would end with."""
-    plan: Plan | None = None
     step: int = 0
     """Steps done in the checkpoint to continue from."""
 
     @property
     def steps_left(self) -> int:
-        return max(0, self.plan.steps - self.step) if self.plan else 0
+        return max(0, self.plan.steps - self.step)
 
 
-def preflight(recipe: Recipe, world_size: int, nodes: int = 1) -> Preflight:
-    """Check a start of `recipe` on `world_size` ranks of `nodes` nodes like this one. Errors are findings."""
-    done = Preflight(recipe, world_size, nodes)
+def preflight(recipe: Recipe, costs: Plan, nodes: int = 1) -> Preflight:
+    """Check a start of `recipe` as planned, on `nodes` nodes like this one. Errors are findings."""
+    done = Preflight(recipe, costs, nodes)
     stored = _Stored()
     topics: dict[str, Callable[[], Iterator[Finding | str]]] = {
         "world": lambda: _world(done),
@@ -71,8 +70,6 @@ def preflight(recipe: Recipe, world_size: int, nodes: int = 1) -> Preflight:
         "cost": lambda: _cost(done),
     }
     for topic, look in topics.items():
-        if done.plan is None and topic != "world":
-            break  # nothing else can be said
         try:
             for found in look():
                 done.findings.append(found if isinstance(found, Finding) else Finding(topic, "ok", found))
@@ -84,7 +81,7 @@ def preflight(recipe: Recipe, world_size: int, nodes: int = 1) -> Preflight:
 
 def format_preflight(done: Preflight) -> str:
     """The findings as an aligned list, and whether training can start."""
-    lines = [f"Check of {done.recipe.name} on {done.world_size} ranks", ""]
+    lines = [f"Check of {done.recipe.name} on {done.plan.world_size} ranks", ""]
     for number, found in enumerate(done.findings):
         again = number > 0 and done.findings[number - 1].topic == found.topic
         mark = {"ok": "ok   ", "note": "note ", "error": "ERROR"}[found.kind]
@@ -101,7 +98,7 @@ def _note(topic: str, text: str) -> Finding:
 
 
 def _world(done: Preflight) -> Iterator[Finding | str]:
-    done.plan = costs = plan(done.recipe, done.world_size)
+    costs = done.plan
     yield (
         f"tensor {costs.tensor_model_parallel_size} × pipeline {costs.pipeline_model_parallel_size} × context "
         f"{costs.context_parallel_size} × data {costs.data_parallel_size}; "
@@ -113,8 +110,7 @@ def _devices(done: Preflight) -> Iterator[Finding | str]:
     import psutil
     import torch
 
-    assert done.plan is not None
-    per_node = -(-done.world_size // done.nodes)
+    per_node = -(-done.plan.world_size // done.nodes)
     on_device, on_host = done.plan.memory_per_rank_bytes, done.plan.host_memory_per_rank_bytes
     if torch.cuda.is_available():
         count, properties = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
@@ -167,7 +163,6 @@ def _checkpoint(done: Preflight, stored: _Stored) -> Iterator[Finding | str]:
     compatibility.check_same_optimizer(run["recipe"], done.recipe, path)
     done.step = run["step"]
     stored.tokenizer_hash, stored.shards = run["extra"]["tokenizer_hash"], run["extra"]["shards"]
-    assert done.plan is not None
     yield f"{path}: resumes after step {done.step:,} of {done.plan.steps:,}, {done.steps_left:,} to go"
     if not done.steps_left:
         yield _note(topic, "all steps are done; raise train.steps or train.budget_flops, or set another name=…")
@@ -189,7 +184,6 @@ def _damage(path: Path) -> str:
 
 def _data(done: Preflight, stored: _Stored) -> Iterator[Finding | str]:
     recipe = done.recipe
-    assert done.plan is not None
     data_sets = open_data_sets(
         recipe.data, recipe.model.sequence_length, recipe.model.vocab_size, stored.tokenizer_hash
     )
@@ -242,7 +236,6 @@ def _data_set(data_set: DataSet, samples_read: float) -> Iterator[Finding | str]
 
 def _disk(done: Preflight) -> Iterator[Finding | str]:
     recipe, run_dir = done.recipe, done.recipe.run_dir
-    assert done.plan is not None
     where = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     yield from _holder(run_dir, now=_time_of_a_write(where))
     if not done.steps_left:
@@ -295,7 +288,6 @@ def _holder(run_dir: Path, now: float) -> Iterator[Finding]:
 
 def _cost(done: Preflight) -> Iterator[Finding | str]:
     recipe, costs = done.recipe, done.plan
-    assert costs is not None
     if not done.steps_left:
         yield "nothing"
         return
@@ -303,7 +295,7 @@ def _cost(done: Preflight) -> Iterator[Finding | str]:
     flops = costs.flops_per_token * tokens
     yield f"{done.steps_left:,} steps of {costs.batch_tokens:,} tokens: {tokens:.3g} tokens, {flops:.3g} FLOPs"
     if (seconds := _measured_step(recipe.run_dir)) is not None:
-        yield f"{format_duration(done.steps_left * seconds)}, at the run's own last steps ({seconds:.3g} s each, median)"
+        yield f"{format_duration(done.steps_left * seconds)}, at the run's last steps ({seconds:.3g} s each, median)"
     else:
         share, estimate = done.steps_left / costs.steps, costs.time_estimate
         yield (

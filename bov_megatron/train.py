@@ -16,6 +16,7 @@ from bov_megatron.lifecycle import exit_status
 from bov_megatron.lifecycle.interruption import StopSignals
 from bov_megatron.lifecycle.terminal import say
 from bov_megatron.parallel.launch import World, detect_world, export_world
+from bov_megatron.plan import format_plan, plan
 from bov_megatron.recipe import Recipe, data_parallel_size, load_recipe
 
 
@@ -41,7 +42,18 @@ def _main(arguments: list[str] | None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="e.g. train.steps=20 optimizer.matrix_lr=0.01"
     )
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="say what a start would find (data, checkpoint, disk, devices, …) and cost, and train nothing",
+    )
+    parser.add_argument("--world-size", type=int, help="with --check: ranks of the start (default: of this one)")
+    parser.add_argument("--nodes", type=int, default=1, help="with --check: nodes they run on (default %(default)s)")
+    options = parser.parse_intermixed_args(arguments)
+    if options.world_size and not options.check:
+        parser.error("--world-size goes with --check: ranks are counted by the launcher, torchrun or srun")
+    if options.check:
+        return _check(options)
 
     # The first rank of each node speaks: a recipe may be missing on one node alone.
     speaks = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
@@ -55,6 +67,25 @@ def _main(arguments: list[str] | None) -> int:
         return _refuse(error, speaks)
     with StopSignals() as signals:  # importing takes its time
         return _train(recipe, world, signals)
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Print the plan and what a start would find, on one rank; returns the status that the start would end with."""
+    try:
+        world = detect_world()
+        if world.rank > 0:
+            return errors.DONE
+        recipe = load_recipe(options.recipe, options.overrides)
+        costs = plan(recipe, options.world_size or world.world_size)
+    except BovError as error:
+        return _refuse(error, True)
+    print(format_plan(costs), end="\n\n", flush=True)
+    quiet_megatron_imports()
+    from bov_megatron.preflight import format_preflight, preflight  # torch and Megatron: seconds
+
+    done = preflight(recipe, costs, options.nodes)
+    print(format_preflight(done), flush=True)
+    return done.exit_status
 
 
 def _train(recipe: Recipe, world: World, signals: StopSignals) -> int:

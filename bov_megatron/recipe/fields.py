@@ -400,6 +400,8 @@ class LoggingConfig:
     """Whether Weights & Biases gets the run: `offline` later, from its folder, `online` at once, `disabled` not."""
     wandb_project: str = "bov_megatron"
     """Weights & Biases project."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard as well, to `tensorboard/` in the run folder."""
     table_interval: Size = 50
     """Steps between statistics of the value tables (row norms, share of rows touched)."""
     peak_flops: Positive | None = None
