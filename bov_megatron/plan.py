@@ -147,7 +147,7 @@ def format_plan(plan: Plan) -> str:
     if p.context_parallel_size > 1:
         layout += f" × context {p.context_parallel_size}"
     estimate, on_host = p.time_estimate, p.host_memory_per_rank_bytes
-    host_memory = [("Host memory per rank", format_size(on_host), [])] if on_host else []
+    host_memory: list[tuple[str, str, list]] = [("Host memory per rank", format_size(on_host), [])] if on_host else []
     sections = [
         ("Parameters", f"{p.parameters:,}", kinds),
         (

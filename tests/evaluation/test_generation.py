@@ -19,9 +19,9 @@ PROMPTS = ["def read", "class", "é"]
 
 @pytest.fixture(scope="module")
 def run(prepared_data, tmp_path_factory) -> Path:
-    """A trained run of two tensor-parallel ranks in bf16, with checkpoints of steps 30 and 60."""
+    """A trained run of two tensor-parallel ranks in bf16, with checkpoints of steps 10 and 20."""
     folder = tmp_path_factory.mktemp("generation")
-    changes = ["train.steps=60", "checkpoint.interval=30", "validation.interval=0", "train.precision=bf16"]
+    changes = ["train.steps=20", "checkpoint.interval=10", "validation.interval=0", "train.precision=bf16"]
     train(2, overrides(prepared_data, folder / "run", *changes, "parallel.tensor_model_parallel_size=2"))
     return folder / "run"
 
@@ -69,8 +69,8 @@ def test_a_checkpoint_says_what_transformers_says_on_its_export(run, export):
 
 def test_an_earlier_step_is_another_model(run):
     (newest,) = run_ranks(said_rank, 1, str(run), {"dtype": "float32"}, {})
-    (earlier,) = run_ranks(said_rank, 1, str(run), {"step": 30, "dtype": "float32"}, {})
-    (by_folder,) = run_ranks(said_rank, 1, str(run / "checkpoints/step_00000030"), {"dtype": "float32"}, {})
+    (earlier,) = run_ranks(said_rank, 1, str(run), {"step": 10, "dtype": "float32"}, {})
+    (by_folder,) = run_ranks(said_rank, 1, str(run / "checkpoints/step_00000010"), {"dtype": "float32"}, {})
     texts = [[generation.text for generation, _ in found] for found in (newest, earlier, by_folder)]
     assert texts[1] == texts[2] != texts[0]
 
@@ -114,7 +114,7 @@ def call(*arguments, **options) -> subprocess.CompletedProcess:
 def test_the_command_reads_its_input_and_prints_what_it_says(run, export, tmp_path):
     done = call(run, "--max-new-tokens", 20, input="def read\n")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("\n") == 1 and "step_00000060: " in done.stderr and "tokens/s, ended by" in done.stderr
+    assert done.stderr.count("\n") == 1 and "step_00000020: " in done.stderr and "tokens/s, ended by" in done.stderr
     as_json = call(export, "--prompt", "def read", "--prompt", "class", "--max-new-tokens", 20, "--json")
     first, second = map(json.loads, as_json.stdout.splitlines())
     assert done.stdout == f"def read{first['text']}\n"
