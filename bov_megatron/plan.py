@@ -135,18 +135,19 @@ def format_plan(plan: Plan) -> str:
         for kind, count in p.parameters_by_kind.items()
         if count
     ]
-    memory = [(f"  {part}", _size(size)) for part, size in p.memory_per_rank.items() if size]
+    memory = [(f"  {part}", format_size(size)) for part, size in p.memory_per_rank.items() if size]
     stages = []
     if len(p.layers_per_stage) > 1:
         stages = [
             ("  FLOPs per stage", ", ".join(f"{share:.1%}" for share in p.flops_share_by_stage)),
-            ("  memory per stage", ", ".join(_size(sum(stage.values())) for stage in p.memory_by_stage)),
+            ("  memory per stage", ", ".join(format_size(sum(stage.values())) for stage in p.memory_by_stage)),
         ]
     ranks = "1 rank" if p.world_size == 1 else f"{p.world_size} ranks"
     layout = f"{ranks} = tensor {p.tensor_model_parallel_size} × pipeline {p.pipeline_model_parallel_size}"
     if p.context_parallel_size > 1:
         layout += f" × context {p.context_parallel_size}"
-    estimate = p.time_estimate
+    estimate, on_host = p.time_estimate, p.host_memory_per_rank_bytes
+    host_memory: list[tuple[str, str, list]] = [("Host memory per rank", format_size(on_host), [])] if on_host else []
     sections = [
         ("Parameters", f"{p.parameters:,}", kinds),
         (
@@ -170,17 +171,17 @@ def format_plan(plan: Plan) -> str:
                 ("  target layers", _ranges(p.target_layers)),
             ],
         ),
-        ("Memory per rank", f"{_size(p.memory_per_rank_bytes)} (estimate, the fullest rank)", memory),
-        *([("Host memory per rank", _size(p.host_memory_per_rank_bytes), [])] if p.host_memory_per_rank_bytes else []),
-        ("Checkpoint", f"{_size(p.checkpoint_bytes)} on disk", []),
+        ("Memory per rank", f"{format_size(p.memory_per_rank_bytes)} (estimate, the fullest rank)", memory),
+        *host_memory,
+        ("Checkpoint", f"{format_size(p.checkpoint_bytes)} on disk", []),
         (
             "Values cached",
-            f"{_size(p.value_cache_bytes_per_token['this_model'])} a token when decoding in bf16",
-            [("  with projection", _size(p.value_cache_bytes_per_token["projection"]))],
+            f"{format_size(p.value_cache_bytes_per_token['this_model'])} a token when decoding in bf16",
+            [("  with projection", format_size(p.value_cache_bytes_per_token["projection"]))],
         ),
         (
             "Time",
-            f"{_duration(estimate['seconds'])} (estimate, not a measurement)",
+            f"{format_duration(estimate['seconds'])} (estimate, not a measurement)",
             [
                 (
                     "  assumed",
@@ -196,7 +197,8 @@ def format_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _size(size: float) -> str:
+def format_size(size: float) -> str:
+    """Bytes, e.g. `12.72 GiB`."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size /= 1024
@@ -204,7 +206,8 @@ def _size(size: float) -> str:
     return f"{size:.0f} B" if units[0] == "B" else f"{size:.2f} {units[0]}"
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """E.g. `1 h 43 min`."""
     if seconds < 120:
         return f"{seconds:.0f} s" if seconds >= 1 else "less than 1 s"
     minutes = round(seconds / 60)

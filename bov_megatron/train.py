@@ -50,7 +50,18 @@ def _main(arguments: list[str] | None, signals: StopSignals) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="e.g. train.steps=20 optimizer.matrix_lr=0.01"
     )
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="say what a start would find (data, checkpoint, disk, devices, …) and cost, and train nothing",
+    )
+    parser.add_argument("--world-size", type=int, help="with --check: ranks of the start (default: of this one)")
+    parser.add_argument("--nodes", type=int, default=1, help="with --check: nodes they run on (default %(default)s)")
+    options = parser.parse_intermixed_args(arguments)
+    if options.world_size and not options.check:
+        parser.error("--world-size goes with --check: ranks are counted by the launcher, torchrun or srun")
+    if options.check:
+        return _check(options)
 
     from bov_megatron.parallel.launch import detect_world, export_world
     from bov_megatron.recipe import data_parallel_size, load_recipe
@@ -64,6 +75,29 @@ def _main(arguments: list[str] | None, signals: StopSignals) -> int:
     except BovError as error:
         return _refuse(error, speaks())  # on each node: a recipe may be missing on one alone
     return _train(recipe, world, signals)
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Print the plan and what a start would find, on one rank; returns the status that the start would end with."""
+    from bov_megatron.parallel.launch import detect_world
+    from bov_megatron.plan import format_plan, plan
+    from bov_megatron.recipe import load_recipe
+
+    try:
+        world = detect_world()
+        if world.rank > 0:
+            return errors.DONE
+        recipe = load_recipe(options.recipe, options.overrides)
+        costs = plan(recipe, options.world_size or world.world_size)
+    except BovError as error:
+        return _refuse(error, True)
+    print(format_plan(costs), end="\n\n", flush=True)
+    quiet_megatron_imports()
+    from bov_megatron.preflight import format_preflight, preflight  # torch and Megatron: seconds
+
+    done = preflight(recipe, costs, options.nodes)
+    print(format_preflight(done), flush=True)
+    return done.exit_status
 
 
 def _train(recipe: Recipe, world: World, signals: StopSignals) -> int:

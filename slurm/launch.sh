@@ -87,9 +87,10 @@ finish() {
     exit "$1"
 }
 
-# Record the cost of the job. A recipe that can't run on this many ranks ends the job here, with a single error.
+# Record the cost of the job, and check what the ranks will need. What would stop them ends the job here.
 "${srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 \
-    "$python" tools/plan.py --world-size "$SLURM_NTASKS" "$recipe" ${overrides[@]+"${overrides[@]}"} || finish $?
+    "$python" -m bov_megatron.train "$recipe" ${overrides[@]+"${overrides[@]}"} \
+    --check --world-size "$SLURM_NTASKS" --nodes "$SLURM_JOB_NUM_NODES" || finish $?
 [[ -z $interrupted ]] || finish 143
 
 # --kill-on-bad-exit: the other ranks would wait for a failed one until a collective times out.

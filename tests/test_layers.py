@@ -28,7 +28,8 @@ SEES = {
     "evaluation": ("recipe", "parallel", "model", "engines", "lifecycle", "checkpoint", "data", "exchange"),
     "plan": ("recipe",),
     "plotting": ("recipe", "lifecycle"),
-    "train": ("recipe", "parallel", "lifecycle", "training"),
+    "preflight": ("recipe", "lifecycle", "checkpoint", "data", "plan", "plotting"),
+    "train": ("recipe", "parallel", "lifecycle", "training", "plan", "preflight"),
     "studies": ("recipe", "lifecycle", "plan"),
     "commands": (
         *("recipe", "lifecycle", "checkpoint", "data", "exchange", "evaluation", "plan", "plotting", "train"),

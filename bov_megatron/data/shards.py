@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,29 +62,13 @@ class SplitReader:
         manifest = data_set.manifest
         self.length = manifest.sequence_length + 1
         self.vocab_size = manifest.vocab_size
-        self._shards = self._read_index()
+        self._shards = read_index(data_set, name)
         self.shard_sizes = np.array([shard["samples"] for shard in self._shards], dtype=np.int64)
         self._ends = np.cumsum(self.shard_sizes)
         self.num_samples = int(self.shard_sizes.sum())
         self._readers: dict[int, object] = {}
         self._lock = threading.Lock()
         import streaming  # noqa: F401  not at the top: it takes seconds
-
-    def _read_index(self) -> list[dict]:
-        split = self.data_set.manifest.splits[self.name]
-        path = self.folder / INDEX_NAME
-        if self.data_set.cache:
-            self.data_set.cache.get(f"{self.name}/{INDEX_NAME}", hashes={"sha256": split.index_sha256})
-        if not path.is_file():
-            raise DataError(f"{path} is missing; copy the data set again, or prepare it again with --overwrite")
-        data = path.read_bytes()
-        actual = hashlib.sha256(data).hexdigest()
-        if actual != split.index_sha256:
-            raise DataError(
-                f"{path} is not the one that {MANIFEST_NAME} describes (SHA-256 {actual[:12]}, expected "
-                f"{split.index_sha256[:12]}); copy the data set again"
-            )
-        return json.loads(data)["shards"]
 
     def read(self, samples: np.ndarray) -> np.ndarray:
         """Tokens of the samples with these ids: int64 `[len(samples), sequence_length + 1]`.
@@ -146,6 +131,47 @@ class SplitReader:
                 f"shard {path} {damage}; copy it again from where the data set was prepared, or prepare it again with "
                 "--overwrite, and start again"
             )
+
+
+def read_index(data_set: DataSet, name: str) -> list[dict]:
+    """The shards of a split, as in its MDS index. Raises DataError if it is missing or isn't the manifest's."""
+    split, path = data_set.manifest.splits[name], data_set.folder / name / INDEX_NAME
+    if data_set.cache:
+        data_set.cache.get(f"{name}/{INDEX_NAME}", hashes={"sha256": split.index_sha256})
+    if not path.is_file():
+        raise DataError(f"{path} is missing; copy the data set again, or prepare it again with --overwrite")
+    data = path.read_bytes()
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != split.index_sha256:
+        raise DataError(
+            f"{path} is not the one that {MANIFEST_NAME} describes (SHA-256 {actual[:12]}, expected "
+            f"{split.index_sha256[:12]}); copy the data set again"
+        )
+    return json.loads(data)["shards"]
+
+
+def find_missing_shards(data_set: DataSet, name: str) -> tuple[int, list[Path]]:
+    """How many shards a split has, and those that are not on this machine with the right size; nothing is read."""
+    files = [
+        (data_set.folder / name / shard["raw_data"]["basename"], shard["raw_data"]["bytes"])
+        for shard in read_index(data_set, name)
+    ]
+    return len(files), [path for path, size in files if not path.is_file() or path.stat().st_size != size]
+
+
+def fingerprints(data_sets: Sequence[DataSet]) -> list[str]:
+    """Of each data set's training shards, independent of their location."""
+    return [data_set.manifest.splits["train"].index_sha256 for data_set in data_sets]
+
+
+def check_fingerprints(data_sets: Sequence[DataSet], stored: list[str], step: int) -> None:
+    """Raise DataError unless the training shards are those that the checkpoint of `step` was trained on."""
+    if stored != fingerprints(data_sets):
+        raise DataError(
+            f"the training shards of {', '.join(str(d.folder) for d in data_sets)} are not those that the "
+            f"checkpoint of step {step} was trained on, so its sample ids mean other samples here. Restore "
+            "data.path (or data.streams), or start another run with name=…"
+        )
 
 
 def streams_of(data: DataConfig) -> list[StreamConfig]:

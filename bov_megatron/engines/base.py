@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from bov_megatron.model import context_parallel
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
 from bov_megatron.optim.optimizer import UpdateResult
@@ -149,6 +150,36 @@ class Engine(abc.ABC):
         nats, size, tokens = self._sum_over_data_parallel(results, 3).tolist()
         return ScoreResult(nats, int(size), int(tokens))
 
+    @torch.no_grad()
+    def next_logits(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """Logits of the token that follows the first `lengths_B` ids of each row, from a forward pass over all T.
+
+        Args:
+            ids_BT: the same on all ranks; what follows the counted ids is ignored. T must divide as the model's
+                sequence does: by twice the context-parallel size, and by the tensor-parallel size.
+            lengths_B: at least 1.
+
+        Returns fp32 `[B, vocab_size]`, the same on all ranks of a model replica; collective.
+        """
+        self.finish_gather()
+        for chunk in self.chunks:
+            chunk.eval()
+        padded = torch.nn.functional.pad(ids_BT, (0, 1))  # micro-batches have T + 1 ids
+        micro_batches, counted = self._fill_groups([padded], [torch.ones(len(ids_BT), dtype=torch.bool)])
+
+        def pick(labels_BT: None, counted_B: Tensor, logits_BsV: Tensor):
+            return logits_BsV.new_zeros(()), _logits_at(logits_BsV, lengths_B - 1, ids_BT.size(1))
+
+        results = self._run(self.chunks, micro_batches, pick, counted, with_labels=False)
+        vocab_size = self.recipe.model.vocab_size
+        logits_BV = torch.empty(len(ids_BT), vocab_size, device=device())
+        if results:
+            logits_BV.copy_(results[0][:, :vocab_size])
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(logits_BV, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return logits_BV
+
     @abc.abstractmethod
     def table_sums(self, table: torch.nn.Parameter, rows: int) -> tuple[float, int]:
         """Sum of squares of the first `rows` rows of this rank's part of a value table, and how many of them have a
@@ -181,13 +212,14 @@ class Engine(abc.ABC):
         self,
         chunks: list,
         micro_batches: Sequence[Tensor],
-        loss_function: Callable[[Tensor, Any, Tensor], tuple[Tensor, Tensor]],
+        loss_function: Callable[[Any, Any, Tensor], tuple[Tensor, Tensor]],
         counted: Sequence[Tensor] | None = None,
+        with_labels: bool = True,
     ) -> list[Tensor]:
         """Forward, and backward unless `counted` is given, of all micro-batches.
 
         Returns, on the last pipeline stage, the second results of `loss_function(labels, counted, losses)`; the first
-        is the loss.
+        is the loss. Without labels, the function gets None in their place, and logits instead of losses.
         """
 
     def _sum_over_data_parallel(self, results: list[Tensor], width: int) -> Tensor:
@@ -200,6 +232,22 @@ class Engine(abc.ABC):
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
         return total
+
+
+def _logits_at(logits_BsV: Tensor, positions_B: Tensor, length: int) -> Tensor:
+    """Whole rows of logits `[B, V]` at one position of each sequence, from this rank's part of sequence and vocabulary;
+    collective over the context- and tensor-parallel ranks of a stage."""
+    context, tensor = parallel_state.get_context_parallel_group(), parallel_state.get_tensor_model_parallel_group()
+    held_s = context_parallel.positions(length, context, logits_BsV.device)
+    is_here_Bs = held_s == positions_B.to(held_s)[:, None]
+    rows = torch.arange(len(logits_BsV), device=logits_BsV.device)
+    picked = logits_BsV[rows, is_here_Bs.int().argmax(dim=1)].float()
+    picked = torch.where(is_here_Bs.any(dim=1, keepdim=True), picked, 0.0)
+    if context.size() > 1:
+        dist.all_reduce(picked, group=context)
+    parts = [torch.empty_like(picked) for _ in range(tensor.size())]
+    dist.all_gather(parts, picked.contiguous(), group=tensor)
+    return torch.cat(parts, dim=1)
 
 
 def _build_chunks(recipe: Recipe) -> list[BovModel]:

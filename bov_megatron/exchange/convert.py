@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,12 +18,15 @@ from bov_megatron.checkpoint import compatibility
 from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import ExportError
-from bov_megatron.exchange.export import export
+from bov_megatron.exchange.export import export, hf_config
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.model.naming import full_from_gathered
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.device import device
 from bov_megatron.recipe import ParallelConfig, recipe_from_dict
+
+if TYPE_CHECKING:
+    from bov_megatron.exchange.hf.modeling_bov import BovForCausalLM
 
 PARITY_TOLERANCE = 1e-4
 """Maximum relative error of logits computed in fp32 from the same stored weights."""
@@ -60,8 +64,7 @@ def to_hf(
     """
     path = run_folder.find_checkpoint(run_dir, step)
     stored = checkpoint.read_run(path)
-    if dtype is None:
-        dtype = torch.bfloat16 if stored["recipe"]["train"]["precision"] == "bf16" else torch.float32
+    dtype = dtype or _computed_in(stored["recipe"])
     with open_checkpoint(path) as engine:
         parity: list[float] = []
         out_dir = export(
@@ -75,6 +78,27 @@ def to_hf(
             check=lambda folder: parity.append(_parity(engine, folder, dtype)) if check_parity else None,
         )
     return Conversion(out_dir, path, stored["step"], parity[0] if parity else None)
+
+
+def in_memory(path: Path, dtype: torch.dtype | None = None) -> BovForCausalLM:
+    """The model that `to_hf` would export of a checkpoint, without the folder: on the CPU, in evaluation mode.
+
+    `dtype` None means that of the run's computation, as in `to_hf`. Raises CheckpointError.
+    """
+    from bov_megatron.exchange.hf.modeling_bov import BovForCausalLM
+
+    dtype = dtype or _computed_in(checkpoint.read_run(path)["recipe"])
+    with open_checkpoint(path) as engine:
+        weights = {name: tensor.to("cpu", dtype, copy=True) for name, tensor in _canonical_tensors(engine)}
+        config = hf_config(engine.recipe.model)
+    with torch.device("meta"):
+        model = BovForCausalLM(config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def _computed_in(recipe: dict) -> torch.dtype:
+    return torch.bfloat16 if recipe["train"]["precision"] == "bf16" else torch.float32
 
 
 @contextlib.contextmanager

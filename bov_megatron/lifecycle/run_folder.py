@@ -9,6 +9,7 @@ RUN/checkpoints/step_00000600.damaged/   not what its manifest says; set aside, 
 RUN/lease.json                           which process trains the run now
 RUN/restarts.json                        starts in a row that brought no new checkpoint
 RUN/stacks/rank_00003.txt                where a rank was when the run hung
+RUN/tensorboard/                         the metrics for TensorBoard
 RUN/wandb_id                             the run's name at Weights & Biases
 """
 
@@ -22,6 +23,7 @@ from bov_megatron.errors import CheckpointError
 RECIPE, TOKENIZER, STARTS, METRICS = "recipe.yaml", "tokenizer", "starts.jsonl", "metrics.jsonl"
 CHECKPOINTS, SAVING, DAMAGED = "checkpoints", ".saving", ".damaged"
 LEASE, RESTARTS, STACKS, WANDB_ID = "lease.json", "restarts.json", "stacks", "wandb_id"
+TENSORBOARD = "tensorboard"
 _STEP = re.compile(r"step_(\d{8})")
 
 

@@ -341,6 +341,11 @@ class ValidationConfig:
     """Maximum number of held-out tokens to score."""
     micro_batch_size: Size | None = None
     """Sequences per forward pass; `null` means train.micro_batch_size."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts that the model continues after each validation, always with its most probable token; the continuations are
+    among the metrics."""
+    prompt_tokens: Size = 48
+    """Tokens of a continuation, at most. Each costs a forward pass over all prompts, without a cache."""
 
 
 @dataclass
@@ -395,6 +400,8 @@ class LoggingConfig:
     """Whether Weights & Biases gets the run: `offline` later, from its folder, `online` at once, `disabled` not."""
     wandb_project: str = "bov_megatron"
     """Weights & Biases project."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard as well, to `tensorboard/` in the run folder."""
     table_interval: Size = 50
     """Steps between statistics of the value tables (row norms, share of rows touched)."""
     peak_flops: Positive | None = None

@@ -17,6 +17,8 @@ from bov_megatron import checkpoint, errors
 from bov_megatron.checkpoint import compatibility
 from bov_megatron.checkpoint.differences import find_differences, format_differences
 from bov_megatron.data.loader import TrainLoader, ValidationLoader
+from bov_megatron.data.prompts import Prompts
+from bov_megatron.data.shards import check_fingerprints, fingerprints
 from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import DataError, ThisRankError
@@ -36,7 +38,9 @@ from bov_megatron.recipe.quantities import total_steps
 from bov_megatron.training.callbacks.checkpoints import Checkpoints
 from bov_megatron.training.callbacks.metrics_file import MetricsFile
 from bov_megatron.training.callbacks.progress import Progress
+from bov_megatron.training.callbacks.samples import Samples
 from bov_megatron.training.callbacks.slowest_rank import SlowestRank
+from bov_megatron.training.callbacks.tensorboard import TensorBoard
 from bov_megatron.training.callbacks.validation import Validation
 from bov_megatron.training.callbacks.value_statistics import ValueStatistics
 from bov_megatron.training.callbacks.wandb import Wandb
@@ -180,6 +184,7 @@ def _trainer(recipe: Recipe, start: StoredRun | None, stop_request: StopRequest,
     _say("opening the data")
     train_loader, validation_loader = on_all_ranks(lambda: _open_data(recipe, start, health))
     bytes_per_token = on_all_ranks(validation_loader.bytes_per_token)
+    samples = on_all_ranks(lambda: _samples(recipe, validation_loader))
     with train_loader:
         _announce(recipe, start, train_loader)
         yield Trainer(
@@ -187,16 +192,21 @@ def _trainer(recipe: Recipe, start: StoredRun | None, stop_request: StopRequest,
             train_loader,
             [
                 Validation(validation_loader, recipe.validation.interval),
+                *([samples] if samples else []),
                 ValueStatistics(recipe.logging.table_interval),
                 SlowestRank(recipe.logging.interval),
                 Progress(recipe.logging.print_interval),
                 Wandb(recipe.run_dir, recipe.logging.wandb, recipe.logging.wandb_project),
+                TensorBoard(recipe.run_dir, recipe.logging.tensorboard),
                 MetricsFile(recipe.run_dir, recipe.logging.interval),
                 Checkpoints(recipe.run_dir, recipe.checkpoint, from_step_0=recipe.health.on_spike == "rollback"),
             ],
             bytes_per_token=_padded(bytes_per_token, recipe.model.vocab_size),
             start_step=start.step if start else 0,
-            checkpoint_extra={"tokenizer_hash": train_loader.tokenizer_hash, "shards": _shards(train_loader)},
+            checkpoint_extra={
+                "tokenizer_hash": train_loader.tokenizer_hash,
+                "shards": fingerprints(train_loader.data_sets),
+            },
             health=health,
             reload=functools.partial(_load_newest, engine),
             stop_request=stop_request,
@@ -221,12 +231,8 @@ def _open_data(recipe: Recipe, start: StoredRun | None, health: Health) -> tuple
         skipped=health.skipped_windows(),
         **common,
     )
-    if start and start.extra["shards"] != _shards(train_loader):
-        raise DataError(
-            f"the training shards of {', '.join(str(d.folder) for d in train_loader.data_sets)} are not those that the "
-            f"checkpoint of step {start.step} was trained on, so its sample ids mean other samples here. Restore "
-            "data.path (or data.streams), or start another run with name=…"
-        )
+    if start:
+        check_fingerprints(train_loader.data_sets, start.extra["shards"], start.step)
     validation_loader = ValidationLoader(
         recipe.data,
         tokens=recipe.validation.tokens,
@@ -236,9 +242,10 @@ def _open_data(recipe: Recipe, start: StoredRun | None, health: Health) -> tuple
     return train_loader, validation_loader
 
 
-def _shards(loader: TrainLoader) -> list[str]:
-    """Fingerprint of each stream's training shards, independent of their location."""
-    return [data_set.manifest.splits["train"].index_sha256 for data_set in loader.data_sets]
+def _samples(recipe: Recipe, loader: ValidationLoader) -> Samples | None:
+    if not recipe.validation.prompts:
+        return None
+    return Samples(recipe, Prompts(recipe, loader.tokenizer_folder))
 
 
 def _announce(recipe: Recipe, start: StoredRun | None, loader: TrainLoader) -> None:

@@ -213,14 +213,18 @@ class Trainer:
         """Whether something that is done every `interval` steps (0: only at the end) is due after this step."""
         return self.step == self.total_steps or (interval > 0 and self.step % interval == 0)
 
+    def must_stop(self) -> bool:
+        """Whether any rank has a reason to stop, asked between long pieces of work; collective."""
+        if not self.stopping:
+            self._agree()
+        return self.stopping
+
     def validate(self, loader) -> ScoreResult | None:
         """Score of the held-out split, or None where the run stops early; the same on every rank."""
         total = ScoreResult(0.0, 0, 0)
         batches = iter(loader)
         while chunk := list(itertools.islice(batches, VALIDATION_CHUNK)):
-            if not self.stopping:
-                self._agree()
-            if self.stopping:
+            if self.must_stop():
                 return None
             total += self.engine.score(
                 [batch.tokens for batch in chunk], self.bytes_per_token, [batch.mask for batch in chunk]

@@ -86,11 +86,11 @@ class DeepSpeedEngine(Engine):
             len(micro_batches) * parallel_state.get_data_parallel_world_size()
         )
 
-    def _run(self, chunks, micro_batches, loss_function, counted=None):
+    def _run(self, chunks, micro_batches, loss_function, counted=None, with_labels=True):
         results = []
         masks = counted or [None] * len(micro_batches)
         for number, (ids_BT, counted_B) in enumerate(zip(micro_batches, masks, strict=True), 1):
-            labels_BT = to_device(ids_BT[:, 1:].contiguous())
+            labels_BT = to_device(ids_BT[:, 1:].contiguous()) if with_labels else None
             if counted is None:
                 self.zero.set_gradient_accumulation_boundary(number == len(micro_batches))
             losses_BT = self.zero(ids_BT[:, :-1].contiguous(), labels_BT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from typing import Any
@@ -66,6 +67,9 @@ class Progress(Callback):
     def _print_validation(self, line: dict[str, Any]) -> None:
         if "validation_bits_per_byte" in line:
             say(f"step {line['step']}: validation {line['validation_bits_per_byte']:.4f} bits per byte")
+        for sample in line.get("samples", []):
+            prompt, text = (json.dumps(sample[part], ensure_ascii=False) for part in ("prompt", "text"))
+            say(f"step {line['step']}: {prompt} → {text}")
 
     def _print_roll_back(self, rollback: dict[str, Any]) -> None:
         loss = "" if rollback["loss"] is None else f" (loss {rollback['loss']:.4f})"

@@ -42,7 +42,12 @@ class Wandb(Callback):
     def after_step(self, trainer, record):
         if self.run is not None:
             # Without `step`, a resumed offline run would count from 0 again.
-            numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+            numbers: dict[str, Any] = {key: value for key, value in record.items() if isinstance(value, int | float)}
+            if "samples" in record:
+                import wandb
+
+                rows = [[sample["prompt"], sample["text"]] for sample in record["samples"]]
+                numbers["samples"] = wandb.Table(columns=["prompt", "text"], data=rows)
             self.run.log(numbers, step=record["step"])
 
     def after_line(self, trainer, line):

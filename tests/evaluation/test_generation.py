@@ -1,0 +1,123 @@
+"""`bov generate`: on a checkpoint it says what transformers says on its export; streamed text is the whole text."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bov_megatron.errors import EvaluationError
+from bov_megatron.evaluation.generation import Generator, Sampling
+from tests.support.distributed import run_ranks
+from tests.support.runs import overrides, train
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = ["def read", "class", "é"]
+
+
+@pytest.fixture(scope="module")
+def run(prepared_data, tmp_path_factory) -> Path:
+    """A trained run of two tensor-parallel ranks in bf16, with checkpoints of steps 10 and 20."""
+    folder = tmp_path_factory.mktemp("generation")
+    changes = ["train.steps=20", "checkpoint.interval=10", "validation.interval=0", "train.precision=bf16"]
+    train(2, overrides(prepared_data, folder / "run", *changes, "parallel.tensor_model_parallel_size=2"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def export(run) -> Path:
+    run_ranks(export_rank, 1, str(run))
+    return run.parent / "export"
+
+
+def export_rank(rank: int, world_size: int, run: str) -> None:
+    from bov_megatron.exchange.convert import to_hf
+
+    to_hf(Path(run), Path(run).parent / "export")
+
+
+def said_rank(rank: int, world_size: int, target: str, options: dict, sampling: dict) -> list:
+    """Texts and pieces of every prompt, by the project's code in a process of its own."""
+    generator = Generator(Path(target), **options)
+    found = []
+    for prompt in PROMPTS:
+        pieces: list[str] = []
+        found.append((generator.generate(prompt, 40, Sampling(**sampling), pieces.append), pieces))
+    return found
+
+
+def test_a_checkpoint_says_what_transformers_says_on_its_export(run, export):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (found,) = run_ranks(said_rank, 1, str(run), {}, {})
+    model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    assert model.dtype == torch.bfloat16
+    for prompt, (generation, pieces) in zip(PROMPTS, found, strict=True):
+        inputs = tokenizer(tokenizer.bos_token + prompt, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].size(1) :]
+        assert generation.text == tokenizer.decode(output, skip_special_tokens=True)
+        assert generation.tokens == len(output)
+        assert "".join(pieces) == generation.text
+    assert any(len(pieces) > 5 for _, pieces in found), "the text came at once"
+    (of_export,) = run_ranks(said_rank, 1, str(export), {}, {})
+    assert [generation.text for generation, _ in of_export] == [generation.text for generation, _ in found]
+
+
+def test_an_earlier_step_is_another_model(run):
+    (newest,) = run_ranks(said_rank, 1, str(run), {"dtype": "float32"}, {})
+    (earlier,) = run_ranks(said_rank, 1, str(run), {"step": 10, "dtype": "float32"}, {})
+    (by_folder,) = run_ranks(said_rank, 1, str(run / "checkpoints/step_00000010"), {"dtype": "float32"}, {})
+    texts = [[generation.text for generation, _ in found] for found in (newest, earlier, by_folder)]
+    assert texts[1] == texts[2] != texts[0]
+
+
+def test_sampling(export):
+    generator = Generator(export)
+
+    def say(**sampling) -> str:
+        return generator.generate("def", 30, Sampling(**sampling)).text
+
+    assert say(temperature=1.0, seed=1) == say(temperature=1.0, seed=1) != say(temperature=1.0, seed=2)
+    assert say(temperature=1.0, top_k=1, seed=3) == say(temperature=5.0, top_p=1e-6, seed=4) == say()
+
+
+def test_what_means_nothing_is_refused(export, prepared_data):
+    generator = Generator(export)
+    with pytest.raises(EvaluationError, match="the prompt has .* the model was trained on 256: shorten it"):
+        generator.generate("x y " * 300)
+    full = generator.generate("def " * 60, 500)
+    assert full.tokens <= prepared_data.sequence_length - 60
+    for options, message in (
+        ({"top_k": 5}, "give --temperature as well"),
+        ({"temperature": -1.0}, "--temperature -1.0: must be 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "--top-p 0.0: must be above 0"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            Sampling(**options)
+
+
+def test_text_that_spells_the_special_token_is_text(export):
+    ids = Generator(export).encoder.encode(["<|bos|>"])[0]
+    assert 0 not in ids
+
+
+def call(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "tools/generate.py", *map(str, arguments)]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environ, **options)
+
+
+def test_the_command_reads_its_input_and_prints_what_it_says(run, export, tmp_path):
+    done = call(run, "--max-new-tokens", 20, input="def read\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1 and "step_00000020: " in done.stderr and "tokens/s, ended by" in done.stderr
+    as_json = call(export, "--prompt", "def read", "--prompt", "class", "--max-new-tokens", 20, "--json")
+    first, second = map(json.loads, as_json.stdout.splitlines())
+    assert done.stdout == f"def read{first['text']}\n"
+    assert second["prompt"] == "class" and second["tokens"] <= 20
+    nothing = call(tmp_path, "--prompt", "x")
+    assert nothing.returncode == 2 and nothing.stderr.startswith("error: ") and nothing.stderr.count("\n") == 1
