@@ -34,9 +34,11 @@ def answer(variant: str, baseline: str, multipliers: Sequence[Multiplier], refus
         )
     values = [m.value[0] for m in compute]
     if len(compute) > 1:
+        smallest, largest = fixed(min(values), 2), fixed(max(values), 2)
+        span = f"is {smallest}" if smallest == largest else f"goes from {smallest} to {largest}"
         sentences.append(
-            f"Parameters are counted as: {CONVENTIONS[first.n_column]}. Over {len(compute)} ways of counting the "
-            f"estimate goes from {fixed(min(values), 2)} to {fixed(max(values), 2)}."
+            f"What N counts there: {CONVENTIONS[first.n_column]}. Over {len(compute)} ways of counting parameters the "
+            f"estimate {span}."
         )
     clocks = [m for m in multipliers if m.variant == variant and m.clock]
     if clocks:
