@@ -21,6 +21,7 @@ NAMES = {
     "lookup": "the value table's lookup over tensor-parallel ranks: its time, a step's, and bytes on natural text",
     "checkpoint": "how long a save stalls training: waiting for it, and written beside training",
     "plot": "drawing twenty runs of 100,000 steps",
+    "studies": "how long status and results of a study of 2,000 cells take",
     "coverage": "how often the intervals of `study fit` hold the truth (an hour; only by name, or with --quick)",
     "recipes": "tokens/s, MFU and peak memory of the published recipes (GPU only)",
 }
@@ -61,7 +62,7 @@ def run(names: Sequence[str] = (), quick: bool = False, turns: int | None = None
 
 def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
     # Not at the top: --help and a wrong name shouldn't wait for Megatron's import.
-    from benchmarks import checkpoint, coverage, loader, lookup, plot, training_step
+    from benchmarks import checkpoint, coverage, loader, lookup, plot, studies, training_step
 
     if name == "step":
         return training_step.bench_step(turns, quick)
@@ -75,6 +76,8 @@ def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
         return plot.bench_plot(turns, quick)
     if name == "coverage":
         return coverage.bench_coverage(quick)
+    if name == "studies":
+        return studies.bench_studies(turns, quick)
     if name == "recipes":
         return training_step.bench_recipes(turns, RECIPES)
     step_seconds = None

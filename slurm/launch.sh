@@ -1,7 +1,8 @@
 #!/bin/bash
 # Run one training job on the nodes of this Slurm allocation: launch.sh RECIPE [section.field=value ...]
+# or, as one task, several runs that share its node: launch.sh --together TASKS LINE, for cells of a study (study.sh).
 #
-# Called by the scripts beside it with their recipe; docs/use/slurm.md lists the variables it reads. One task is one
+# Called by the scripts beside it; docs/use/slurm.md lists the variables it reads. One task is one
 # rank; bov_megatron/parallel/launch.py derives rank and world size from Slurm's variables.
 set -euo pipefail
 
@@ -38,6 +39,7 @@ commit() {
 }
 
 [[ $# -ge 1 ]] || die "usage: launch.sh RECIPE [section.field=value ...], called by the scripts beside it"
+[[ $1 != --together || $# == 3 ]] || die "usage: launch.sh --together TASKS LINE, called by study.sh"
 [[ -n ${SLURM_JOB_ID:-} ]] || die "not in a Slurm job: submit one of the scripts beside it, e.g. sbatch slurm/780m_bov.sh"
 [[ -n ${SLURM_NTASKS:-} ]] || die "the number of ranks is unknown: give sbatch or salloc --ntasks-per-node"
 [[ -d bov_megatron ]] || die "$PWD is not the repository's root"
@@ -45,14 +47,25 @@ commit() {
 source slurm/lifecycle.sh
 hear_signals
 
-recipe=${BOV_RECIPE:-$1}
-overrides=("${@:2}")
 python=${BOV_PYTHON:-${BOV_VENV:-$PWD/.venv}/bin/python}
-[[ -f $recipe ]] || die "recipe $recipe does not exist${BOV_RECIPE:+ (from BOV_RECIPE)}"
 command -v "$python" >/dev/null || die "$python does not exist: run 'make env' on a machine that shares this \
 folder, or set BOV_VENV or BOV_PYTHON"
-if [[ -n ${BOV_OUTPUT_DIR:-} && " ${overrides[*]-}" != *" output_dir="* ]]; then # the command line's wins
-    overrides+=("output_dir=$BOV_OUTPUT_DIR/{name}")
+# `check` records the cost of the job, and what the ranks will need. What would stop them ends the job there.
+if [[ $1 == --together ]]; then # `submit` has checked these
+    what=(runs "line $3 of $2")
+    check=(true)
+    train=("$python" tools/study.py task "$2" "$3")
+    again=("${train[@]}")
+else
+    run=("${BOV_RECIPE:-$1}" "${@:2}")
+    [[ -f ${run[0]} ]] || die "recipe ${run[0]} does not exist${BOV_RECIPE:+ (from BOV_RECIPE)}"
+    if [[ -n ${BOV_OUTPUT_DIR:-} && " ${*:2}" != *" output_dir="* ]]; then # the command line's wins
+        run+=("output_dir=$BOV_OUTPUT_DIR/{name}")
+    fi
+    what=(recipe "${run[*]}")
+    train=("$python" -m bov_megatron.train "${run[@]}")
+    check=("${train[@]}" --check --world-size "$SLURM_NTASKS" --nodes "$SLURM_JOB_NUM_NODES")
+    again=("$python" tools/requeue.py "${run[@]}")
 fi
 
 MASTER_ADDR=${MASTER_ADDR:-$(find_master)}
@@ -74,7 +87,7 @@ fi
 
 cat <<INFO
 job       $SLURM_JOB_ID ($SLURM_JOB_NAME), $(date --iso-8601=seconds)${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}
-recipe    $recipe ${overrides[*]-}
+$(printf '%-9s %s' "${what[@]}")
 world     $SLURM_NTASKS ranks on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), rank 0 at $MASTER_ADDR
 folder    $PWD
 commit    $(commit)
@@ -83,14 +96,11 @@ INFO
 
 # End this script with a status, after requeueing the job if that makes sense.
 finish() {
-    requeue_unless_final "$1" "$python" "$recipe" ${overrides[@]+"${overrides[@]}"} || true
+    requeue_unless_final "$1" "${again[@]}" || true
     exit "$1"
 }
 
-# Record the cost of the job, and check what the ranks will need. What would stop them ends the job here.
-"${srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 \
-    "$python" -m bov_megatron.train "$recipe" ${overrides[@]+"${overrides[@]}"} \
-    --check --world-size "$SLURM_NTASKS" --nodes "$SLURM_JOB_NUM_NODES" || finish $?
+"${srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 "${check[@]}" || finish $?
 [[ -z $interrupted ]] || finish 143
 
 # --kill-on-bad-exit: the other ranks would wait for a failed one until a collective times out.
@@ -102,8 +112,7 @@ rm -f "$PWD/logs/.status-$SLURM_JOB_ID."* # of an earlier start that was killed
 BOV_STATUS_FILE=$(mktemp -p "$PWD/logs" ".status-$SLURM_JOB_ID.XXXXXX" 2>/dev/null || mktemp)
 export BOV_STATUS_FILE
 status=0
-run_with_signals "${srun[@]}" --kill-on-bad-exit=1 --label \
-    "$python" -m bov_megatron.train "$recipe" ${overrides[@]+"${overrides[@]}"} || status=$?
+run_with_signals "${srun[@]}" --kill-on-bad-exit=1 --label "${train[@]}" || status=$?
 if [[ -s $BOV_STATUS_FILE ]]; then
     status=$(<"$BOV_STATUS_FILE")
 elif [[ $status == 143 ]]; then

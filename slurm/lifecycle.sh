@@ -1,6 +1,13 @@
 # Functions of launch.sh: passing signals on to the ranks, and requeueing the job.
 # shellcheck shell=bash
 
+# This job, as scancel and scontrol take it. The last task of an array has the array's own number in SLURM_JOB_ID, which
+# means all its tasks to them.
+this_job=${SLURM_JOB_ID:-}
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+    this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+fi
+
 # Pass signals to this job on to its ranks from now on; `interrupted` names the last one. With scancel, because on
 # SIGTERM srun itself kills all ranks without passing the signal on.
 hear_signals() {
@@ -10,7 +17,7 @@ hear_signals() {
         # shellcheck disable=SC2064  # name is meant to be expanded now
         trap "interrupted=SIG$name
               echo 'launch.sh: passing SIG$name on to the ranks' >&2
-              scancel --signal=$name $SLURM_JOB_ID || true" "$name"
+              scancel --signal=$name $this_job || true" "$name"
     done
 }
 
@@ -30,8 +37,8 @@ run_with_signals() {
     return "$status"
 }
 
-# Requeue this job if that makes sense: requeue_unless_final STATUS PYTHON RECIPE [section.field=value ...].
-# Not if it was cancelled or has no batch script (salloc).
+# Requeue this job if that makes sense: requeue_unless_final STATUS COMMAND [ARGUMENT ...], where the command, given
+# --status STATUS, says why and ends with 0 to start again. Not if it was cancelled or has no batch script (salloc).
 requeue_unless_final() {
     local status=$1 job reason
     shift
@@ -40,15 +47,15 @@ requeue_unless_final() {
         echo "launch.sh: training ended with status $status; not started again: BOV_REQUEUE=0"
         return
     fi
-    job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+    job=$(scontrol --oneliner show job "$this_job")
     if [[ $job != *" BatchFlag=1 "* || $job != *" JobState=RUNNING "* ]]; then
         echo "launch.sh: training ended with status $status; not started again:" \
             "$(grep -oE '(JobState|BatchFlag)=[A-Z0-9_]+' <<<"$job" | tr '\n' ' ')"
         return
     fi
-    if reason=$("$1" tools/requeue.py --status "$status" "${@:2}" 2>&1); then
+    if reason=$("$@" --status "$status" 2>&1); then
         echo "launch.sh: training ended with status $status; starting it again: $reason"
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$this_job"
     else
         echo "launch.sh: training ended with status $status; not started again: $reason"
     fi

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -79,39 +80,86 @@ def _plan(options) -> int:
 def _add_submit(command: argparse.ArgumentParser) -> None:
     _add_study(command)
     command.add_argument("--local", type=int, metavar="N", help="train here, N cells at a time, instead of on Slurm")
+    command.add_argument("--dry-run", action="store_true", help="only print what would be called")
     command.add_argument(
         "--set-aside", action="store_true", help="move runs of cells whose recipe has changed away, and start them anew"
+    )
+    slurm = command.add_argument_group("on Slurm")
+    slurm.add_argument("--max-nodes", type=int, metavar="N", help="nodes in use at once (default: no limit)")
+    slurm.add_argument("--ntasks-per-node", type=int, default=8, metavar="N", help="ranks per node (%(default)s)")
+    slurm.add_argument("--gpus-per-node", type=int, metavar="N", help="default: as many as ranks; 0 without GPUs")
+    slurm.add_argument("--cpus-per-task", type=int, default=6, metavar="N", help="cores per rank (%(default)s)")
+    slurm.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="FLAG",
+        help="for sbatch: --sbatch=--partition=gpu; repeat it",
     )
 
 
 def _submit(options) -> int:
+    from bov_megatron.studies import submission
+    from bov_megatron.studies.status import summary
     from bov_megatron.studies.study import load_study
-    from bov_megatron.studies.submission import cells_to_start, train_here
 
+    for name in ("local", "max_nodes", "ntasks_per_node", "cpus_per_task"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise StudyError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     study = load_study(options.study, options.overrides)
-    cells, _ = cells_to_start(study, options.set_aside)
-    if options.local is None:
-        raise StudyError("give --local N, to train N cells at a time here")
-    if options.local < 1:
-        raise StudyError(f"--local {options.local}: train at least one cell at a time")
-    return train_here(study, cells, options.local)
+    cells, statuses = submission.cells_to_start(study, options.set_aside and not options.dry_run)
+    if str(options.json) != "-":
+        print(f"{summary(statuses)}; {len(cells)} to start")
+    if options.local is not None:
+        return submission.train_here(study, cells, options.local, options.dry_run)
+    sizes = (options.ntasks_per_node, options.gpus_per_node, options.cpus_per_task, options.max_nodes)
+    jobs = []
+    for array, call, job in submission.submit(study, cells, submission.Nodes(*sizes), options.sbatch, options.dry_run):
+        jobs.append({"job": job, "call": call, "tasks": [[cell.name for cell in cells] for cells in array.tasks]})
+        if str(options.json) != "-":
+            print(shlex.join(call) if job is None else f"job {job}: {submission.describe(array)}")
+    _write_json(options.json, {"jobs": jobs})
+    return 0
+
+
+def _add_task(command: argparse.ArgumentParser) -> None:
+    command.add_argument("tasks", type=Path, metavar="TASKS", help="file that submit wrote")
+    command.add_argument("line", type=int, help="task of the array, from 0")
+    command.add_argument("--status", type=int, help="don't train: may the job start again that ended with this status?")
+
+
+def _task(options) -> int:
+    from bov_megatron.lifecycle import exit_status
+    from bov_megatron.studies.task import may_start_again, read_task, train_task
+
+    runs = read_task(options.tasks, options.line)
+    if options.status is None:
+        status = train_task(runs)
+        exit_status.report(status)
+        return status
+    again, reason = may_start_again(runs, options.status)
+    print(reason)
+    return 0 if again else 1
 
 
 def _add_status(command: argparse.ArgumentParser) -> None:
     _add_study(command)
-    command.add_argument("--watch", action="store_true", help="show it again and again, until Ctrl-C")
+    command.add_argument("--watch", action="store_true", help="show it until all are complete, or Ctrl-C")
 
 
 def _status(options) -> int:
     from rich.console import Console
 
-    from bov_megatron.studies.status import as_table, read_status
+    from bov_megatron.studies.status import as_table, read_status, watch
     from bov_megatron.studies.study import load_study
 
     study = load_study(options.study, options.overrides)
-    statuses = read_status(study)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    statuses = watch(study, console) if options.watch else read_status(study)
     if str(options.json) != "-":
-        Console().print(as_table(statuses))
+        console.print(as_table(statuses))
     _write_json(options.json, {"cells": [dataclasses.asdict(status) for status in statuses]})
     return 0
 
@@ -217,6 +265,7 @@ _COMMANDS = {
     "plan": ("what every cell and the whole study cost, before anything runs", _add_plan, _plan),
     "submit": ("start the cells that are missing or have failed", _add_submit, _submit),
     "status": ("state, step, loss and time left of each cell", _add_status, _status),
+    "task": ("train one task of a Slurm array; called by slurm/launch.sh", _add_task, _task),
     "fit": ("fit scaling laws to the study's runs, or to a table of runs", _add_fit, _fit),
     "report": ("write the study's page, with its figures and tables", _add_report, _report),
 }

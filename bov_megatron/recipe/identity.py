@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import hashlib
 import json
 from typing import Any
@@ -21,7 +21,7 @@ EXECUTION = (
 
 def recipe_digest(recipe: Recipe) -> str:
     """Sixteen hexadecimal digits over all fields that decide about the run's result; see EXECUTION for the others."""
-    text = json.dumps(_deciding(recipe.to_dict()), sort_keys=True)
+    text = json.dumps(_deciding(recipe), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -32,7 +32,7 @@ def deciding_differences(stored: dict[str, Any], recipe: Recipe) -> dict[str, tu
         stored: `to_dict()` of another recipe, as in a run's recipe.yaml. Fields that it lacks, such as those of later
             versions, have their defaults.
     """
-    before, now = _defaults() | _deciding(stored), _deciding(recipe.to_dict())
+    before, now = _deciding(Recipe()) | _without_execution(flatten(stored)), _deciding(recipe)
     return {name: (before.get(name), now.get(name)) for name in before | now if before.get(name) != now.get(name)}
 
 
@@ -44,14 +44,23 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _deciding(values: dict[str, Any]) -> dict[str, Any]:
-    fields = flatten(values)
+def _deciding(recipe: Recipe) -> dict[str, Any]:
+    # As flatten(recipe.to_dict()), in a tenth of its time: a study has thousands of recipes.
+    fields: dict[str, Any] = {}
+    sections: list[tuple[str, Any]] = [("", recipe)]
+    while sections:
+        prefix, section = sections.pop()
+        for key, value in vars(section).items():
+            if dataclasses.is_dataclass(value):
+                sections.append((f"{prefix}{key}.", value))
+            else:
+                items = isinstance(value, list) and any(map(dataclasses.is_dataclass, value))
+                fields[prefix + key] = [dataclasses.asdict(item) for item in value] if items else value
+    return _without_execution(fields)
+
+
+def _without_execution(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if not f"{name}.".startswith(_SECTIONS)}
-
-
-@functools.cache
-def _defaults() -> dict[str, Any]:
-    return _deciding(Recipe().to_dict())
 
 
 _SECTIONS = tuple(f"{name}." for name in EXECUTION)

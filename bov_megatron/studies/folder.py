@@ -37,6 +37,8 @@ class RunState:
     """A cell's run folder as it is now."""
 
     starts: Starts
+    digest: str
+    """Of the cell's recipe."""
     edits: dict[str, tuple[Any, Any]]
     """Fields in which the run's recipe differs from the cell's: name -> (the run's, the cell's)."""
 
@@ -61,11 +63,11 @@ def read_state(cell: Cell) -> RunState:
         raise StudyError(f"{run_dir} is not a folder; move it away, cell {cell.name} writes there") from None
     except (RunFolderError, OSError) as error:
         raise StudyError(f"cell {cell.name}: {error}") from None
-    return RunState(starts, _edits(cell, starts))
-
-
-def _edits(cell: Cell, starts: Starts) -> dict[str, tuple[Any, Any]]:
     digest = recipe_digest(cell.recipe)
+    return RunState(starts, digest, _edits(cell, starts, digest))
+
+
+def _edits(cell: Cell, starts: Starts, digest: str) -> dict[str, tuple[Any, Any]]:
     used = _digests_with_progress(starts)
     if used == {digest}:  # the usual case, in which the recipe need not be read
         return {}
@@ -110,9 +112,14 @@ def _refuse_other_folder(cell: Cell) -> None:
         )
 
 
-def log_of(cell: Cell) -> Path:
-    """Where a run that shares a machine with others prints to."""
-    return cell.run_dir.parents[1] / LOGS / f"{cell.name}.log"
+def log_in(run_dir: Path) -> Path:
+    """Where a cell's run prints to if it shares a machine with others."""
+    return run_dir.parents[1] / LOGS / f"{run_dir.name}.log"
+
+
+def job_log(run_dir: Path, job: str) -> Path:
+    """Where the task `4711_3` of a Slurm array prints to; `%A_%a` for sbatch."""
+    return run_dir.parents[1] / LOGS / f"slurm-{job}.out"
 
 
 def describe_edits(edits: dict[str, tuple[Any, Any]]) -> str:

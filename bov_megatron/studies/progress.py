@@ -61,7 +61,7 @@ class LocalProgress(Observer):
             loss = step.get("validation_loss")
             result = "" if loss is None else f", validation loss {loss:.4f}"
             self.say(f"{escape(place)} {run.name}: complete{result}, {clock(end.seconds)}")
-        elif end.reason.startswith("stopped"):
+        elif end.stopped:
             self.say(f"{run.name}: {end.reason}")
         else:
             self.failed += 1

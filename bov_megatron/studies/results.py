@@ -21,7 +21,6 @@ from pyarrow import json as arrow_json
 
 from bov_megatron.errors import StudyError
 from bov_megatron.lifecycle import run_folder
-from bov_megatron.recipe.identity import recipe_digest
 from bov_megatron.recipe.quantities import flops_per_token, parameters_by_convention, total_steps
 from bov_megatron.studies import folder
 from bov_megatron.studies.study import Cell, Study
@@ -109,7 +108,7 @@ def _row(cell: Cell, state: folder.RunState, model: dict[str, float], measured: 
         **measured,
         "restarts": state.restarts,
         "commit": ", ".join(commits),
-        "digest": recipe_digest(cell.recipe),
+        "digest": state.digest,
         "run": str(cell.run_dir),
     }
 
@@ -119,7 +118,7 @@ def _measure(cell: Cell) -> dict[str, float]:
     path = cell.run_dir / run_folder.METRICS
     lines = _read_metrics(cell, path)
     steps = total_steps(cell.recipe)
-    last = lines[(lines["step"] == steps) & lines["validation_bits_per_byte"].notna()]
+    last = lines[(lines["step"] == steps) & lines["validated"]]
     if last.empty:
         raise StudyError(
             f"cell {cell.name} has finished, but {path} has no validation after step {steps}; restore the file, or "
@@ -137,7 +136,7 @@ def _measure(cell: Cell) -> dict[str, float]:
 
 
 def _read_metrics(cell: Cell, path: Path) -> pd.DataFrame:
-    """The complete lines of a metrics file, with the columns _FIELDS."""
+    """The complete lines of a metrics file: _FIELDS, and `validated`, as a validation that is nan is one."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -149,11 +148,13 @@ def _read_metrics(cell: Cell, path: Path) -> pd.DataFrame:
     read = arrow_json.ReadOptions(use_threads=False, block_size=len(data) + 1)
     parse = arrow_json.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="ignore")
     try:
-        return arrow_json.read_json(io.BytesIO(data), read_options=read, parse_options=parse).to_pandas()
+        table = arrow_json.read_json(io.BytesIO(data), read_options=read, parse_options=parse)
     except pa.ArrowInvalid as error:
         for line in data.splitlines():
             folder.parse_line(path, line)  # names the line that is damaged
         raise StudyError(f"{path} cannot be read: {error}; move the run folder away") from None
+    validated = table["validation_bits_per_byte"].is_valid()
+    return table.append_column("validated", validated).to_pandas()
 
 
 def _key(cell: Cell) -> list[int]:

@@ -42,7 +42,9 @@ class Run:
 
     @staticmethod
     def of(cell: Cell) -> Run:
-        return Run(cell.name, str(cell.base), cell.overrides, cell.world_size, cell.run_dir, folder.log_of(cell))
+        return Run(
+            cell.name, str(cell.base), cell.overrides, cell.world_size, cell.run_dir, folder.log_in(cell.run_dir)
+        )
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ class Ended:
     """Since its first start here."""
     reason: str
     """Why it is not started again; empty when it is complete."""
+
+    stopped: bool = False
+    """Whether it ended because this process was told to stop."""
 
     @property
     def complete(self) -> bool:
@@ -127,7 +132,8 @@ class Runner:
         self.observer.started(run)
 
     def _ended(self, run: Run, processes: _Processes, status: int) -> None:
-        if self.stop_signals and status != errors.DONE:
+        stopped = bool(self.stop_signals) and status != errors.DONE
+        if stopped:
             reason = "stopped" if status == errors.INTERRUPTED else f"stopped, status {status}"
         else:
             decision = decide(run.run_dir, status)
@@ -138,7 +144,7 @@ class Runner:
             reason = "" if status == errors.DONE else decision.reason
         self.slots.append(processes.devices)
         self.running.pop(run)
-        self.ends[run.name] = Ended(status, time.monotonic() - processes.first_start, reason)
+        self.ends[run.name] = Ended(status, time.monotonic() - processes.first_start, reason, stopped)
         self.observer.ended(run, self.ends[run.name])
 
     @contextmanager

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import datetime
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
@@ -29,6 +33,7 @@ STATES = {
     "edited": "its run has another recipe than the study now says",
     "unreadable": "its folder is no run folder, or a file in it is damaged",
 }
+WATCH_SECONDS = 5.0
 STYLES = {"running": "cyan", "complete": "green", "failed": "red", "edited": "magenta", "unreadable": "red"}
 
 
@@ -110,22 +115,42 @@ def _state(cell: Cell, state: folder.RunState, now: float, task: slurm.Task | No
         return "pending", f"stopped after step {end['end']}"
     if end is not None:
         return "failed", end.get("error") or f"ended with status {end['status']}"
-    log = folder.log_of(cell) if folder.log_of(cell).exists() or task is None else task.job
+    log = folder.log_in(cell.run_dir)
+    printed = log.exists()
+    if task is not None and not printed:
+        log = folder.job_log(cell.run_dir, task.job)
     if starts:
         return "failed", f"killed or crashed, see {log}"
-    if task is not None or folder.log_of(cell).exists():
+    if task is not None or printed:
         return "failed", f"ended before training began, see {log}"
     return "pending", ""
+
+
+def watch(study: Study, console: Console) -> list[CellStatus]:
+    """Show the status every WATCH_SECONDS until all cells are complete, or until Ctrl-C; returns the last one.
+
+    A study of more cells than the terminal has lines shows those that are running or need a person.
+    """
+    statuses = read_status(study)
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False, transient=True) as live:
+        while any(status.state != "complete" for status in statuses):
+            shown = [s for s in statuses if s.state not in ("complete", "pending", "queued")]
+            table = as_table(statuses if len(statuses) < console.height - 3 else shown)
+            table.caption = summary(statuses)
+            live.update(table, refresh=True)
+            time.sleep(WATCH_SECONDS)
+            statuses = read_status(study)
+    return statuses
 
 
 def as_table(statuses: Sequence[CellStatus]) -> Table:
     """A table for the terminal, with a line of totals below."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("cell", no_wrap=True)
+    table.add_column("cell", overflow="fold")
     table.add_column("state", no_wrap=True)
     for name in ("step", "loss", "tokens/s", "restarts", "time left"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
+    table.add_column("note" if any(status.note for status in statuses) else "", overflow="fold")
     for status in statuses:
         table.add_row(
             status.cell,

@@ -101,6 +101,13 @@ def test_the_time_of_a_picture_is_reported(results):
     check_spread(results["plot"]["seconds"])
 
 
+def test_a_study_is_read(results):
+    found = results["studies"]
+    assert (found["cells"], found["lines_of_metrics"]) == (200, 40_000)
+    for what in ("load", "status", "results_first", "results_again"):
+        check_spread(found[f"{what}_seconds"])
+
+
 def test_the_machine_is_described(results):
     assert results["machine"]["threads"] == 1 and results["quick"] and results["turns"] == 1
 
@@ -108,7 +115,10 @@ def test_the_machine_is_described(results):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["lokup"], "unknown benchmark 'lokup'; known: step, attention, loader, lookup, checkpoint, plot, recipes"),
+        (
+            ["lokup"],
+            "unknown benchmark 'lokup'; known: step, attention, loader, lookup, checkpoint, plot, studies",
+        ),
         (["--turns", "0"], "--turns 0: must be at least 1"),
         (["recipes"], "needs a GPU"),
     ],

@@ -53,3 +53,11 @@ def test_a_recipe_of_an_earlier_version_lacks_fields():
 def test_every_field_left_out_exists():
     known = flatten(Recipe().to_dict())
     assert [name for name in EXECUTION if not any(f"{field}.".startswith(f"{name}.") for field in known)] == []
+
+
+def test_streams_of_a_mixture_count():
+    mixed = ["data.path=null", "data.streams=[{path: a}, {path: b, weight: 2}]"]
+    one, other = load_recipe(SMOKE, mixed), load_recipe(SMOKE, [mixed[0], mixed[1].replace("2", "3")])
+    assert recipe_digest(one) != recipe_digest(other)
+    assert list(deciding_differences(one.to_dict(), other)) == ["data.streams"]
+    assert deciding_differences(one.to_dict(), one) == {}
