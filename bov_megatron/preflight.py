@@ -155,7 +155,7 @@ def _checkpoint(done: Preflight, stored: _Stored) -> Iterator[Finding | str]:
             raise CheckpointError(f"{run_dir} has no valid checkpoint: restore one from a copy, or set another name=…")
         yield f"none in {run_dir}: from the beginning"
         return
-    from bov_megatron.checkpoint import compatibility, loading
+    from bov_megatron.checkpoint import compatibility, differences, loading
 
     run = loading.read_run(path)
     compatibility.check_same_data_order(run["recipe"], done.recipe, path)
@@ -164,6 +164,8 @@ def _checkpoint(done: Preflight, stored: _Stored) -> Iterator[Finding | str]:
     done.step = run["step"]
     stored.tokenizer_hash, stored.shards = run["extra"]["tokenizer_hash"], run["extra"]["shards"]
     yield f"{path}: resumes after step {done.step:,} of {done.plan.steps:,}, {done.steps_left:,} to go"
+    if changed := differences.find_differences(run["recipe"], done.recipe):
+        yield _note(topic, f"{len(changed)} fields differ from its recipe:\n{differences.format_differences(changed)}")
     if not done.steps_left:
         yield _note(topic, "all steps are done; raise train.steps or train.budget_flops, or set another name=…")
 

@@ -61,7 +61,8 @@ def _main(arguments: list[str] | None, signals: StopSignals) -> int:
     if options.world_size and not options.check:
         parser.error("--world-size goes with --check: ranks are counted by the launcher, torchrun or srun")
     if options.check:
-        return _check(options)
+        with signals.nothing_begun():
+            return _check(options)
 
     from bov_megatron.parallel.launch import detect_world, export_world
     from bov_megatron.recipe import data_parallel_size, load_recipe

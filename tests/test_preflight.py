@@ -63,6 +63,8 @@ def test_a_run_to_be_resumed_says_where_and_what_is_left(run):
     assert "step_00000004: resumes after step 4 of 8, 4 to go" in text
     assert "at the run's last steps" in text and "4 steps of 1,024 tokens" in text
     assert contents(folder) == before
+    text = check(changed(arguments, "optimizer.matrix_lr=0.01"))[1]
+    assert "fields differ from its recipe" in text and "optimizer.matrix_lr  0.02" in text, text
     finished, text = check(changed(arguments, "train.steps=4"))
     assert finished.exit_status == 0 and "all steps are done" in text
     assert text.endswith("ready, but nothing is left to train")

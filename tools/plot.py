@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bov_megatron.commands import main
+from bov_megatron.commands import program
 
 if __name__ == "__main__":
-    sys.exit(main(["plot", *sys.argv[1:]]))
+    program("plot")

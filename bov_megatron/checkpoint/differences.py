@@ -36,6 +36,7 @@ EFFECTS = {
     "validation.interval": _FROM_HERE,
     "validation.tokens": "other samples are scored: scores before and after don't compare",
     "validation.micro_batch_size": "memory and speed only",
+    "validation.prompts": _FROM_HERE,
     "checkpoint": _FROM_HERE,
     "health": _FROM_HERE,
     "logging": _FROM_HERE,

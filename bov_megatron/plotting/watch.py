@@ -79,9 +79,9 @@ class WatchedRun:
         return f"quiet for {silence / 60:.0f} min" if silence > QUIET_SECONDS else "training"
 
 
-def watch(folders: Sequence[Path], refresh_seconds: float = REFRESH_SECONDS, refreshes: int | None = None) -> None:
-    """Show the view until Ctrl-C, or `refreshes` times; once where output is not a terminal. Runs that have not started
-    yet are waited for. Raises RunFolderError for a path that is a file."""
+def watch(folders: Sequence[Path]) -> None:
+    """Show the view until Ctrl-C, or once where output is not a terminal. Runs that have not started yet are waited
+    for. Raises RunFolderError for a path that is a file."""
     for folder in folders:
         if folder.is_file():
             raise RunFolderError(f"{folder} is a file; give the run's folder, such as runs/780m_bov")
@@ -92,15 +92,10 @@ def watch(folders: Sequence[Path], refresh_seconds: float = REFRESH_SECONDS, ref
     if not console.is_terminal:
         console.print(view(runs, console.width))
         return
-    try:
-        with Live(view(runs, console.width), console=console, auto_refresh=False, screen=False) as live:
-            shown = 1
-            while refreshes is None or shown < refreshes:
-                time.sleep(refresh_seconds)
-                live.update(view(runs, console.width), refresh=True)
-                shown += 1
-    except KeyboardInterrupt:
-        return
+    with Live(view(runs, console.width), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(REFRESH_SECONDS)
+            live.update(view(runs, console.width), refresh=True)
 
 
 def view(runs: Sequence[WatchedRun], width: int) -> Group:
