@@ -335,8 +335,8 @@ class BovModel(BovPreTrainedModel):
 
         x_BSC = rms_norm(self.embed_tokens(input_ids))
         x_BSC = self.smear(x_BSC, self._previous(x_BSC, ids_BT, attention_mask))
-        attentions = [] if _chosen(output_attentions, self.config.output_attentions) else None
-        states = [] if _chosen(output_hidden_states, self.config.output_hidden_states) else None
+        attentions: list | None = [] if _chosen(output_attentions, self.config.output_attentions) else None
+        states: list | None = [] if _chosen(output_hidden_states, self.config.output_hidden_states) else None
         context = BovContext(self.config, ids_BT, position_ids, attention_mask, x_BSC.dtype, attentions)
         context.x0_BSC, context.shared_table = x_BSC, self.value_table
         for layer in self.layers:
