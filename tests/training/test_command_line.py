@@ -121,8 +121,10 @@ def refuse(world_size: int, arguments: list[str], *parts: str) -> None:
 
 
 def check(texts: list[str], parts) -> None:
-    """One line over all ranks, which says all of `parts`."""
-    lines = "".join(texts).splitlines()
+    """One line over all ranks beside those of progress; it says all of `parts`."""
+    text = "".join(texts)
+    assert "Traceback" not in text, text
+    lines = [line for line in text.splitlines() if line.startswith("error:")]
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     for part in parts:
