@@ -157,16 +157,18 @@ def test_killed_in_the_middle_then_run_again_equals_undisturbed(library, tokeniz
 
 
 def test_changed_input_is_not_mixed_into_an_unfinished_data_set(tokenizer_folder, library, tmp_path):
-    lines = [json.dumps({"text": text}) for text in documents_of(library, "email")]
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join([*lines, "broken"]))
-    with pytest.raises(DataError, match=f"line {len(lines) + 1}: not valid JSON"):
-        prepare([path], tokenizer_folder, tmp_path / "d")
-    assert not (tmp_path / "d/manifest.json").exists()
+    lines = [json.dumps({"text": text}) for text in documents_of(library, "email", "asyncio")]
+    path, options = tmp_path / "a.jsonl", {"unit_bytes": 20_000, "validation_fraction": 0.0}
     path.write_text("\n".join(lines))
+    process = in_another_process([path], tokenizer_folder, tmp_path / "d", **options)
+    process.kill()
+    process.join()
+    time.sleep(0.5)
+    assert not (tmp_path / "d/manifest.json").exists()
+    path.write_text("\n".join(lines[:-1]))
     with pytest.raises(DataError, match="other input files, or files changed since.*--overwrite"):
-        prepare([path], tokenizer_folder, tmp_path / "d")
-    prepare([path], tokenizer_folder, tmp_path / "d", overwrite=True, validation_fraction=0.0)
+        prepare([path], tokenizer_folder, tmp_path / "d", **options)
+    prepare([path], tokenizer_folder, tmp_path / "d", overwrite=True, **options)
 
 
 def test_a_killed_worker_is_explained(library, tokenizer_folder, tmp_path):
