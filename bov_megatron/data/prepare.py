@@ -245,7 +245,11 @@ def _open_work(out: Path, units: list[Unit], packing: PackingOptions) -> Path:
         strays = [name for name in ("tokenizer", *SPLITS) if (out / name).exists()]
         if strays:
             raise DataError(f"--out {out} holds {', '.join(strays)} but neither manifest nor plan; pass --overwrite")
-        write_atomically(path, json_bytes(plan))
+        try:
+            write_atomically(path, json_bytes(plan))
+        except OSError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
     _remove_unfinished(work)
     return work
 

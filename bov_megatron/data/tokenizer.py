@@ -48,8 +48,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 PRE_TOKEN_CHARACTERS = 256
-"""Longest run of letters, of punctuation or of spaces in one word. Text without spaces would be one word, which
-takes BPE hours; Llama 3 (its tokenizer.py) cuts runs at 25,000 characters, SentencePiece drops lines above 4,192 bytes."""
+"""Longest run of letters, of punctuation or of spaces in one word: text without spaces is one word otherwise, which BPE
+needs hours for. Llama 3's tokenizer.py cuts runs at 25,000 characters; SentencePiece drops lines above 4,192 bytes."""
 # GPT-4's pattern, but with numbers in groups of at most two digits, which suits small vocabularies, and with runs of
 # bounded length.
 SPLIT_PATTERN = (
@@ -60,6 +60,9 @@ PIECE_CHARACTERS = 1 << 18
 """Longer documents are encoded in pieces of about this length."""
 CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
 """Before a single space between letters, or after a single line break between non-space characters."""
+WHITE_SPACE = frozenset(map(chr, (*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F,
+                                  0x205F, 0x3000)))  # fmt: skip
+"""What `\\s` matches in SPLIT_PATTERN."""
 LOOK_AHEAD = 4 * PRE_TOKEN_CHARACTERS
 """More than SPLIT_PATTERN sees of the text behind a word's beginning."""
 
@@ -102,22 +105,27 @@ def split_at_words(text: str, size: int = PIECE_CHARACTERS, splitter: PreTokeniz
     while len(text) - begin > size:
         end = begin + 2 * size if splitter else len(text)
         if cut := CUT.search(text, begin + size, end):
-            stop = cut.start()
-        elif splitter:
-            stop = _next_split(text, begin, size, splitter)
-        else:
+            stop: int | None = cut.start()
+        elif not splitter or (stop := _next_split(text, begin, size, splitter)) is None:
             break
         pieces.append(text[begin:stop])
         begin = stop
     return [*pieces, text[begin:]]
 
 
-def _next_split(text: str, begin: int, size: int, splitter: PreTokenizer) -> int:
-    """The first place at least `size` characters behind `begin` where SPLIT_PATTERN ends a word."""
+def _next_split(text: str, begin: int, size: int, splitter: PreTokenizer) -> int | None:
+    """A place at least `size` characters behind `begin` where SPLIT_PATTERN ends a word, in the text as in a piece that
+    ends there; None if there is none near."""
     # Words are matched from left to right, by a pattern that does not look back, so that matching can begin at any
     # word's end. Matches in this window are those in the whole text but for those within LOOK_AHEAD of its end.
     window = text[begin : begin + size + 2 * LOOK_AHEAD]
-    return begin + next(end for _, (_, end) in splitter.pre_tokenize_str(window) if end >= size)
+    for _, (_, end) in splitter.pre_tokenize_str(window):
+        if size <= end <= size + LOOK_AHEAD and begin + end < len(text):
+            # The last of several spaces is a word of its own before other characters, but not at a text's end.
+            spaces = [character in WHITE_SPACE for character in text[begin + end - 1 : begin + end + 1]]
+            if spaces != [True, False]:
+                return begin + end
+    return None
 
 
 def _splitter() -> PreTokenizer:
