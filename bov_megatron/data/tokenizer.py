@@ -103,10 +103,9 @@ def split_at_words(text: str, size: int = PIECE_CHARACTERS, splitter: PreTokeniz
     # always split; a line break followed by others isn't such a place.
     pieces, begin = [], 0
     while len(text) - begin > size:
-        end = begin + 2 * size if splitter else len(text)
-        if cut := CUT.search(text, begin + size, end):
-            stop: int | None = cut.start()
-        elif not splitter or (stop := _next_split(text, begin, size, splitter)) is None:
+        cut = CUT.search(text, begin + size, begin + 2 * size if splitter else len(text))
+        stop = cut.start() if cut else _next_split(text, begin, size, splitter) if splitter else None
+        if stop is None:
             break
         pieces.append(text[begin:stop])
         begin = stop

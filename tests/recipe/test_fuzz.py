@@ -126,7 +126,7 @@ def test_any_layout_is_planned_or_refused(layout, fields, world_size):
 
 
 @given(fields=st.lists(FIELD | WRONG_KEY, min_size=1, max_size=6))
-@settings(SETTINGS, max_examples=1000)
+@settings(SETTINGS, max_examples=400)
 def test_any_values_are_planned_or_refused(fields):
     planned_or_refused(lambda: recipe_from_dict(nested({"train.steps": 3, **dict(fields)})), None)
 
@@ -147,9 +147,7 @@ FILES = st.one_of(
     st.binary(max_size=60),
     st.text(alphabet="-:{}[]&*!|>'\"%@#,? \n\tabné01.", max_size=60).map(lambda text: text.encode()),
     st.lists(FIELD | WRONG_KEY, max_size=4).map(lambda fields: yaml_bytes(nested(dict(fields)))),
-    st.sampled_from(
-        [b"[" * 3000, b"&a [*a]", b"a: &a {b: *a}", b"train: &t {x: *t}", b"? [1]\n: 2", b"2001-13-45", b"!!python/x"]
-    ),
+    st.sampled_from([b"[" * 3000, b"&a [*a]", b"a: &a {b: *a}", b"train: &t {x: *t}", b"? [1]\n: 2", b"2001-13-45"]),
 )
 OVERRIDES = st.lists(
     st.one_of(
@@ -162,7 +160,7 @@ OVERRIDES = st.lists(
 
 
 @given(content=FILES, overrides=OVERRIDES)
-@settings(SETTINGS, max_examples=1500)
+@settings(SETTINGS, max_examples=300)
 def test_any_file_and_overrides_are_planned_or_refused(folder, content, overrides):
     (folder / "recipe.yaml").write_bytes(content)
     planned_or_refused(lambda: load_recipe(folder / "recipe.yaml", overrides), None)
@@ -173,7 +171,7 @@ def test_the_fuzz_reaches_both_outcomes():
     found = []
 
     @given(layout=LAYOUT)
-    @settings(SETTINGS, max_examples=200, database=None)
+    @settings(SETTINGS, max_examples=60, database=None)
     def collect(layout):
         found.append(planned_or_refused(lambda: recipe_from_dict(nested(layout)), None))
 
