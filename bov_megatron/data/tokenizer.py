@@ -264,8 +264,7 @@ def train_tokenizer(
     try:
         if (out / "tokenizer.json").exists() and not overwrite:
             raise DataError(f"--out {out} holds a tokenizer already; pass --overwrite to replace it")
-        files = find_files(inputs, exclude)
-        units = make_units(files)
+        units = make_units(find_files(inputs, exclude))
         sizes = [unit.text_bytes for unit in units]
         reading = TextReading(max_bytes / max(sum(sizes), 1), text_field, invalid_utf8, skip_bad)
         run = partial(run_in_workers, remedy="run again with a smaller --max-bytes")
@@ -273,7 +272,7 @@ def train_tokenizer(
         checks = [partial(_check_unit, unit, reading) for unit in units]
         found = run(checks, len(os.sched_getaffinity(0)), label="checking", sizes=sizes, progress=progress)
         if not any(has_text for has_text, _ in found):
-            raise DataError(f"the input holds no text: {len(files)} files, all empty")
+            raise DataError("the input holds no text: its files, or all of their documents, are empty")
         bad_rows = [row for _, rows in found for row in rows]
         if bad_rows:
             print(bad_rows_message(len(bad_rows), bad_rows[:SHOWN_BAD_ROWS]), file=sys.stderr)

@@ -64,7 +64,7 @@ def _pool(workers: int, remedy: str) -> Iterator[ProcessPoolExecutor]:
 
 def _start_worker(parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches workers too: end without a traceback each
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too: the parent ends them
 
     # A killed parent can't stop its workers, so they poll.
     def watch() -> None:

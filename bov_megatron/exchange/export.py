@@ -92,18 +92,20 @@ def export(
     if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
         raise ExportError(f"{out_dir} is not empty; choose another folder, or pass overwrite (--overwrite)")
     needed = sum(spec.size for spec in parameter_specs(model)) * dtype.itemsize
-    partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
+    beside = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
+    partial = beside / out_dir.name  # transformers names the modules that it copies from there after the folder
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(out_dir.parent).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        shutil.rmtree(beside, ignore_errors=True)
+        partial.mkdir(parents=True)
         token_ids = _write_tokenizer(tokenizer_dir, model, partial) if tokenizer_dir is not None else {}
         _write_config(model, token_ids, dtype, partial)
         _write_weights(state.items() if isinstance(state, Mapping) else state, model, dtype, max_shard_bytes, partial)
         (partial / "README.md").write_text(_model_card(model, dtype, recipe))
-        _replace(out_dir, partial)
+        check(partial)
+        _replace(out_dir, partial, previous=beside / "previous")
     except Exception as error:
         if reason := why_full(error):
             remedy = "free space there, or give another OUT (a bfloat16 export takes half of a float32 one)"

@@ -76,9 +76,10 @@ def _make_twin(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
     # As dist.new_group(use_local_synchronization=True), but named after `group`. torch's own name contains the number
     # of groups that this process is in; where that differs between ranks, each waits for the others under another name.
     ranks = dist.get_process_group_ranks(group)
-    _, store = distributed_c10d._world.pg_map[dist.group.WORLD]
+    _, store = distributed_c10d._world.pg_map[distributed_c10d._get_default_group()]
+    name = distributed_c10d.GroupName(f"{group.group_name}/{backend}")
     made, _ = distributed_c10d._new_process_group_helper(
-        len(ranks), group.rank(), ranks, dist.Backend(backend), store, f"{group.group_name}/{backend}", timeout=TIMEOUT
+        len(ranks), group.rank(), ranks, dist.Backend(backend), store, name, timeout=TIMEOUT
     )
     distributed_c10d._world.pg_group_ranks[made] = {rank: number for number, rank in enumerate(ranks)}
     return made

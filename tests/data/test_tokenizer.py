@@ -216,7 +216,7 @@ def test_bad_training_options_are_refused(library, tmp_path, options, message):
 
 def test_empty_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(DataError, match="holds no text: 1 files, all empty"):
+    with pytest.raises(DataError, match="holds no text: its files, or all of their documents, are empty"):
         train_tokenizer([str(tmp_path / "empty.txt")], tmp_path / "t", progress=False)
 
 
