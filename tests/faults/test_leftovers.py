@@ -53,6 +53,7 @@ def stale_segments():
 
 
 def test_libraries_of_an_environment_under_tmp_are_not_leftovers(monkeypatch):
+    assert f"{Path(sys.prefix).resolve()}/" in OWN
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="clone-") as clone:
         library = Path(clone) / "site-packages" / "library.so"
         library.parent.mkdir()
@@ -61,7 +62,6 @@ def test_libraries_of_an_environment_under_tmp_are_not_leftovers(monkeypatch):
             assert str(library) in files_of(psutil.Process()), "or the next line would say nothing"
             monkeypatch.setattr(sys.modules[__name__], "OWN", (f"{clone}/",))
             assert str(library) not in files_of(psutil.Process())
-    assert f"{Path(sys.prefix).resolve()}/" in OWN
 
 
 def test_leftovers_of_killed_runs(prepared_data, tmp_path, stale_segments, say):

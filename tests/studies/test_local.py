@@ -87,9 +87,7 @@ def test_results_are_those_of_the_runs(trained):
 
 
 def test_interrupted_and_taken_up_again(prepared_data, tmp_path):
-    path = tiny_study(
-        tmp_path, prepared_data, steps=(60,), variants={"baseline": {"model.value.source": "projection"}}
-    )
+    path = tiny_study(tmp_path, prepared_data, steps=(60,), variants={"baseline": {"model.value.source": "projection"}})
     (cell,) = load_study(path).cells
     process = submit(path, "--local", "1")
     deadline = time.monotonic() + 300
