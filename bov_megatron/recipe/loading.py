@@ -43,7 +43,10 @@ def read_with_bases(path: str | Path) -> dict:
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> dict:
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, characters that no name has, a circle of links
+        raise RecipeError(f"recipe {str(path)!r} can't be opened: {error}") from None
     if path in children:
         raise RecipeError(f"base: {path.name} is its own base ({' -> '.join(p.name for p in (*children, path))})")
     values = _read_yaml(path, children)
@@ -63,6 +66,8 @@ def _read_yaml(path: Path, children: tuple[Path, ...]) -> dict:
         raise RecipeError(_missing(path, children)) from None
     except IsADirectoryError:
         raise RecipeError(f"recipe {path} is a folder; name one of its files: {_listing(path)}") from None
+    except OSError as error:
+        raise RecipeError(f"recipe {path} can't be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, 2001-13-45, a thousand brackets
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from None
     if values is None:
