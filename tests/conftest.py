@@ -1,5 +1,6 @@
 """What tests of several parts share: a small prepared data set of real text."""
 
+import subprocess
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,3 +58,17 @@ def prepare_library(folder: Path, packages: tuple[str, ...], tokenizer_packages:
     )
     prepare_data(options, progress=False)
     return made
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a small file system: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

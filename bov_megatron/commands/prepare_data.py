@@ -31,6 +31,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--text-field", default="text", help="JSON field or Parquet column (default %(default)s)")
     add("--invalid-utf8", choices=INVALID_UTF8_POLICIES, default="error",
         help="on text that is not valid UTF-8: stop, put U+FFFD, or leave the document out")  # fmt: skip
+    add("--skip-bad", action="store_true", help="leave out rows of JSON lines and Parquet that are null, malformed or "
+        "without the field, and list them in OUT/bad_rows.jsonl (default: stop at the first)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the choice of held-out documents (default %(default)s)")
     add("--workers", type=int, help="processes (default: one per core)")
     add("--unit-bytes", type=int, help="text per unit of work (default: a 64th of the input, 1 to 128 MiB)")
@@ -53,5 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: {size} in {cut}")
     tokens = sum(split.tokens for split in manifest.splits.values())
     left_out = f", {manifest.invalid_documents} documents left out as invalid" if manifest.invalid_documents else ""
+    left_out += f", {manifest.bad_rows} bad rows left out" if manifest.bad_rows else ""
     print(f"{args['out']}: {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{left_out}")
     return 0

@@ -3,7 +3,8 @@
     bov train-tokenizer corpus/ --vocab-size 32768 --out tokenizers/mine
 
 The folder opens with AutoTokenizer.from_pretrained(OUT), offline. bytes_per_token.json beside it gives the UTF-8 bytes
-of every id. The same input gives the same tokenizer.
+of every id. The same input gives the same tokenizer. A run of letters, punctuation or spaces longer than 256 characters
+is cut into words of 256, in training and, as tokenizer.json says so, wherever the tokenizer is used.
 """
 
 import argparse
@@ -28,6 +29,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text-field", default="text", help="JSON field or Parquet column (default %(default)s)")
     parser.add_argument("--invalid-utf8", choices=INVALID_UTF8_POLICIES, default="error",
                         help="what to do with text that is not valid UTF-8 (default %(default)s)")  # fmt: skip
+    parser.add_argument("--skip-bad", action="store_true", help="leave out rows of JSON lines and Parquet that are "
+                        "null, malformed or without the field (default: stop at the first)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is there already")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(arguments)
@@ -43,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         max_bytes=args.max_bytes,
         text_field=args.text_field,
         invalid_utf8=args.invalid_utf8,
+        skip_bad=args.skip_bad,
         exclude=args.exclude,
         progress=not args.quiet,
         overwrite=args.overwrite,

@@ -14,6 +14,8 @@ import gzip
 import io
 import json
 import lzma
+import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,8 @@ COMPRESSED_RATIO = 4
 """Assumed bytes of text per compressed byte; only sizes units."""
 KNOWN_SUFFIXES = "text such as .txt .md .rst .py; .jsonl, also .gz .bz2 .xz .zst; .parquet"
 INVALID_UTF8_POLICIES = ("error", "replace", "skip")
+SHOWN_FIELDS = 12
+SHOWN_BAD_ROWS = 10
 MIB = 1 << 20
 
 
@@ -64,11 +68,28 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a document comes from."""
+
+    path: str
+    kind: str = "file"
+    """What `number` counts: `line` (from 1), `byte` (where a line begins; its number isn't known yet), `row` of a
+    Parquet file (from 0), or `file` (the whole file is the document)."""
+    number: int = 0
+
+    def __str__(self) -> str:
+        if self.kind == "file":
+            return self.path
+        return f"{self.path}, {'line at byte' if self.kind == 'byte' else self.kind} {self.number}"
+
+
+@dataclass(frozen=True)
 class Document:
-    """`data` is the text in UTF-8, or None if it wasn't valid and the policy is `skip`; `where` is for messages."""
+    """`data` is the text in UTF-8; None if it is left out, as `problem` says, or as not valid UTF-8."""
 
     data: bytes | None
-    where: str
+    place: Place
+    problem: str | None = None
 
 
 def find_files(inputs: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
@@ -79,7 +100,7 @@ def find_files(inputs: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]
     """
     by_real_path: dict[Path, Path] = {}
     for text in inputs:
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
         if path.is_dir():
             files = _files_in(path, exclude)
             if not files:
@@ -176,27 +197,50 @@ def _parquet_segments(path: Path, unit_bytes: int) -> Iterator[Segment]:
             begin, waiting = group + 1, 0
 
 
-def read_documents(segment: Segment, text_field: str, invalid_utf8: str = "error") -> Iterator[Document]:
+def read_documents(
+    segment: Segment, text_field: str, invalid_utf8: str = "error", skip_bad: bool = False
+) -> Iterator[Document]:
     """The documents of a segment, in order.
 
     Args:
         text_field: field of JSON lines, column of Parquet.
         invalid_utf8: `error`, `replace` (by U+FFFD) or `skip` (yields a document whose `data` is None).
+        skip_bad: yield a row that is null, malformed or without the field as a document with a `problem`.
 
-    Raises DataError for unreadable files, missing fields and invalid text.
+    Raises DataError for unreadable files, for invalid text, and without `skip_bad` for a bad row.
     """
     path = Path(segment.path)
+    try:
+        for row, place in _rows(path, segment, text_field):
+            if not isinstance(row, _Bad):
+                yield Document(_valid_utf8(row, place, invalid_utf8), place)
+            elif skip_bad:
+                yield Document(None, place, row.problem)
+            else:
+                raise DataError(f"{LineNumbers().resolve(place)}: {row.problem}; --skip-bad leaves such rows out")
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}") from None
+
+
+@dataclass(frozen=True)
+class _Bad:
+    problem: str
+
+
+_Row = tuple[bytes | str | _Bad, Place]
+
+
+def _rows(path: Path, segment: Segment, text_field: str) -> Iterable[_Row]:
     if segment.kind == "text":
-        pairs: Iterable[tuple[bytes | str, str]] = [(path.read_bytes(), str(path))]
-    elif segment.kind == "parquet":
-        pairs = _parquet_rows(path, segment, text_field)
-    else:
-        pairs = _json_fields(path, segment, text_field)
-    for raw, where in pairs:
-        yield Document(_valid_utf8(raw, where, invalid_utf8), where)
+        return [(path.read_bytes(), Place(str(path)))]
+    if segment.kind == "parquet":
+        return _parquet_rows(path, segment, text_field)
+    if segment.kind == "jsonl":
+        return _json_lines(path, segment, text_field)
+    return _compressed_json_lines(path, text_field)
 
 
-def _valid_utf8(raw: bytes | str, where: str, policy: str) -> bytes | None:
+def _valid_utf8(raw: bytes | str, where: Place, policy: str) -> bytes | None:
     try:
         if isinstance(raw, str):
             return raw.encode()
@@ -206,8 +250,8 @@ def _valid_utf8(raw: bytes | str, where: str, policy: str) -> bytes | None:
         if policy == "error":
             place = f"{'byte' if isinstance(raw, bytes) else 'character'} {error.start}"
             raise DataError(
-                f"{where}: not valid UTF-8 ({error.reason} at {place}); convert it, or pass --invalid-utf8 replace or "
-                "skip"
+                f"{LineNumbers().resolve(where)}: not valid UTF-8 ({error.reason} at {place}); convert it, or pass "
+                "--invalid-utf8 replace or skip"
             ) from None
         if policy == "skip":
             return None
@@ -223,38 +267,54 @@ def _open_parquet(path: Path):
 
     try:
         return parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable Parquet file: {_one_line(error)}") from None
 
 
-def _parquet_rows(path: Path, segment: Segment, column: str) -> Iterator[tuple[str, str]]:
+def _parquet_rows(path: Path, segment: Segment, column: str) -> Iterator[_Row]:
+    import pyarrow
+
     file = _open_parquet(path)
     names = file.schema_arrow.names
     if column not in names:
-        raise DataError(f"{path}: no column '{column}'; it has {', '.join(names)}; choose one with --text-field")
+        raise DataError(f"{path}: no column '{column}'; it has {_listed(names)}; choose one with --text-field")
+    row = sum(file.metadata.row_group(group).num_rows for group in range(segment.begin))
     for group in range(segment.begin, segment.end):
-        for row, value in enumerate(file.read_row_group(group, columns=[column]).column(0).to_pylist()):
-            where = f"{path}, row {row} of row group {group}"
-            if not isinstance(value, str):
-                raise DataError(f"{where}: column '{column}' holds {type(value).__name__}, expected text")
-            yield value, where
+        try:
+            # A dot in the argument `columns` would mean a field of a struct.
+            table = file.read_row_group(group, columns=None if "." in column else [column])
+            values = table.column(table.schema.names.index(column))
+            kind = values.type.value_type if pyarrow.types.is_dictionary(values.type) else values.type
+            if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+                # As bytes, because those of a string column need not be valid UTF-8.
+                values = values.cast(kind).cast(pyarrow.large_binary())
+            items = values.to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{path}, row group {group} can't be read: {_one_line(error)}") from None
+        for value in items:
+            problem = f"column '{column}' holds {_type_name(value)}, expected text"
+            yield value if isinstance(value, (str, bytes)) else _Bad(problem), Place(str(path), "row", row)
+            row += 1
 
 
-def _json_fields(path: Path, segment: Segment, field: str) -> Iterator[tuple[str, str]]:
-    if segment.kind == "jsonl":
-        with open(path, "rb") as file:
-            for offset, line in _lines_from(file, segment.begin, segment.end):
-                yield from _json_field(line, path, field, offset, None)
-        return
+def _json_lines(path: Path, segment: Segment, field: str) -> Iterator[_Row]:
+    with open(path, "rb") as file:
+        for offset, line in _lines_from(file, segment.begin, segment.end):
+            if line.strip():
+                yield _json_field(line, field), Place(str(path), "byte", offset)
+
+
+def _compressed_json_lines(path: Path, field: str) -> Iterator[_Row]:
     number = 0
     try:
         with _open_compressed(path) as file:
             for number, line in enumerate(file, 1):
-                yield from _json_field(line, path, field, 0, number)
-    except DataError:
-        raise
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path} can't be unpacked after line {number}: {error}; is the file complete?") from None
+                if line.strip():
+                    yield _json_field(line, field), Place(str(path), "line", number)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(
+            f"{path} can't be unpacked after line {number}: {_one_line(error)}; is the file complete?"
+        ) from None
 
 
 def _lines_from(file: io.BufferedIOBase, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
@@ -263,8 +323,7 @@ def _lines_from(file: io.BufferedIOBase, begin: int, end: int) -> Iterator[tuple
         file.seek(begin - 1)
         file.readline()
     offset = file.tell()
-    while offset < end:
-        line = file.readline()
+    while offset < end and (line := file.readline()):
         yield offset, line
         offset += len(line)
 
@@ -277,36 +336,61 @@ def _open_compressed(path: Path) -> io.BufferedIOBase:
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), MIB)
 
 
-def _json_field(line: bytes, path: Path, field: str, offset: int, number: int | None) -> Iterator[tuple[str, str]]:
-    if not line.strip():
-        return
+def _json_field(line: bytes, field: str) -> str | _Bad:
     try:
         try:
             value = json.loads(line)
         except UnicodeDecodeError:  # `_valid_utf8` applies the policy
             value = json.loads(line.decode(errors="surrogateescape"))
     except json.JSONDecodeError as error:
-        problem = f"not valid JSON ({error.msg} at column {error.colno}); each line must be one object"
-    else:
-        if not isinstance(value, dict):
-            problem = f"expected an object, found {type(value).__name__}; each line must be one object"
-        elif field not in value:
-            fields = ", ".join(map(str, value)) or "no fields"
-            problem = f"no field '{field}'; it has {fields}; choose one with --text-field"
-        elif not isinstance(value[field], str):
-            problem = f"field '{field}' holds {type(value[field]).__name__}, expected text"
-        else:
-            yield value[field], f"{path}, line {number}" if number else f"{path}, line at byte {offset}"
-            return
-    raise DataError(f"{path}, line {number or _line_number(path, offset)}: {problem}")
+        return _Bad(f"not valid JSON ({error.msg} at column {error.colno}); each line must be one object")
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
+        return _Bad(f"not readable as JSON ({_one_line(error)})")
+    if not isinstance(value, dict):
+        return _Bad(f"expected an object, found {_type_name(value)}; each line must be one object")
+    if field not in value:
+        return _Bad(f"no field '{field}'; it has {_listed(list(value)) or 'no fields'}; choose one with --text-field")
+    if not isinstance(value[field], str):
+        return _Bad(f"field '{field}' holds {_type_name(value[field])}, expected text")
+    return value[field]
 
 
-def _line_number(path: Path, offset: int) -> int:
-    """1-based number of the line at a byte offset, for an error message."""
-    count = 1
-    with open(path, "rb") as file:
-        while offset > 0:
-            block = file.read(min(offset, MIB))
-            count += block.count(b"\n")
-            offset -= len(block)
-    return count
+def _type_name(value: object) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN_FIELDS} more" if len(names) > SHOWN_FIELDS else ""
+    return ", ".join(names[:SHOWN_FIELDS]) + more
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def bad_rows_message(count: int, first: Sequence[Document], listed_in: Path | None = None) -> str:
+    """How many rows were left out, and the first of them, a line each."""
+    where = f", listed in {listed_in}" if listed_in else ""
+    more = [f"  and {count - len(first)} more"] if count > len(first) else []
+    rows = [f"  {LineNumbers().resolve(row.place)}: {row.problem}" for row in first]
+    return "\n".join([f"{count} bad rows left out{where}:", *rows, *more])
+
+
+class LineNumbers:
+    """Line numbers of places known by their byte. Asked in the order of a file, it is read once."""
+
+    def __init__(self) -> None:
+        self._path, self._offset, self._line = "", 0, 1
+
+    def resolve(self, place: Place) -> Place:
+        """The same place, by line instead of byte."""
+        if place.kind != "byte":
+            return place
+        if place.path != self._path or place.number < self._offset:
+            self._path, self._offset, self._line = place.path, 0, 1
+        with open(place.path, "rb") as file:
+            file.seek(self._offset)
+            while self._offset < place.number and (block := file.read(min(place.number - self._offset, MIB))):
+                self._line += block.count(b"\n")
+                self._offset += len(block)
+        return Place(place.path, "line", self._line)

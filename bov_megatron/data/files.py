@@ -1,22 +1,48 @@
-"""Atomic writes and reproducible JSON."""
+"""Atomic writes, reproducible JSON, and what to say where the disk is full."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
+
+_FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded", errno.EFBIG: "File too large"}
+
+
+def why_full(error: BaseException) -> str | None:
+    """The system's words where `error` says that a file system takes no more, else None."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return _FULL[error.errno]
+    # Libraries written in Rust (safetensors, tokenizers) raise errors of their own, with the number in the text.
+    return next((text for number, text in _FULL.items() if f"(os error {number})" in str(error)), None)
+
+
+def full_disk_message(path: str | Path, reason: str, needed: float, remedy: str) -> str:
+    """One line: what could not be written, how many bytes are needed in all, how many are free, and what to do."""
+    existing = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    return (
+        f"could not write {path}: {reason}; about {needed / 2**20:,.1f} MiB are needed and {free / 2**20:,.1f} MiB are "
+        f"free in {existing}; {remedy}"
+    )
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write, fsync and rename, so that readers see all of `data` or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def json_bytes(value: Any) -> bytes:

@@ -54,6 +54,8 @@ class Manifest:
     empty_documents: int = 0
     invalid_documents: int = 0
     """Left out because they weren't valid UTF-8."""
+    bad_rows: int = 0
+    """Left out with `--skip-bad`; `bad_rows.jsonl` lists them."""
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

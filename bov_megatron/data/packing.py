@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bov_megatron.data.corpus import Unit, read_documents
+from bov_megatron.data.corpus import Document, LineNumbers, Place, Unit, read_documents
 from bov_megatron.data.files import json_bytes, write_atomically
 from bov_megatron.data.manifest import COLUMN, SPLITS
 from bov_megatron.data.tokenizer import Encoder, load_encoder
@@ -36,6 +36,7 @@ class PackingOptions:
     shard_bytes: int
     text_field: str
     invalid_utf8: str
+    skip_bad: bool
     validation_fraction: float
     seed: int
     keep_held_out_text: bool
@@ -59,6 +60,8 @@ class PackedUnit:
     splits: dict[str, PackedSplit]
     empty_documents: int = 0
     invalid_documents: int = 0
+    bad_rows: int = 0
+    """Listed in the work folder's `<unit>.bad.jsonl` if any."""
 
     def write(self, path: Path) -> None:
         write_atomically(path, json_bytes(asdict(self)))
@@ -116,6 +119,13 @@ def unit_name(number: int) -> str:
     return f"unit-{number:06d}"
 
 
+def check_unit(unit: Unit, options: PackingOptions) -> None:
+    """Raise DataError at the first row of a unit that `pack_unit` would refuse."""
+    for segment in unit.segments:
+        for _ in read_documents(segment, options.text_field, options.invalid_utf8, options.skip_bad):
+            pass
+
+
 def pack_unit(number: int, unit: Unit, options: PackingOptions, out: Path, work: Path) -> PackedUnit:
     """Tokenize and pack one unit, put its shards in place, then write its marker to `work`.
 
@@ -131,7 +141,8 @@ def pack_unit(number: int, unit: Unit, options: PackingOptions, out: Path, work:
         for split in SPLITS
     }
     counts = {split: PackedSplit() for split in SPLITS}
-    for batch in _batches(unit, options, packed):
+    bad_rows: list[Document] = []
+    for batch in _batches(unit, options, packed, bad_rows):
         for split in SPLITS:
             documents = [data for data, target in batch if target == split]
             if documents:
@@ -147,16 +158,25 @@ def pack_unit(number: int, unit: Unit, options: PackingOptions, out: Path, work:
         _put_in_place(temporary / split, out / split / name)
     shutil.rmtree(temporary)
     packed.splits = counts
+    packed.bad_rows = len(bad_rows)
+    if bad_rows:
+        rows = [[row.place.path, row.place.kind, row.place.number, row.problem] for row in bad_rows]
+        write_atomically(work / f"{name}.bad.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     packed.write(work / f"{name}.json")
     return packed
 
 
-def _batches(unit: Unit, options: PackingOptions, packed: PackedUnit) -> Iterator[list[tuple[bytes, str]]]:
-    """The unit's documents with their splits, about BATCH_BYTES at a time; counts skipped ones in `packed`."""
+def _batches(
+    unit: Unit, options: PackingOptions, packed: PackedUnit, bad_rows: list[Document]
+) -> Iterator[list[tuple[bytes, str]]]:
+    """The unit's documents with their splits, about BATCH_BYTES at a time; counts skipped ones in `packed`, and appends
+    bad rows to `bad_rows`."""
     batch, size = [], 0
     for segment in unit.segments:
-        for document in read_documents(segment, options.text_field, options.invalid_utf8):
-            if document.data is None:
+        for document in read_documents(segment, options.text_field, options.invalid_utf8, options.skip_bad):
+            if document.problem is not None:
+                bad_rows.append(document)
+            elif document.data is None:
                 packed.invalid_documents += 1
             elif not document.data:
                 packed.empty_documents += 1
@@ -195,3 +215,12 @@ def _put_in_place(source: Path, target: Path) -> None:
         shutil.rmtree(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     os.rename(source, target)
+
+
+def read_bad_rows(numbers: Iterable[int], work: Path) -> Iterator[Document]:
+    """The bad rows of units that have any, in the order of the input, each by its line or row."""
+    lines = LineNumbers()
+    for number in numbers:
+        with open(work / f"{unit_name(number)}.bad.jsonl", encoding="utf-8") as file:
+            for path, kind, place, problem in map(json.loads, file):
+                yield Document(None, lines.resolve(Place(path, kind, place)), problem)

@@ -6,49 +6,60 @@ OUT/train/index.json         all shards of the split, in the order of the input
 OUT/train/unit-000000/shard.00000.mds
 OUT/train/tails/             samples packed from the units' remainders
 OUT/val/…                    the held-out split
+OUT/bad_rows.jsonl           with --skip-bad: file, line and problem of every row left out
 OUT/.work/                   while preparing: the plan, and a marker per finished unit
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from bov_megatron.data.corpus import INVALID_UTF8_POLICIES, Unit, find_files, make_units
-from bov_megatron.data.files import json_bytes, write_atomically
+from bov_megatron.data.corpus import (
+    INVALID_UTF8_POLICIES,
+    SHOWN_BAD_ROWS,
+    Unit,
+    bad_rows_message,
+    find_files,
+    make_units,
+    read_documents,
+)
+from bov_megatron.data.files import full_disk_message, json_bytes, why_full, write_atomically
 from bov_megatron.data.manifest import MANIFEST_NAME, SPLITS, WORK_NAME, Manifest, SplitManifest, read_manifest
 from bov_megatron.data.packing import (
     HELD_OUT_NAME,
     PackedUnit,
     PackingOptions,
     SampleWriter,
+    check_unit,
     pack_unit,
+    read_bad_rows,
     unit_name,
 )
 from bov_megatron.data.tokenizer import Encoder, copy_tokenizer, load_encoder
+from bov_megatron.data.workers import run_in_workers
 from bov_megatron.errors import DataError
 
+BAD_ROWS_NAME = "bad_rows.jsonl"
 LOCK_NAME = ".prepare.lock"
 LOCK_SECONDS = 3
 """Longer than workers take to notice that their parent has died."""
 SHOWN_INPUTS = 16
-OWN_NAMES = frozenset({MANIFEST_NAME, WORK_NAME, LOCK_NAME, "tokenizer", *SPLITS})
+ESTIMATE_BYTES = 1 << 18
+PLAN_NAME = "plan.json"
+OWN_NAMES = frozenset({MANIFEST_NAME, WORK_NAME, LOCK_NAME, BAD_ROWS_NAME, "tokenizer", *SPLITS})
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,8 @@ class PrepareOptions:
     """Patterns for names of files and folders to leave out of input folders."""
     text_field: str = "text"
     invalid_utf8: str = "error"
+    skip_bad: bool = False
+    """Leave out rows that are null, malformed or without the field, and list them in `bad_rows.jsonl`."""
     seed: int = 0
     """For the choice of held-out documents."""
     workers: int | None = None
@@ -86,32 +99,70 @@ def prepare_data(options: PrepareOptions, progress: bool = True) -> Manifest:
     """Write the data set `options.out`; see the head of this file for its layout.
 
     After an interruption the same call continues behind the finished units, with the same result. Raises DataError for
-    bad options and inputs, and without `overwrite` for an existing data set, or an unfinished one with other options.
+    bad options and inputs, a full disk, and without `overwrite` for an existing data set, or an unfinished one with
+    other options.
     """
     _check_options(options)
     encoder = load_encoder(options.tokenizer)
     out = Path(options.out).expanduser()
-    with _sole_writer(out):
-        _clear_or_refuse(out, options.overwrite)
-        units = make_units(find_files(options.inputs, options.exclude), options.unit_bytes)
-        if options.validation:
-            units += make_units(find_files(options.validation, options.exclude), options.unit_bytes, split="val")
-        packing = PackingOptions(
-            tokenizer=str(encoder.folder.resolve()),
-            tokenizer_hash=encoder.hash,
-            sequence_length=options.sequence_length,
-            shard_bytes=options.shard_bytes,
-            text_field=options.text_field,
-            invalid_utf8=options.invalid_utf8,
-            validation_fraction=options.fraction(),
-            seed=options.seed,
-            keep_held_out_text=options.keep_held_out_text,
-        )
-        work = _open_work(out, units, packing)
-        _run_units(units, packing, out, work, options.workers, progress)
+    units: list[Unit] = []
+    try:
+        with _sole_writer(out):
+            units += make_units(find_files(options.inputs, options.exclude), options.unit_bytes)
+            if options.validation:
+                units += make_units(find_files(options.validation, options.exclude), options.unit_bytes, split="val")
+            return _prepare(options, encoder, out, units, progress)
+    except OSError as error:
+        reason = why_full(error)
+        if reason is None:
+            raise DataError(f"{error.filename or out}: {error.strerror or error}") from None
+        remedy = "free space there and run the same command again: what is finished is kept"
+        needed = _bytes_needed(units, encoder, options)
+        raise DataError(full_disk_message(out, reason, needed, remedy)) from None
+
+
+def _prepare(options: PrepareOptions, encoder: Encoder, out: Path, units: list[Unit], progress: bool) -> Manifest:
+    packing = PackingOptions(
+        tokenizer=str(encoder.folder.resolve()),
+        tokenizer_hash=encoder.hash,
+        sequence_length=options.sequence_length,
+        shard_bytes=options.shard_bytes,
+        text_field=options.text_field,
+        invalid_utf8=options.invalid_utf8,
+        skip_bad=options.skip_bad,
+        validation_fraction=options.fraction(),
+        seed=options.seed,
+        keep_held_out_text=options.keep_held_out_text,
+    )
+    workers = options.workers or len(os.sched_getaffinity(0))
+    _refuse_what_is_there(out, options.overwrite)
+    if options.overwrite or not (out / WORK_NAME / PLAN_NAME).is_file():
+        _check_rows(units, packing, workers, progress)
+    if options.overwrite:
+        _clear(out)
+    work = _open_work(out, units, packing)
+    try:
+        _run_units(units, packing, out, work, workers, progress)
         manifest = _finish(options, encoder, out, work, len(units))
-        shutil.rmtree(work)
+    finally:
+        _remove_unfinished(work)
+    shutil.rmtree(work)
     return manifest
+
+
+def _bytes_needed(units: Sequence[Unit], encoder: Encoder, options: PrepareOptions) -> float:
+    """Bytes of all tokens, estimated from the first documents."""
+    text = tokens = 0
+    for segment in itertools.chain.from_iterable(unit.segments for unit in units):
+        for document in read_documents(segment, options.text_field, "skip", skip_bad=True):
+            piece = (document.data or b"")[:ESTIMATE_BYTES].decode(errors="ignore")
+            text += len(piece.encode())
+            tokens += 1 + len(encoder.encode([piece])[0])
+            if text >= ESTIMATE_BYTES:
+                break
+        if text >= ESTIMATE_BYTES:
+            break
+    return sum(unit.text_bytes for unit in units) * tokens / max(text, 1) * np.dtype(encoder.dtype).itemsize
 
 
 def _check_options(options: PrepareOptions) -> None:
@@ -136,6 +187,7 @@ def _sole_writer(out: Path) -> Iterator[None]:
     # Forked workers inherit the lock, so no other run starts while a killed parent's workers still write.
     from filelock import FileLock, Timeout
 
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / LOCK_NAME)
     try:
@@ -147,19 +199,33 @@ def _sole_writer(out: Path) -> Iterator[None]:
     finally:
         lock.release()
         (out / LOCK_NAME).unlink(missing_ok=True)
+        if new and not any(out.iterdir()):
+            out.rmdir()
 
 
-def _clear_or_refuse(out: Path, overwrite: bool) -> None:
+def _refuse_what_is_there(out: Path, overwrite: bool) -> None:
     foreign = sorted(path.name for path in out.iterdir() if path.name not in OWN_NAMES)
     if foreign:
         raise DataError(f"--out {out} holds other files ({', '.join(foreign[:5])}); choose an empty or new folder")
-    if overwrite:
-        # The manifest first: from here on the folder is not a data set.
-        for name in (MANIFEST_NAME, WORK_NAME, "tokenizer", *SPLITS):
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif (out / MANIFEST_NAME).exists():
+    if (out / MANIFEST_NAME).exists() and not overwrite:
         raise DataError(f"--out {out} holds a complete data set; pass --overwrite to replace it")
+
+
+def _clear(out: Path) -> None:
+    # The manifest first: from here on the folder is not a data set.
+    for name in (MANIFEST_NAME, WORK_NAME, BAD_ROWS_NAME, "tokenizer", *SPLITS):
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _check_rows(units: Sequence[Unit], packing: PackingOptions, workers: int, progress: bool) -> None:
+    """Read all rows before any is tokenized: reading is some hundred times faster, so a bad one is found early."""
+    if packing.skip_bad and packing.invalid_utf8 != "error":
+        return
+    run_in_workers(
+        [partial(check_unit, unit, packing) for unit in units], workers, label="checking",
+        sizes=[unit.text_bytes for unit in units], remedy="run again with fewer --workers", progress=progress,
+    )  # fmt: skip
 
 
 def _open_work(out: Path, units: list[Unit], packing: PackingOptions) -> Path:
@@ -167,7 +233,7 @@ def _open_work(out: Path, units: list[Unit], packing: PackingOptions) -> Path:
     work = out / WORK_NAME
     sizes = [[s.path, os.stat(s.path).st_size, os.stat(s.path).st_mtime_ns] for u in units for s in u.segments]
     plan = json.loads(json_bytes({"options": asdict(packing), "units": [asdict(u) for u in units], "files": sizes}))
-    path = work / "plan.json"
+    path = work / PLAN_NAME
     if path.is_file():
         unfinished = json.loads(path.read_bytes())
         if unfinished != plan:
@@ -179,10 +245,19 @@ def _open_work(out: Path, units: list[Unit], packing: PackingOptions) -> Path:
         strays = [name for name in ("tokenizer", *SPLITS) if (out / name).exists()]
         if strays:
             raise DataError(f"--out {out} holds {', '.join(strays)} but neither manifest nor plan; pass --overwrite")
-        write_atomically(path, json_bytes(plan))
-    for stale in work.glob("*.tmp"):
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        try:
+            write_atomically(path, json_bytes(plan))
+        except OSError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    _remove_unfinished(work)
     return work
+
+
+def _remove_unfinished(work: Path) -> None:
+    """Remove what units left behind that were not finished."""
+    for stale in work.glob("*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
 
 
 def _differences(unfinished: dict, plan: dict) -> str:
@@ -193,56 +268,21 @@ def _differences(unfinished: dict, plan: dict) -> str:
     return ", ".join(different)
 
 
-def _run_units(
-    units: list[Unit], packing: PackingOptions, out: Path, work: Path, workers: int | None, progress: bool
-) -> None:
+def _run_units(units: list[Unit], packing: PackingOptions, out: Path, work: Path, workers: int, progress: bool) -> None:
     """Pack the units that have no marker yet, over processes."""
     # Imported once here, so that forked workers don't each take seconds to.
     import streaming  # noqa: F401
-    from tqdm import tqdm
 
     todo = [number for number in range(len(units)) if not (work / f"{unit_name(number)}.json").is_file()]
-    workers = min(workers or len(os.sched_getaffinity(0)), max(len(todo), 1))
-    context = multiprocessing.get_context("fork")
-    with (
-        ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(),)) as pool,
-        tqdm(
-            total=sum(unit.text_bytes for unit in units),
-            initial=sum(unit.text_bytes for unit in units) - sum(units[n].text_bytes for n in todo),
-            unit="B", unit_scale=True, desc="packing", disable=not progress, file=sys.stderr,
-        ) as bar,
-    ):  # fmt: skip
-        futures = {pool.submit(pack_unit, n, units[n], packing, out, work): n for n in todo}
-        try:
-            while futures:
-                done, _ = wait(futures, return_when=FIRST_COMPLETED)
-                for future in done:
-                    number = futures.pop(future)
-                    future.result()
-                    bar.update(units[number].text_bytes)
-        except BrokenProcessPool:
-            raise DataError(
-                "a worker process was killed, perhaps for memory; the finished units are kept: "
-                "run the same command again, with fewer --workers if memory was short"
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                worker.kill()  # its unit has no marker yet, and leaving the pool would wait for it
-            raise
-
-
-def _start_worker(parent: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too: the parent ends them
-
-    # A killed parent can't stop its workers, so they poll.
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    run_in_workers(
+        [partial(pack_unit, number, units[number], packing, out, work) for number in todo],
+        workers,
+        label="packing",
+        sizes=[units[number].text_bytes for number in todo],
+        done=sum(unit.text_bytes for unit in units) - sum(units[number].text_bytes for number in todo),
+        remedy="the finished units are kept: run the same command again, with fewer --workers if memory was short",
+        progress=progress,
+    )
 
 
 def _finish(options: PrepareOptions, encoder: Encoder, out: Path, work: Path, num_units: int) -> Manifest:
@@ -250,10 +290,12 @@ def _finish(options: PrepareOptions, encoder: Encoder, out: Path, work: Path, nu
     markers = [PackedUnit.read(work / f"{unit_name(number)}.json") for number in range(num_units)]
     splits = {split: _finish_split(split, markers, options, encoder, out, work) for split in SPLITS}
     empty = sum(marker.empty_documents for marker in markers)
+    bad_rows = sum(marker.bad_rows for marker in markers)
+    bad = f", {bad_rows} bad rows left out" if bad_rows else ""
     if not splits["train"].samples:
         raise DataError(
             f"the input gives no training sample: {splits['train'].documents} documents with "
-            f"{splits['train'].dropped_tokens} tokens ({empty} empty documents), and one sample takes "
+            f"{splits['train'].dropped_tokens} tokens ({empty} empty documents{bad}), and one sample takes "
             f"{options.sequence_length + 1}; give more text or a smaller --sequence-length, with --overwrite"
         )
     if not splits["val"].samples and (options.fraction() > 0 or options.validation):
@@ -262,6 +304,7 @@ def _finish(options: PrepareOptions, encoder: Encoder, out: Path, work: Path, nu
             f"{splits['val'].dropped_tokens} tokens, and one sample takes {options.sequence_length + 1}; "
             "raise --validation-fraction (0 for no held-out split) or give --validation INPUT; then pass --overwrite"
         )
+    _write_bad_rows([number for number, marker in enumerate(markers) if marker.bad_rows], out, work)
     manifest = Manifest(
         sequence_length=options.sequence_length,
         vocab_size=encoder.vocab_size,
@@ -276,6 +319,7 @@ def _finish(options: PrepareOptions, encoder: Encoder, out: Path, work: Path, nu
         validation_inputs=_shown(options.validation),
         empty_documents=empty,
         invalid_documents=sum(marker.invalid_documents for marker in markers),
+        bad_rows=bad_rows,
         versions={name: version(name) for name in ("mosaicml-streaming", "tokenizers", "numpy")},
     )
     manifest.write(out)
@@ -286,6 +330,20 @@ def _shown(inputs: Sequence[str]) -> list[str]:
     """The inputs as given, cut short where a shell has expanded a pattern to many."""
     shown = [str(text) for text in inputs[:SHOWN_INPUTS]]
     return shown if len(inputs) <= SHOWN_INPUTS else [*shown, f"and {len(inputs) - SHOWN_INPUTS} more"]
+
+
+def _write_bad_rows(numbers: Sequence[int], out: Path, work: Path) -> None:
+    """Join the units' lists of bad rows, and print the first."""
+    if not numbers:
+        return
+    count, first, temporary = 0, [], work / f"{BAD_ROWS_NAME}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        for count, row in enumerate(read_bad_rows(numbers, work), 1):
+            first += [row] if count <= SHOWN_BAD_ROWS else []
+            values = {"file": row.place.path, row.place.kind: row.place.number, "problem": row.problem}
+            file.write(json.dumps(values) + "\n")
+    os.replace(temporary, out / BAD_ROWS_NAME)
+    print(bad_rows_message(count, first, out / BAD_ROWS_NAME), file=sys.stderr)
 
 
 def _finish_split(

@@ -6,20 +6,20 @@ lm-eval is imported inside functions because that takes seconds.
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bov_megatron.errors import EvaluationError
+from bov_megatron.lifecycle.terminal import say
 from bov_megatron.parallel.device import has_gpu
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-
-logger = logging.getLogger(__name__)
 
 
 def run_tasks(
@@ -45,15 +45,16 @@ def run_tasks(
         dtype: `auto` means as stored.
         bos: start prompts with `<|bos|>`, as documents do in training.
 
-    Raises EvaluationError for unknown tasks.
+    Raises EvaluationError for unknown tasks, and for tasks whose data set cannot be had.
     """
     manager, names = find_tasks(tasks, tasks_dir)
+    loaded = [task for name in names for task in load_task(manager, name)]
     from lm_eval import simple_evaluate
 
     device = device or ("cuda" if has_gpu() else "cpu")
     results = simple_evaluate(
         model=load_model(model_dir, batch_size=batch_size, device=device, dtype=dtype, bos=bos),
-        tasks=names,
+        tasks=loaded,
         num_fewshot=num_fewshot,
         limit=limit,
         task_manager=manager,
@@ -79,7 +80,7 @@ def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None) -> tuple[Task
     manager = TaskManager(include_path=include, include_defaults=False)
     unknown = _unknown(names, manager)
     if unknown:
-        logger.info("%s: not among the local tasks; indexing lm-eval's own, about half a minute", ", ".join(unknown))
+        say(f"{', '.join(unknown)}: not among local tasks; indexing lm-eval's own, about half a minute")
         manager = TaskManager(include_path=include, include_defaults=True)
         unknown = _unknown(names, manager)
     if unknown:
@@ -91,6 +92,22 @@ def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None) -> tuple[Task
 
 def _unknown(names: Sequence[str], manager: TaskManager) -> list[str]:
     return [name for name in names if not Path(name).is_file() and not manager.match_tasks([name])]
+
+
+def load_task(manager: TaskManager, name: str) -> list[Task | Group]:
+    """The task, group or tag `name` with its data; a tag gives several tasks. Raises EvaluationError."""
+    try:
+        loaded = manager.load([name])
+    except Exception as error:  # of lm-eval, datasets, huggingface_hub, httpx: they share no base class
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        remedy = (
+            "if its data set is on the Hugging Face hub, this needs network, or a cache filled by an earlier run; "
+            "without, give tasks over local files with --tasks-dir"
+        )
+        raise EvaluationError(f"--tasks {name} could not be loaded ({reason}); {remedy}") from None
+    members = {member for group in loaded["groups"].values() for member in group.child_names}
+    every = {**loaded["tasks"], **loaded["groups"]}
+    return [task for key, task in every.items() if key not in members]
 
 
 def load_model(model_dir: str | Path, *, batch_size: int, device: str, dtype: str, bos: bool) -> HFLM:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.bits_per_byte import read_packed_samples, score_samples
+from bov_megatron.evaluation.quiet import quiet_libraries
+from bov_megatron.lifecycle.terminal import warn
 from bov_megatron.parallel.device import has_gpu
 
 
@@ -32,20 +34,42 @@ def evaluate(
         raise EvaluationError(f"{model_dir} has no config.json; give a folder written by `bov convert to-hf`")
     if packed is not None and limit is not None and limit != int(limit):
         raise EvaluationError(f"--limit {limit} with --packed: packed samples need a whole number")
-    report: dict = {"model": str(model_dir), "scores": {}, "samples": {}}
-    if tasks:
-        from bov_megatron.evaluation.lm_eval_tasks import run_tasks
-
-        report |= run_tasks(
-            model_dir, tasks, tasks_dir=tasks_dir, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size,
-            device=device, dtype=dtype, bos=bos,
-        )  # fmt: skip
     if packed is not None:
-        count = None if limit is None else int(limit)
-        score = _score_packed(model_dir, packed, count, batch_size, device, dtype)
-        report["scores"]["packed"] = score
-        report["samples"]["packed"] = score.pop("samples")
+        _check_tokenizer(Path(model_dir), Path(packed))
+    report: dict = {"model": str(model_dir), "scores": {}, "samples": {}}
+    with quiet_libraries():
+        if tasks:
+            from bov_megatron.evaluation.lm_eval_tasks import run_tasks
+
+            report |= run_tasks(
+                model_dir, tasks, tasks_dir=tasks_dir, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size,
+                device=device, dtype=dtype, bos=bos,
+            )  # fmt: skip
+        if packed is not None:
+            count = None if limit is None else int(limit)
+            score = _score_packed(model_dir, packed, count, batch_size, device, dtype)
+            report["scores"]["packed"] = score
+            report["samples"]["packed"] = score.pop("samples")
     return report
+
+
+def _check_tokenizer(model_dir: Path, packed: Path) -> None:
+    """Raise EvaluationError where the packed samples were made with another tokenizer than the model's."""
+    from bov_megatron.data.manifest import MANIFEST_NAME, read_manifest
+    from bov_megatron.data.tokenizer import load_encoder
+
+    data_set = packed.resolve().parent
+    if not (packed / "index.json").is_file():
+        return  # read_packed_samples says so
+    if not (data_set / MANIFEST_NAME).is_file():
+        warn(f"--packed {packed}: no {MANIFEST_NAME} beside it, so its tokenizer is not known to be the model's")
+        return
+    made_with, own = read_manifest(data_set).tokenizer_hash, load_encoder(model_dir).hash
+    if made_with != own:
+        raise EvaluationError(
+            f"--packed {packed} was made with tokenizer {made_with[:12]}, the model with {own[:12]}: its ids stand for "
+            "other text; prepare the data again with --tokenizer set to the model's folder"
+        )
 
 
 def _score_packed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import yaml
 
+from bov_megatron.data.files import full_disk_message, why_full
 from bov_megatron.errors import ExportError
 from bov_megatron.recipe import ModelConfig
 from bov_megatron.recipe.parameters import parameter_specs
@@ -82,25 +84,35 @@ def export(
         check: called with the complete folder before it takes its place; if it raises, nothing has changed.
 
     The folder appears complete or not at all. Raises ExportError if weights are missing, unexpected or of another
-    shape, if the tokenizer doesn't fit, or if `out_dir` isn't empty.
+    shape, if the tokenizer doesn't fit, if `out_dir` isn't empty, or if it cannot be written.
     """
     out_dir = Path(out_dir)
     if out_dir.exists() and not out_dir.is_dir():
         raise ExportError(f"{out_dir} is a file; give a folder to write to")
     if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
         raise ExportError(f"{out_dir} is not empty; choose another folder, or pass overwrite (--overwrite)")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(spec.size for spec in parameter_specs(model)) * dtype.itemsize
     beside = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
     partial = beside / out_dir.name  # transformers names the modules that it copies from there after the folder
-    partial.mkdir(parents=True)
     try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(out_dir.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        shutil.rmtree(beside, ignore_errors=True)
+        partial.mkdir(parents=True)
         token_ids = _write_tokenizer(tokenizer_dir, model, partial) if tokenizer_dir is not None else {}
         _write_config(model, token_ids, dtype, partial)
         _write_weights(state.items() if isinstance(state, Mapping) else state, model, dtype, max_shard_bytes, partial)
         (partial / "README.md").write_text(_model_card(model, dtype, recipe))
         check(partial)
         _replace(out_dir, partial, previous=beside / "previous")
+    except Exception as error:
+        if reason := why_full(error):
+            remedy = "free space there, or give another OUT (a bfloat16 export takes half of a float32 one)"
+            raise ExportError(full_disk_message(out_dir, reason, needed, remedy)) from None
+        if isinstance(error, OSError) and error.errno:
+            raise ExportError(f"could not write {out_dir}: {error.strerror} ({error.filename or out_dir})") from None
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return out_dir

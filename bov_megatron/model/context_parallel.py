@@ -15,9 +15,17 @@ from torch import Tensor
 
 
 def stretches(length: int, rank: int, size: int) -> list[tuple[int, int]]:
-    """Positions that a rank holds, as ranges `[start, stop)` in order."""
+    """Positions that a rank holds, as ranges `[start, stop)` in order.
+
+    Raises ValueError where `length` is not a multiple of 2C.
+    """
     if size == 1:
         return [(0, length)]
+    if length % (2 * size):
+        raise ValueError(
+            f"a sequence of {length} tokens does not divide into the {2 * size} equal chunks of {size} "
+            "context-parallel ranks; pad it, or use a model.sequence_length that does"
+        )
     chunk = length // (2 * size)
     return [(n * chunk, (n + 1) * chunk) for n in (rank, 2 * size - 1 - rank)]
 

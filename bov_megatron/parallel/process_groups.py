@@ -8,6 +8,7 @@ import os
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import distributed_c10d
 
 from bov_megatron.parallel import megatron_on_cpu
 from bov_megatron.parallel.device import backend, select_gpu
@@ -67,9 +68,21 @@ def twin(group: dist.ProcessGroup, backend: str | None = None) -> dist.ProcessGr
     """
     key = (group, backend)
     if key not in _twins:
-        ranks = dist.get_process_group_ranks(group)
-        _twins[key] = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+        _twins[key] = _make_twin(group, backend or dist.get_backend(group))
     return _twins[key]
+
+
+def _make_twin(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
+    # As dist.new_group(use_local_synchronization=True), but named after `group`. torch's own name contains the number
+    # of groups that this process is in; where that differs between ranks, each waits for the others under another name.
+    ranks = dist.get_process_group_ranks(group)
+    _, store = distributed_c10d._world.pg_map[distributed_c10d._get_default_group()]
+    name = distributed_c10d.GroupName(f"{group.group_name}/{backend}")
+    made, _ = distributed_c10d._new_process_group_helper(
+        len(ranks), group.rank(), ranks, dist.Backend(backend), store, name, timeout=TIMEOUT
+    )
+    distributed_c10d._world.pg_group_ranks[made] = {rank: number for number, rank in enumerate(ranks)}
+    return made
 
 
 def shutdown() -> None:

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bov_megatron.recipe.limits import AboveZero, AtLeast, OneOf, Within
+from bov_megatron.recipe.limits import AboveZero, AtLeast, AtMost, OneOf, Within
 from bov_megatron.recipe.value_sources import PROJECTION, VALUE_SOURCES, ValueSourceFacts
 
 SMEAR_CHANNELS = 24
 """Leading channels of a token that its smear gate reads (arXiv 2606.02780)."""
 TARGET_LAYERS = ("last_third", "every", "every_second", "second_half", "last_two_thirds")
 
-Size = Annotated[int, AtLeast(1)]
+Size = Annotated[int, AtLeast(1), AtMost(2**31 - 1)]
 Count = Annotated[int, AtLeast(0)]
 Positive = Annotated[float, AboveZero()]
 NotNegative = Annotated[float, AtLeast(0)]
@@ -64,7 +64,7 @@ class ValueConfig:
 class ModelConfig:
     """The decoder of arXiv 2606.02780."""
 
-    num_layers: Size = 12
+    num_layers: Annotated[int, AtLeast(1), AtMost(1000)] = 12
     """Decoder layers."""
     hidden_size: Annotated[int, AtLeast(SMEAR_CHANNELS, f"smear reads {SMEAR_CHANNELS} channels of a token")] = 768
     """Width of the residual stream."""
@@ -337,7 +337,7 @@ class ValidationConfig:
 
     interval: Count = 250
     """Steps between validations; 0 means only at the end."""
-    tokens: Size = 41_943_040
+    tokens: Annotated[int, AtLeast(1)] = 41_943_040
     """Maximum number of held-out tokens to score."""
     micro_batch_size: Size | None = None
     """Sequences per forward pass; `null` means train.micro_batch_size."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import typing
 from dataclasses import dataclass
 
@@ -21,6 +22,18 @@ class AtLeast:
     def check(self, name: str, value: float) -> None:
         if value < self.least:
             raise RecipeError(f"{name}={value}: must be {self}" + (f" ({self.why})" if self.why else ""))
+
+
+@dataclass(frozen=True)
+class AtMost:
+    most: int
+
+    def __str__(self) -> str:
+        return f"at most {self.most:,}"
+
+    def check(self, name: str, value: float) -> None:
+        if value > self.most:
+            raise RecipeError(f"{name}={value}: must be {self}")
 
 
 @dataclass(frozen=True)
@@ -100,4 +113,5 @@ def divides(whole: tuple[str, int], part: tuple[str, int], why: str) -> None:
 
 
 def divisors(number: int) -> list[int]:
-    return [i for i in range(1, number + 1) if number % i == 0]
+    small = [i for i in range(1, math.isqrt(number) + 1) if number % i == 0]
+    return sorted({*small, *(number // i for i in small)})

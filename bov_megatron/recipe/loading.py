@@ -43,7 +43,10 @@ def read_with_bases(path: str | Path) -> dict:
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> dict:
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, characters that no name has, a circle of links
+        raise RecipeError(f"recipe {str(path)!r} can't be opened: {error}") from None
     if path in children:
         raise RecipeError(f"base: {path.name} is its own base ({' -> '.join(p.name for p in (*children, path))})")
     values = _read_yaml(path, children)
@@ -63,7 +66,9 @@ def _read_yaml(path: Path, children: tuple[Path, ...]) -> dict:
         raise RecipeError(_missing(path, children)) from None
     except IsADirectoryError:
         raise RecipeError(f"recipe {path} is a folder; name one of its files: {_listing(path)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RecipeError(f"recipe {path} can't be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, 2001-13-45, a thousand brackets
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from None
     if values is None:
         raise RecipeError(f"recipe {path} is empty; it needs at least train.steps or train.budget_flops")
@@ -136,7 +141,7 @@ def _apply_override(values: dict, override: str, key: str, text: str) -> None:
             raise RecipeError(f"override '{override}': '{name}' is a value, not a section{hint}")
     try:
         values[last] = yaml.load(text, StrictLoader) if text.strip() else None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = getattr(error, "problem", None) or error
         raise RecipeError(f"override '{override}': the value is not valid YAML ({problem}); quote it") from None
 
@@ -205,9 +210,9 @@ def _convert_scalar(wanted: type, value: typing.Any) -> typing.Any:
     if wanted in (int, float) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e18 as a string
             number = float(value) if isinstance(value, str) else value
-        except ValueError:
-            return None
-        if not isinstance(number, (int, float)) or not math.isfinite(number):
+            if not isinstance(number, (int, float)) or not math.isfinite(number):
+                return None
+        except (ValueError, OverflowError):  # not a number, or an integer beyond all floats
             return None
         if wanted is float:
             return float(number)

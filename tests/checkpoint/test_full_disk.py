@@ -2,9 +2,7 @@
 
 import contextlib
 import io
-import os
 import re
-import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -12,26 +10,7 @@ import pytest
 from tests.checkpoint.test_checkpoint import names, start_engine
 from tests.support.distributed import run_ranks
 from tests.support.runs import SMOKE, metrics, overrides, train
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of a few MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount a small file system: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(folder, leave: int):
-    """A file that leaves so many bytes free."""
-    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    (folder / "filler").write_bytes(bytes(free - leave))
+from tests.support.small_disk import fill
 
 
 def disk_rank(rank, world_size, arguments, filler, freed_after):

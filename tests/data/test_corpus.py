@@ -48,7 +48,7 @@ def test_parquet_row_groups_are_units(tmp_path):
     assert documents(tmp_path, 1000) == [text.encode() for text in TEXTS]
     with pytest.raises(DataError, match="no column 'body'; it has id, text"):
         documents(tmp_path, text_field="body")
-    with pytest.raises(DataError, match="row 0 of row group 0: column 'id' holds int"):
+    with pytest.raises(DataError, match="a.parquet, row 0: column 'id' holds int"):
         documents(tmp_path, text_field="id")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match="not a readable Parquet file"):
@@ -98,7 +98,7 @@ def test_invalid_utf8_follows_the_policy(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "lone \\ud83d surrogate"}\n{"text": "fine"}\n')
     with pytest.raises(DataError, match=r"a\.txt: not valid UTF-8 .*byte 3.*--invalid-utf8 replace or skip"):
         documents(tmp_path / "a.txt")
-    with pytest.raises(DataError, match=r"b\.jsonl, line at byte 0: not valid UTF-8"):
+    with pytest.raises(DataError, match=r"b\.jsonl, line 1: not valid UTF-8"):
         documents(tmp_path / "b.jsonl")
     assert documents(tmp_path, invalid_utf8="skip") == [None, None, None, b"fine"]
     replaced = [data.decode() for data in documents(tmp_path, invalid_utf8="replace")]

@@ -2,6 +2,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
+import pyarrow
 import pytest
+from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from bov_megatron.compat import register_missing_torchvision_ops
@@ -17,6 +21,7 @@ from bov_megatron.data.manifest import read_manifest
 from bov_megatron.data.tokenizer import load_bytes_per_token
 from bov_megatron.errors import DataError
 from tests.data.conftest import SEQUENCE_LENGTH, prepare
+from tests.support.small_disk import fill
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/prepare_data.py"
 
@@ -157,16 +162,115 @@ def test_killed_in_the_middle_then_run_again_equals_undisturbed(library, tokeniz
 
 
 def test_changed_input_is_not_mixed_into_an_unfinished_data_set(tokenizer_folder, library, tmp_path):
-    lines = [json.dumps({"text": text}) for text in documents_of(library, "email")]
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join([*lines, "broken"]))
-    with pytest.raises(DataError, match=f"line {len(lines) + 1}: not valid JSON"):
-        prepare([path], tokenizer_folder, tmp_path / "d")
-    assert not (tmp_path / "d/manifest.json").exists()
+    lines = [json.dumps({"text": text}) for text in documents_of(library, "email", "asyncio")]
+    path, options = tmp_path / "a.jsonl", {"unit_bytes": 20_000, "validation_fraction": 0.0}
     path.write_text("\n".join(lines))
+    process = in_another_process([path], tokenizer_folder, tmp_path / "d", **options)
+    process.kill()
+    process.join()
+    time.sleep(0.5)
+    assert not (tmp_path / "d/manifest.json").exists()
+    path.write_text("\n".join(lines[:-1]))
     with pytest.raises(DataError, match="other input files, or files changed since.*--overwrite"):
-        prepare([path], tokenizer_folder, tmp_path / "d")
-    prepare([path], tokenizer_folder, tmp_path / "d", overwrite=True, validation_fraction=0.0)
+        prepare([path], tokenizer_folder, tmp_path / "d", **options)
+    prepare([path], tokenizer_folder, tmp_path / "d", overwrite=True, **options)
+
+
+@pytest.fixture
+def spoilt(library, tmp_path):
+    """JSON lines of four units and a Parquet file, with bad rows, and the same without them."""
+    texts = documents_of(library, "email", "json")
+    lines = [json.dumps({"text": text}) for text in texts]
+    bad = {5: '{"text": null}', 6: '{"body": "x"}', len(lines) - 1: '{"text": 5}', len(lines): "{'text'"}
+    for folder, left_out in (("spoilt", bad), ("clean", {})):
+        (tmp_path / folder).mkdir()
+        held = [line for i, line in enumerate(lines) for line in ([left_out[i]] if i in left_out else []) + [line]]
+        held += [left_out[len(lines)]] if left_out else []
+        (tmp_path / folder / "a.jsonl").write_text("\n".join(held))
+        column = [text for i, text in enumerate(texts) for text in ([None] if i == 7 and left_out else []) + [text]]
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / folder / "b.parquet", row_group_size=4)
+    return tmp_path, len(lines)
+
+
+def test_bad_rows_are_left_out_when_told_and_listed(spoilt, tokenizer_folder, capfd):
+    (folder, count), options = spoilt, {"unit_bytes": 60_000, "validation_fraction": 0.0}
+    manifest = prepare([folder / "spoilt"], tokenizer_folder, folder / "d", skip_bad=True, **options)
+    found = [json.loads(line) for line in (folder / "d/bad_rows.jsonl").read_text().splitlines()]
+    assert [row.get("line") for row in found] == [6, 8, count + 2, count + 4, None]
+    assert found[4] == {
+        "file": str(folder / "spoilt/b.parquet"), "row": 7, "problem": "column 'text' holds null, expected text"
+    }  # fmt: skip
+    problems = ["holds null", "no field 'text'; it has body", "holds int", "not valid JSON"]
+    assert all(problem in row["problem"] for problem, row in zip(problems, found, strict=False))
+    err = capfd.readouterr().err
+    assert manifest.bad_rows == 5 and f"5 bad rows left out, listed in {folder}/d/bad_rows.jsonl:\n" in err
+    assert f"  {folder}/spoilt/a.jsonl, line 6: field 'text' holds null, expected text\n" in err
+    clean = prepare([folder / "clean"], tokenizer_folder, folder / "c", **options)
+    assert sum(s.bytes for s in manifest.splits.values()) == sum(s.bytes for s in clean.splits.values())
+    assert sum(s.documents for s in manifest.splits.values()) == sum(s.documents for s in clean.splits.values())
+
+
+def test_a_bad_row_is_found_before_anything_is_tokenized(spoilt, tokenizer_folder, monkeypatch):
+    from bov_megatron.data import prepare as module
+
+    folder, _ = spoilt
+
+    def too_early(*_):
+        raise AssertionError("tokenized")
+
+    monkeypatch.setattr(module, "pack_unit", too_early)
+    for name, message in (
+        ("a.jsonl", "line 6: field 'text' holds"),
+        ("b.parquet", "row 7: column 'text' holds"),
+    ):
+        with pytest.raises(DataError, match=f"{name}, {message} null, expected text; --skip-bad leaves such rows out"):
+            prepare([folder / "spoilt" / name], tokenizer_folder, folder / "d")
+        assert not (folder / "d").exists()
+
+
+def test_a_full_disk_is_one_line_and_what_was_finished_is_kept(library, tokenizer_folder, small_disk, data_folder):
+    inputs, options = [library / "email", library / "asyncio"], {"validation_fraction": 0.1, "shard_bytes": 20_000}
+    fill(small_disk, leave=300_000)
+    with pytest.raises(DataError) as error:
+        prepare(inputs, tokenizer_folder, small_disk / "d", workers=2, **options)
+    start, _, end = str(error.value).partition("; about ")
+    assert start == f"could not write {small_disk}/d: No space left on device"
+    found = re.match(r"(\d\.\d) MiB are needed and 0\.\d MiB are free in \S+/d; free space there and run the same", end)
+    stored = sum(path.stat().st_size for path in data_folder.rglob("*.mds")) / 2**20
+    assert float(found[1]) == pytest.approx(stored, rel=0.3)
+    assert not list((small_disk / "d").rglob("*.tmp")) and not (small_disk / "d/manifest.json").exists()
+    finished = list((small_disk / "d/.work").glob("unit-*.json"))
+    (small_disk / "filler").unlink()
+    prepare(inputs, tokenizer_folder, small_disk / "d", **options)
+    assert finished and tree(small_disk / "d") == tree(data_folder)
+
+
+def test_a_disk_without_any_space(library, tokenizer_folder, small_disk):
+    fill(small_disk, leave=0)
+    with pytest.raises(DataError, match="No space left on device; about .* MiB are needed"):
+        prepare([library / "json"], tokenizer_folder, small_disk / "d")
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
+def test_an_interrupted_run_does_not_wait_for_its_workers(library, tokenizer_folder, tmp_path):
+    """SIGINT to the tool alone, as from a scheduler; a unit here takes seconds."""
+    text = "".join(path.read_text() for path in sorted((library / "email").glob("*.py"))) * 20
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(text)
+    command = [sys.executable, str(TOOL), str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), "--quiet", "--workers", "2"]
+    process = subprocess.Popen(
+        [*command, "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "d")],
+        stderr=subprocess.PIPE,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    while not list((tmp_path / "d/.work").glob("unit-*.tmp")) and process.poll() is None:
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and workers and not any(worker.is_running() for worker in workers)
+    assert not list((tmp_path / "d/.work").glob("unit-*")), "neither waited for a unit, nor left a part of one"
 
 
 def test_a_killed_worker_is_explained(library, tokenizer_folder, tmp_path):

@@ -1,16 +1,25 @@
 import json
 import os
+import random
+import signal
+import string
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bov_megatron.compat import register_missing_torchvision_ops
 from bov_megatron.data.tokenizer import (
     BOS_TOKEN,
+    PRE_TOKEN_CHARACTERS,
     load_bytes_per_token,
     load_encoder,
     split_at_words,
@@ -19,6 +28,7 @@ from bov_megatron.data.tokenizer import (
 )
 from bov_megatron.errors import DataError
 from tests.data.conftest import VOCAB_SIZE
+from tests.support.small_disk import fill
 
 ROOT = Path(__file__).resolve().parents[2]
 MIXED = "naïve café — 日本語のテキスト 🎉👩‍👩‍👧 x = {'a': 1}\r\n\tпривет\n"
@@ -74,6 +84,89 @@ def test_encoding_in_pieces_equals_encoding_the_whole(encoder, library, size):
         assert [token for piece in pieces for token, _ in pre.pre_tokenize_str(piece)] == whole
     whole = encoder.fast.encode(text, add_special_tokens=False).ids
     assert np.concatenate(encoder.encode(pieces)).tolist() == whole
+
+
+RUNS = "".join(character * 3000 for character in "aЯ語-🎉\n\t 7'") + "x" * 255 + " y" + "." * 256 + "\r\n" * 300
+
+
+def test_no_word_is_longer_than_the_cap(encoder, hugging_face, tokenizer_folder, tmp_path):
+    """Text without spaces is not one word, for Hugging Face either, and pieces give the same ids."""
+    words = [text for text, _ in encoder.splitter.pre_tokenize_str(RUNS)]
+    assert "".join(words) == RUNS and max(map(len, words)) <= 2 * PRE_TOKEN_CHARACTERS + 1
+    whole = hugging_face(RUNS, add_special_tokens=False)["input_ids"]
+    for size in (100, 700, 1 << 18):
+        pieces = split_at_words(RUNS, size, encoder.splitter)
+        assert "".join(pieces) == RUNS and max(map(len, pieces)) <= size + 2 * PRE_TOKEN_CHARACTERS + 1
+        assert np.concatenate(encoder.encode(pieces)).tolist() == whole
+    hugging_face.save_pretrained(tmp_path / "exported")
+    assert load_encoder(tmp_path / "exported").splitter is not None
+    assert load_encoder(tmp_path / "exported").encode([RUNS])[0].tolist() == whole
+
+
+# Few characters of every class of the pattern, in runs that reach the cap, cut in small pieces.
+RUNS_OF_TEXT = st.lists(
+    st.tuples(st.sampled_from("abЯ語'sl-.€ \t\n\r\u00a07½"), st.sampled_from([1, 1, 1, 2, 3, 5, 255, 256, 257, 600])),
+    max_size=14,
+).map(lambda runs: "".join(character * count for character, count in runs))
+
+
+@given(text=RUNS_OF_TEXT, size=st.integers(1, 400))
+@settings(max_examples=150, deadline=None)
+def test_pieces_of_any_text_are_split_as_the_whole(encoder, text, size):
+    pieces = split_at_words(text, size, encoder.splitter)
+    assert "".join(pieces) == text
+    split = encoder.splitter.pre_tokenize_str
+    assert [word for piece in pieces for word, _ in split(piece)] == [word for word, _ in split(text)]
+
+
+def test_training_can_be_interrupted(tmp_path):
+    """The library's code does not return to Python, which would be told of a signal only at its end."""
+    (tmp_path / "a.txt").write_text("".join(random.Random(0).choices(string.ascii_lowercase, k=3_000_000)))
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    sent = []
+
+    def interrupt():
+        time.sleep(3)  # checking takes less, training twelve seconds of processor time
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_tokenizer([str(tmp_path / "a.txt")], tmp_path / "t", vocab_size=20_000, progress=False)
+        assert sent and time.monotonic() - sent[0] < 2  # and far less but on a loaded machine
+        assert not [child for child in psutil.Process().children() if "pytest" in " ".join(child.cmdline())]
+        assert not (tmp_path / "t").exists()
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def test_bad_rows_are_refused_or_left_out_and_named(library, tmp_path, capfd):
+    text = (library / "argparse.py").read_text()
+    rows = [{"text": text[i : i + 300]} for i in range(0, 60_000, 300)]
+    lines = [json.dumps(row) for row in rows]
+    lines[100:100] = ['{"text": null}', '{"body": "x"}', "{", ""]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    train = {"vocab_size": 400, "progress": False}
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, line 101: field 'text' holds null, .*--skip-bad leaves such rows out"
+    ):
+        train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / "t", **train)
+    assert not (tmp_path / "t").exists()
+    encoder = train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / "t", skip_bad=True, **train)
+    err = capfd.readouterr().err
+    assert "3 bad rows left out:\n" in err and f"  {tmp_path}/a.jsonl, line 102: no field 'text'; it has body" in err
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    clean = train_tokenizer([str(tmp_path / "b.jsonl")], tmp_path / "clean", **train)
+    assert encoder.hash == clean.hash
+
+
+def test_a_full_disk_leaves_no_tokenizer(library, small_disk):
+    fill(small_disk, leave=30_000)
+    message = r"could not write \S+/t: No space left .*; about 0\.\d MiB are needed and 0\.\d MiB are free in "
+    with pytest.raises(DataError, match=message):
+        train_tokenizer([str(library / "json")], small_disk / "t", vocab_size=600, progress=False)
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
 def test_the_command_trains_the_same_tokenizer_again(library, tokenizer_folder, tmp_path):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from bov_megatron.data.tokenizer import load_bytes_per_token, load_encoder
+from bov_megatron.data.prepare import PrepareOptions, prepare_data
+from bov_megatron.data.tokenizer import load_bytes_per_token, load_encoder, train_tokenizer
 from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.bits_per_byte import score_samples, write_rolling_task
 from bov_megatron.evaluation.report import evaluate
@@ -61,6 +62,25 @@ def test_packed_shards_score_as_their_samples(exported, tmp_path):
     expected = score_samples(model, samples[:6], load_bytes_per_token(folder))
     assert report["scores"]["packed"]["bits_per_byte"] == pytest.approx(expected.value, rel=1e-6)
     assert report["samples"]["packed"] == 6
+
+
+def test_packed_samples_of_another_tokenizer_are_refused(exported, tmp_path):
+    """Their ids are within the vocabulary, and a score of them would look like any other."""
+    folder, _ = exported
+    (tmp_path / "a.py").write_text((STDLIB / "bisect.py").read_text() * 3)
+    tokenizers = {"own": folder, "other": tmp_path / "other"}
+    train_tokenizer(
+        [str(STDLIB / "keyword.py"), str(STDLIB / "abc.py")], tokenizers["other"], VOCAB - 40, progress=False
+    )
+    for name, tokenizer in tokenizers.items():
+        sizes = dict(sequence_length=SEQUENCE_LENGTH, validation_fraction=0.0, workers=1)
+        prepare_data(
+            PrepareOptions([str(tmp_path / "a.py")], str(tokenizer), str(tmp_path / f"{name}-data"), **sizes), False
+        )
+    with pytest.raises(EvaluationError, match=r"train was made with tokenizer \w{12}, the model with \w{12}: "):
+        evaluate(folder, packed=tmp_path / "other-data" / "train", device="cpu")
+    report = evaluate(folder, packed=tmp_path / "own-data" / "train", limit=2, device="cpu")
+    assert report["samples"]["packed"] == 2
 
 
 def test_documents_are_cut_into_windows_without_loss(exported, tmp_path):

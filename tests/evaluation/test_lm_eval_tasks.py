@@ -106,6 +106,29 @@ def test_rolling_task_equals_the_trainers_definition(exported, tmp_path):
     assert report["samples"]["held_out"] == len(task.samples)
 
 
+def test_only_scores_are_printed(exported, tasks_dir, capfd):
+    """No progress bars, log lines or prints of lm-eval, datasets or transformers."""
+    folder, _ = exported
+    names = "local_choice,local_ending,local_generation"
+    assert main(["evaluate", str(folder), "--tasks", names, "--tasks-dir", str(tasks_dir), "--device", "cpu"]) == 0
+    out, err = capfd.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == names.split(",")
+    assert err == ""
+
+
+def test_a_task_without_its_data_is_one_line(exported, tmp_path, capfd, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    write_task(tmp_path, "remote", [], "loglikelihood", ["acc"], dataset_path="some/data-set", dataset_kwargs={})
+    assert main(["evaluate", str(exported[0]), "--tasks", "remote", "--tasks-dir", str(tmp_path)]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("error: --tasks remote could not be loaded (") and err.count("\n") == 1
+    assert "some/data-set" in err and "--tasks-dir" in err
+
+
 def test_unknown_tasks_are_refused_with_the_nearest_name(tasks_dir):
     with pytest.raises(EvaluationError, match="--tasks hellaswagg: neither a local .* did you mean hellaswag,"):
         find_tasks(["local_choice", "hellaswagg"], tasks_dir)

@@ -17,6 +17,7 @@ from bov_megatron.exchange import export as export_module
 from bov_megatron.exchange.export import export
 from bov_megatron.exchange.hf.modeling_bov import BovForCausalLM
 from bov_megatron.recipe import ModelConfig, Recipe, ValueConfig
+from tests.support.small_disk import fill
 from tests.support.small_models import VARIANTS, random_ids, small_model, small_model_config
 from tests.support.tiny_tokenizer import train_tiny_tokenizer
 
@@ -200,3 +201,15 @@ def test_full_sizes_have_the_published_counts():
     with torch.device("meta"):
         model = BovForCausalLM(export_module.hf_config(ModelConfig(value=ValueConfig(source="bank"))))
     assert sum(p.numel() for p in model.parameters()) == 135_266_333 - 4 * 768**2 + 100_663_296
+
+
+@pytest.mark.parametrize("spare", [-100_000, 9_000], ids=["before writing", "after the weights"])
+def test_a_full_disk_leaves_no_export(tokenizer_dir, small_disk, spare):
+    config, model = bank_model()
+    size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    fill(small_disk, leave=size + spare)
+    with pytest.raises(
+        ExportError, match=r"could not write \S+/out: No space .*; about 0.\d MiB are needed and 0.\d MiB"
+    ):
+        export(model.state_dict(), config, tokenizer_dir, small_disk / "out")
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]

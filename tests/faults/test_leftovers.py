@@ -2,6 +2,7 @@
 
 import os
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tests.support.runs import overrides
 
 RUN = ["train.steps=400", "checkpoint.interval=5", "checkpoint.asynchronous=true", "checkpoint.keep_last=2"]
 KILLS = 4
+OWN = tuple(f"{Path(folder).resolve()}/" for folder in (sys.prefix, sys.base_prefix, Path(__file__).parents[2]))
+"""The environment and this checkout, which may lie under /tmp: their libraries are mapped, and stay."""
 
 
 def files_of(process: psutil.Process) -> set[str]:
@@ -22,7 +25,11 @@ def files_of(process: psutil.Process) -> set[str]:
     folder = Path(f"/proc/{process.pid}")
     paths = {os.readlink(link) for link in (folder / "fd").iterdir() if link.is_symlink()}
     paths |= {line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines()}
-    return {path for path in paths if path.startswith(("/dev/shm/", "/tmp/", "/run/")) and "pytest" not in path}
+    return {path for path in paths if may_be_left(path)}
+
+
+def may_be_left(path: str) -> bool:
+    return path.startswith(("/dev/shm/", "/tmp/", "/run/")) and "pytest" not in path and not path.startswith(OWN)
 
 
 def segments_of(processes: set[int]) -> list[str]:
@@ -43,6 +50,18 @@ def stale_segments():
     yield made
     for path in made:
         path.unlink(missing_ok=True)
+
+
+def test_libraries_of_an_environment_under_tmp_are_not_leftovers(monkeypatch):
+    assert f"{Path(sys.prefix).resolve()}/" in OWN
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="clone-") as clone:
+        library = Path(clone) / "site-packages" / "library.so"
+        library.parent.mkdir()
+        library.write_bytes(b"x")
+        with open(library):
+            assert str(library) in files_of(psutil.Process()), "or the next line would say nothing"
+            monkeypatch.setattr(sys.modules[__name__], "OWN", (f"{clone}/",))
+            assert str(library) not in files_of(psutil.Process())
 
 
 def test_leftovers_of_killed_runs(prepared_data, tmp_path, stale_segments, say):

@@ -44,3 +44,10 @@ def test_stretches_of_queries_see_their_own_windows(window, ranks):
             torch.testing.assert_close(mixed, expected[:, :, start:stop])
             seen += range(start, stop)
     assert sorted(seen) == list(range(384))
+
+
+def test_a_sequence_that_does_not_divide_is_refused():
+    """696 of 700 tokens would be covered, and the others silently missing from the loss."""
+    with pytest.raises(ValueError, match="sequence of 700 tokens does not divide into the 8 equal chunks of 4 context"):
+        stretches(700, 0, 4)
+    assert stretches(700, 0, 1) == [(0, 700)]
