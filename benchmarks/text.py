@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from bov_megatron.data.corpus import find_files, make_units
-from bov_megatron.data.tokenizer import train_tokenizer, training_texts
+from bov_megatron.data.tokenizer import TextReading, train_tokenizer
 
 EXCLUDED = ("site-packages", "test")
 DOCUMENTS_AT_ONCE = 64
@@ -31,7 +31,10 @@ def text_ids(vocab_size: int, samples: int, sequence_length: int, max_bytes: int
         encoder = train_tokenizer(
             inputs, Path(folder), vocab_size, max_bytes, invalid_utf8="skip", exclude=EXCLUDED, progress=False
         )
-        texts = training_texts(make_units(find_files(inputs, EXCLUDED)), max_bytes, "text", "skip")
+        units = make_units(find_files(inputs, EXCLUDED))
+        share = max_bytes / sum(unit.text_bytes for unit in units)
+        reading = TextReading(share, text_field="text", invalid_utf8="skip", skip_bad=False)
+        texts = (text for unit in units for text in reading.texts(unit, []))
         ids = np.concatenate(list(_packed(encoder, texts)))
     count = len(ids) // sequence_length
     if count < samples:
