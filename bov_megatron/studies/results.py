@@ -10,11 +10,12 @@ import io
 import json
 import math
 import os
-import statistics
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pyarrow import json as arrow_json
@@ -33,9 +34,11 @@ COLUMNS = {
     "commit": "object", "digest": "object", "run": "object",
 }  # fmt: skip
 """Columns of the table and their types; docs/use/studies.md says what is in them."""
-_FIELDS = ("step", "loss", "tokens_per_second", "step_seconds", "validation_loss", "validation_bits_per_byte")
+_FIELDS = ("step", "tokens_per_second", "step_seconds", "validation_loss", "validation_bits_per_byte")
 _SCHEMA = pa.schema([(name, pa.float64()) for name in _FIELDS])
 _CACHE_VERSION = 1
+READERS = 8
+"""Run folders read at the same time."""
 
 
 @dataclass(frozen=True)
@@ -51,39 +54,56 @@ class Results:
 def read_results(study: Study) -> Results:
     """The results of all finished cells. Runs of another recipe than the study's are left out, and named."""
     path = study.output_dir / folder.RESULTS
-    known, kept = _read_cache(path), {}
-    rows: list[dict[str, Any]] = []
-    problems: list[str] = []
+    known = _read_cache(path)
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(lambda cell: _read(cell, known.get(cell.name)), study.cells))
     models: dict[str, dict[str, float]] = {}
-    for cell in study.cells:
-        try:
-            state = folder.read_state(cell)
-            if state.edits and state.starts.starts:
-                problems.append(
-                    f"{cell.name} is left out: it was run with another recipe ({folder.describe_edits(state.edits)}); "
-                    "undo the change, or run it again with submit --set-aside"
-                )
-            if not state.finished:
-                continue
-            key = _key(cell)
-            entry = known.get(cell.name)
-            measured = entry["measured"] if entry and entry["key"] == key else _measure(cell)
-        except StudyError as error:
-            problems.append(str(error))
-            continue
-        kept[cell.name] = {"key": key, "measured": measured}
-        if not math.isfinite(measured["loss"]):
-            problems.append(
-                f"{cell.name} has no finite validation loss: it diverged, or was trained before runs wrote "
-                "validation_loss; look at its metrics.jsonl, and start it anew in an empty folder"
-            )
-        model = repr(cell.recipe.model)
-        if model not in models:
-            models[model] = _model_numbers(cell)
-        rows.append(_row(cell, state, models[model], measured))
+    rows = []
+    for cell, run in zip(study.cells, found, strict=True):
+        if run.state is not None and run.kept is not None:
+            model = repr(cell.recipe.model)
+            if model not in models:
+                models[model] = _model_numbers(cell)
+            rows.append(_row(cell, run.state, models[model], run.kept["measured"]))
+    kept = {cell.name: run.kept for cell, run in zip(study.cells, found, strict=True) if run.kept is not None}
     if kept != known:
         _write_cache(path, kept)
-    return Results(pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS), tuple(problems))
+    table = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+    return Results(table, tuple(run.problem for run in found if run.problem))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What was found of one cell."""
+
+    state: folder.RunState | None = None
+    kept: dict[str, Any] | None = None
+    """For the file of results, if it is finished: `key` of the files read, and what was `measured`."""
+    problem: str = ""
+
+
+def _read(cell: Cell, known: dict[str, Any] | None) -> _Read:
+    try:
+        state = folder.read_state(cell)
+        if state.edits and state.starts.starts:
+            return _Read(
+                problem=f"{cell.name} is left out: it was run with another recipe "
+                f"({folder.describe_edits(state.edits)}); undo the change, or run it again with submit --set-aside"
+            )
+        if not state.finished:
+            return _Read()
+        key = _key(cell)
+        if known is None or known["key"] != key:
+            known = {"key": key, "measured": _measure(cell)}
+    except StudyError as error:
+        return _Read(problem=str(error))
+    problem = ""
+    if not math.isfinite(known["measured"]["loss"]):
+        problem = (
+            f"{cell.name} has no finite validation loss: it diverged, or was trained before runs wrote "
+            "validation_loss; look at its metrics.jsonl, and start it anew in an empty folder"
+        )
+    return _Read(state, known, problem)
 
 
 def _model_numbers(cell: Cell) -> dict[str, float]:
@@ -116,27 +136,29 @@ def _row(cell: Cell, state: folder.RunState, model: dict[str, float], measured: 
 def _measure(cell: Cell) -> dict[str, float]:
     """Final validation, and speed over the whole run, from the run's metrics."""
     path = cell.run_dir / run_folder.METRICS
-    lines = _read_metrics(cell, path)
+    metrics = _read_metrics(cell, path)
+    columns = {name: metrics[name].to_numpy() for name in _FIELDS}
     steps = total_steps(cell.recipe)
-    last = lines[(lines["step"] == steps) & lines["validated"]]
-    if last.empty:
+    # A validation that is nan is one; lines without have null.
+    validated = metrics["validation_bits_per_byte"].is_valid().to_numpy()
+    (last,) = np.nonzero((columns["step"] == steps) & validated)
+    if not len(last):
         raise StudyError(
             f"cell {cell.name} has finished, but {path} has no validation after step {steps}; restore the file, or "
             "move the run folder away and start the cell again"
         )
-    seconds = lines["step_seconds"].dropna()
-    rates = lines["tokens_per_second"].dropna()
+    seconds, rates = (values[~np.isnan(values)] for values in (columns["step_seconds"], columns["tokens_per_second"]))
     return {
-        "loss": float(last["validation_loss"].iloc[-1]),
-        "bits_per_byte": float(last["validation_bits_per_byte"].iloc[-1]),
-        "tokens_per_second": statistics.median(rates) if len(rates) else math.nan,
+        "loss": float(columns["validation_loss"][last[-1]]),
+        "bits_per_byte": float(columns["validation_bits_per_byte"][last[-1]]),
+        "tokens_per_second": float(np.median(rates)) if len(rates) else math.nan,
         # With logging.interval above 1 most steps have no line: the others stand for them.
         "seconds": steps * float(seconds.mean()) if len(seconds) else math.nan,
     }
 
 
-def _read_metrics(cell: Cell, path: Path) -> pd.DataFrame:
-    """The complete lines of a metrics file: _FIELDS, and `validated`, as a validation that is nan is one."""
+def _read_metrics(cell: Cell, path: Path) -> pa.Table:
+    """The complete lines of a metrics file, with the columns _FIELDS."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -148,13 +170,11 @@ def _read_metrics(cell: Cell, path: Path) -> pd.DataFrame:
     read = arrow_json.ReadOptions(use_threads=False, block_size=len(data) + 1)
     parse = arrow_json.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="ignore")
     try:
-        table = arrow_json.read_json(io.BytesIO(data), read_options=read, parse_options=parse)
+        return arrow_json.read_json(io.BytesIO(data), read_options=read, parse_options=parse)
     except pa.ArrowInvalid as error:
         for line in data.splitlines():
             folder.parse_line(path, line)  # names the line that is damaged
         raise StudyError(f"{path} cannot be read: {error}; move the run folder away") from None
-    validated = table["validation_bits_per_byte"].is_valid()
-    return table.append_column("validated", validated).to_pandas()
 
 
 def _key(cell: Cell) -> list[int]:

@@ -17,8 +17,8 @@ from tests.slurm.conftest import REPOSITORY, read_metrics
 from tests.support.study_runs import starts
 
 FLAGS = ("--ntasks-per-node", "2", "--gpus-per-node", "0", "--cpus-per-task", "1", "--sbatch=--time=00:10:00")
-STEPS, LONG = 60, 420
-SMALL, LARGE = "d2-6.144e4tokens-s0", "d3-6.144e4tokens-s0"
+STEPS, LONG = 100, 420
+SMALL, LARGE = "d2-1.024e5tokens-s0", "d3-1.024e5tokens-s0"
 
 
 @pytest.fixture
@@ -79,7 +79,10 @@ def settled(command) -> bool:
 def rank_of(cluster, cell: str) -> int:
     """The process that trains a cell."""
     for process in cluster.processes():
-        words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        try:
+            words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
         if words[0] == sys.executable.encode() and f"name={cell}".encode() in words:
             return process
     raise AssertionError(f"nothing trains {cell}")
@@ -98,10 +101,10 @@ def test_killed_cells_are_completed_by_the_next_submit(cluster, command, study):
 
     # One task is cancelled, and a cell that shares its node dies.
     cancelled, killed = cells[f"bank-{LARGE}"], cells[f"bank-{SMALL}"]
+    wait(command, logs, lambda: len(read_metrics(killed.run_dir)) > 5, "training of the cell to kill")
+    os.kill(rank_of(cluster, killed.name), signal.SIGKILL)
     wait(command, logs, lambda: len(read_metrics(cancelled.run_dir)) > 5, "training of the cell to cancel")
     cluster.command("scancel", f"{submitted['jobs'][1]['job']}_1")
-    wait(command, logs, lambda: len(read_metrics(killed.run_dir)) > 15, "training of the cell to kill")
-    os.kill(rank_of(cluster, killed.name), signal.SIGKILL)
     wait(command, logs, lambda: settled(command), "end of all jobs")
     assert states(command) == {
         **dict.fromkeys(cells, "complete"),
