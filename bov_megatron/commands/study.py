@@ -232,7 +232,7 @@ def _findings_of_study(options):
         raise StudyError(f"study {options.study}: no cell has finished in {study.output_dir}; `submit` starts them")
     return findings_of_results(
         results.table, options.baseline or study.baseline, loss=options.loss or "loss",
-        conventions=[options.n] if options.n else CONVENTIONS, drop_highest=options.drop_highest,
+        conventions=[options.n] if options.n else list(CONVENTIONS), drop_highest=options.drop_highest,
         level=options.level, bootstraps=options.bootstraps, seed=options.bootstrap_seed,
     )  # fmt: skip
 

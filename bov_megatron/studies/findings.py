@@ -74,7 +74,7 @@ def findings_of_results(
     baseline: str,
     *,
     loss: str = "loss",
-    conventions: Sequence[str] = CONVENTIONS,
+    conventions: Sequence[str] = tuple(CONVENTIONS),
     drop_highest: int = 0,
     level: float = LEVEL,
     bootstraps: int = BOOTSTRAPS,

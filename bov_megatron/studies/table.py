@@ -16,8 +16,14 @@ from bov_megatron.errors import StudyError
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
 """Where a table has only one of compute and tokens: C = 6 N D (Kaplan et al., arXiv 2001.08361)."""
-CONVENTIONS = ("n_without_tables", "n_all", "n_without_embeddings", "n_matrices", "n_matrices_and_head")
-"""The counts of parameters of a study's results, the one that a study's headline uses first."""
+CONVENTIONS = {
+    "n_without_tables": "without tables",
+    "n_all": "all parameters",
+    "n_without_embeddings": "without embeddings",
+    "n_matrices": "matrices only",
+    "n_matrices_and_head": "matrices and output",
+}
+"""What N counts: column of a study's results -> words. The first is that of a study's headline."""
 _ONLY_VARIANT = "baseline"
 _SHOWN = 5
 

@@ -7,13 +7,14 @@ import pandas as pd
 import pytest
 
 from bov_megatron.commands import main
+from bov_megatron.studies import table as tables
 from bov_megatron.studies.findings import as_json, findings_of_results
 from bov_megatron.studies.findings_text import format_findings
 from bov_megatron.studies.isoflop import cross_checks, parabolas
 from bov_megatron.studies.law import Law
-from bov_megatron.studies.table import CONVENTIONS
 from tests.support.tables import make_runs, make_table
 
+CONVENTIONS = tuple(tables.CONVENTIONS)
 COLUMNS = ["--n", "n", "--c", "c", "--loss", "loss"]
 
 

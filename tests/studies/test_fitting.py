@@ -19,16 +19,6 @@ def objective_of(runs):
     return Objective(runs.n, runs.d, runs.loss, runs.variant, runs.variants)
 
 
-@pytest.fixture(scope="module")
-def runs():
-    return make_runs(make_table())
-
-
-@pytest.fixture(scope="module")
-def fit(runs):
-    return fit_runs(runs, bootstraps=200)
-
-
 def test_without_noise_the_law_comes_back():
     law = law_of(make_runs(make_table(run=0.0)))
     for name in ("E", "A", "B", *EXPONENTS):

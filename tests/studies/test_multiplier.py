@@ -15,16 +15,6 @@ from tests.support.tables import make_runs, make_table
 PER_FLOP = FLOPS_PER_PARAMETER["baseline"] / FLOPS_PER_PARAMETER["bank"]
 
 
-@pytest.fixture(scope="module")
-def runs():
-    return make_runs(make_table())
-
-
-@pytest.fixture(scope="module")
-def fit(runs):
-    return fit_runs(runs, bootstraps=200)
-
-
 def test_with_flops_in_proportion_to_size_it_is_the_product_of_the_factors(runs, fit):
     (compute,), refused = multipliers(runs, fit)[0]["bank"], multipliers(runs, fit)[1]
     assert not refused and not compute.clock

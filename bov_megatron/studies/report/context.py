@@ -16,8 +16,9 @@ from bov_megatron.studies.findings import LEVEL, Findings
 from bov_megatron.studies.multiplier import Multiplier
 from bov_megatron.studies.report import sentences
 from bov_megatron.studies.report.style import Look
-from bov_megatron.studies.report.tables import CELL, CONVENTIONS, SCORES, fixed, headline_score, interval, significant
+from bov_megatron.studies.report.tables import CELL, SCORES, fixed, headline_score, interval, significant
 from bov_megatron.studies.study import Study
+from bov_megatron.studies.table import CONVENTIONS
 
 Number = tuple[float | None, str]
 LAW_NAMES = {"E": "E", "A": "A", "B": "B", "alpha": "α", "beta": "β", "compute_exponent": "α_C = αβ/(α+β)"}

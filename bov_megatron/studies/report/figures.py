@@ -14,7 +14,8 @@ from bov_megatron.studies.isoflop import Parabola
 from bov_megatron.studies.multiplier import Multiplier
 from bov_megatron.studies.report.curves import Curve
 from bov_megatron.studies.report.style import Layout, Look, label_ends, log_axis, panels
-from bov_megatron.studies.report.tables import CELL, CONVENTIONS, SCORES, interval, significant
+from bov_megatron.studies.report.tables import CELL, SCORES, interval, significant
+from bov_megatron.studies.table import CONVENTIONS
 
 Looks = Mapping[str, Look]
 

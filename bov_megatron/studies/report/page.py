@@ -20,16 +20,9 @@ from bov_megatron.studies.report import figures, sentences
 from bov_megatron.studies.report.context import context_of, in_order
 from bov_megatron.studies.report.curves import Curve, read_curve
 from bov_megatron.studies.report.style import NARROW, STYLE, WIDE, Layout, looks
-from bov_megatron.studies.report.tables import (
-    CONVENTIONS,
-    SCORES,
-    fixed,
-    headline_score,
-    interval,
-    significant,
-    summarize,
-)
+from bov_megatron.studies.report.tables import SCORES, fixed, headline_score, interval, significant, summarize
 from bov_megatron.studies.study import Study
+from bov_megatron.studies.table import CONVENTIONS
 
 PAGE = "index.html"
 _VARIANTS_IN_FULL = 4

@@ -10,7 +10,8 @@ import pandas as pd
 from bov_megatron.studies.fitting import Fit
 from bov_megatron.studies.isoflop import CrossCheck
 from bov_megatron.studies.multiplier import Multiplier
-from bov_megatron.studies.report.tables import CONVENTIONS, SCORES, fixed, interval, overall_differences, significant
+from bov_megatron.studies.report.tables import SCORES, fixed, interval, overall_differences, significant
+from bov_megatron.studies.table import CONVENTIONS
 
 
 def percent(level: float) -> str:

@@ -12,14 +12,6 @@ CELL = ["size", "budget"]
 """What cells that are compared have in common; within them, runs are paired by seed."""
 SCORES = {"loss": "nats per token", "bits_per_byte": "bits per byte"}
 """Final validation of a run: column of the results -> unit."""
-CONVENTIONS = {
-    "n_without_tables": "without tables",
-    "n_all": "all parameters",
-    "n_without_embeddings": "without embeddings",
-    "n_matrices": "matrices only",
-    "n_matrices_and_head": "matrices and output",
-}
-"""What N counts: column of the results -> words."""
 
 
 def summarize(results: pd.DataFrame, baseline: str, variants: list[str]) -> pd.DataFrame:
