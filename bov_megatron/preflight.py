@@ -108,17 +108,18 @@ def _world(done: Preflight) -> Iterator[Finding | str]:
 
 def _devices(done: Preflight) -> Iterator[Finding | str]:
     import psutil
-    import torch
+
+    from bov_megatron.parallel.device import has_gpu, visible_gpus
 
     per_node = -(-done.plan.world_size // done.nodes)
     on_device, on_host = done.plan.memory_per_rank_bytes, done.plan.host_memory_per_rank_bytes
-    if torch.cuda.is_available():
-        count, properties = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
-        yield f"{count} × {properties.name}, {format_size(properties.total_memory)} each; {per_node} ranks a node"
+    if has_gpu():
+        count, name, memory = visible_gpus()
+        yield f"{count} × {name}, {format_size(memory)} each; {per_node} ranks a node"
         if per_node > count:
             yield _note("devices", f"{per_node} ranks a node share {count} visible GPUs: start one rank for each GPU")
-        if on_device > properties.total_memory:
-            yield _note("devices", _too_large(on_device, "a GPU", properties.total_memory))
+        if on_device > memory:
+            yield _note("devices", _too_large(on_device, "a GPU", memory))
     else:
         yield f"no GPU: {per_node} ranks on the {os.cpu_count()} cores of {socket.gethostname()}"
         on_host += on_device

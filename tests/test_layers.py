@@ -28,7 +28,7 @@ SEES = {
     "evaluation": ("recipe", "parallel", "model", "engines", "lifecycle", "checkpoint", "data", "exchange"),
     "plan": ("recipe",),
     "plotting": ("recipe", "lifecycle"),
-    "preflight": ("recipe", "lifecycle", "checkpoint", "data", "plan", "plotting"),
+    "preflight": ("recipe", "parallel", "lifecycle", "checkpoint", "data", "plan", "plotting"),
     "train": ("recipe", "parallel", "lifecycle", "training", "plan", "preflight"),
     "studies": ("recipe", "lifecycle", "plan"),
     "commands": (

@@ -21,6 +21,12 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if has_gpu() else f"CPU, {platform.machine()}"
 
 
+def visible_gpus() -> tuple[int, str, int]:
+    """Number of GPUs that this process sees, and the first one's name and memory in bytes."""
+    properties = torch.cuda.get_device_properties(0)
+    return torch.cuda.device_count(), properties.name, properties.total_memory
+
+
 def select_gpu(local_rank: int) -> None:
     """Make GPU `local_rank` of this node the current one, if there are GPUs."""
     if has_gpu():

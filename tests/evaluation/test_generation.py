@@ -76,7 +76,7 @@ def test_an_earlier_step_is_another_model(run):
 
 
 def test_sampling(export):
-    generator = Generator(export)
+    generator = Generator(export, dtype="float32")  # in bf16 several tokens can have the highest logit
 
     def say(**sampling) -> str:
         return generator.generate("def", 30, Sampling(**sampling)).text

@@ -152,7 +152,7 @@ def test_a_second_start_is_refused_on_all_ranks(prepared_data, tmp_path, other):
     arguments = overrides(prepared_data, tmp_path, "train.steps=2")
     results = launch(2, arguments)
     assert [code for code, _ in results] == [2, 2]
-    errors = [line for _, text in results for line in text.splitlines()]
+    errors = [line for _, text in results for line in text.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and errors[0].startswith(f"error: run folder {tmp_path} is in use"), errors
     other.kill()
     other.wait()
