@@ -141,7 +141,7 @@ def test_refused_at_the_start(start, tmp_path, say, changes, environ, reason):
     with start("first", *changes, **environ) as launch:
         assert launch.wait() == [2, 2], launch.output()
         say(f"statuses [2, 2] after {launch.seconds:.1f} s")
-    (error,) = (line for line in launch.output().splitlines() if line.strip())
+    (error,) = (line for line in launch.output().splitlines() if line.startswith("error:"))
     say(error)
     assert error.startswith("error: can't fetch s3://") and "/manifest.json: " in error and "credentials" in error
     assert reason in error and "trying again" not in error
