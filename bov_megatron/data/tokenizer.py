@@ -277,7 +277,7 @@ def train_tokenizer(
         if bad_rows:
             print(bad_rows_message(len(bad_rows), bad_rows[:SHOWN_BAD_ROWS]), file=sys.stderr)
         train = partial(_train_bpe, units, reading, vocab_size, progress)
-        (state,) = run([train], 1, label="training", sizes=[0], progress=False)
+        (state,) = run([train], 1, label="training", sizes=[0], progress=False, start_method="spawn")
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror or error}") from None
     from tokenizers import Tokenizer
@@ -329,10 +329,11 @@ def _check_unit(unit: Unit, reading: TextReading) -> tuple[bool, list[Document]]
 
 
 def _train_bpe(units: Sequence[Unit], reading: TextReading, vocab_size: int, progress: bool) -> str:
-    """The tokenizer in the form of tokenizer.json. For a worker: once begun, training can only be killed."""
+    """The tokenizer in the form of tokenizer.json. For a spawned worker: once begun, training can only be killed, and in
+    a fork of a process that has encoded with several threads it would wait for them forever."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    # Unset, the library uses all cores, but one thread where this process had used more before it was forked.
+    # Unset, the library uses all cores.
     os.environ.pop("TOKENIZERS_PARALLELISM", None)
     splitter = _splitter()
     fast = Tokenizer(models.BPE(byte_fallback=False, unk_token=None, fuse_unk=False))

@@ -12,20 +12,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from bov_megatron.errors import DataError
 
 
 def run_in_workers(
     calls: Sequence[Callable[[], Any]], workers: int, *, label: str, sizes: Sequence[int], done: int = 0,
-    remedy: str, progress: bool,
+    remedy: str, progress: bool, start_method: Literal["fork", "spawn"] = "fork",
 ) -> list[Any]:  # fmt: skip
     """Results of picklable calls, begun in order over `workers` processes.
 
     Args:
         label, sizes, done: of a progress bar; bytes of each call, and bytes done before.
         remedy: what to do where a worker is killed.
+        start_method: forked workers don't take seconds to import what the parent has; spawned ones may use libraries
+            with threads of their own, which a fork would leave behind.
 
     Raises what the first failing call raises, or DataError for a killed worker; the other workers are killed then.
     """
@@ -34,7 +36,7 @@ def run_in_workers(
     total = done + sum(sizes)
     results = []
     with (
-        _pool(min(workers, max(len(calls), 1)), remedy) as pool,
+        _pool(min(workers, max(len(calls), 1)), remedy, start_method) as pool,
         tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=label, disable=not progress, file=sys.stderr)
         as bar,
     ):  # fmt: skip
@@ -46,9 +48,8 @@ def run_in_workers(
 
 
 @contextmanager
-def _pool(workers: int, remedy: str) -> Iterator[ProcessPoolExecutor]:
-    # Forked, so that workers don't each take seconds to import what the parent has.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (os.getpid(),))
+def _pool(workers: int, remedy: str, start_method: str) -> Iterator[ProcessPoolExecutor]:
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(start_method), _start_worker, (os.getpid(),))
     try:
         yield pool
     except BaseException as error:

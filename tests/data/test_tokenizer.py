@@ -29,6 +29,7 @@ from bov_megatron.data.tokenizer import (
 from bov_megatron.errors import DataError
 from tests.data.conftest import VOCAB_SIZE
 from tests.support.small_disk import fill
+from tests.support.tiny_tokenizer import STDLIB
 
 ROOT = Path(__file__).resolve().parents[2]
 MIXED = "naïve café — 日本語のテキスト 🎉👩‍👩‍👧 x = {'a': 1}\r\n\tпривет\n"
@@ -234,3 +235,21 @@ def test_folders_that_are_no_byte_level_tokenizer_are_refused(tmp_path, tokenize
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
     with pytest.raises(DataError, match="not byte-level"):
         load_encoder(tmp_path)
+
+
+def test_training_after_encoding_with_threads(tmp_path):
+    """In a fork of such a process, training would wait forever for threads that the fork has not."""
+    code = f"""
+import os
+from pathlib import Path
+os.environ.pop("TOKENIZERS_PARALLELISM", None)
+from bov_megatron.data.tokenizer import train_tokenizer
+text = {str(STDLIB / "argparse.py")!r}
+first = train_tokenizer([text], Path({str(tmp_path / "first")!r}), 300, progress=False)
+first.fast.encode_batch_fast([Path(text).read_text()] * 64)
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as other parts of the package do
+train_tokenizer([text], Path({str(tmp_path / "second")!r}), 300, progress=False)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
+    files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("first", "second")]
+    assert files[0] == files[1]
