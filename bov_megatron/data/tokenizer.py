@@ -329,8 +329,11 @@ def _check_unit(unit: Unit, reading: TextReading) -> tuple[bool, list[Document]]
 
 
 def _train_bpe(units: Sequence[Unit], reading: TextReading, vocab_size: int, progress: bool) -> str:
-    """The tokenizer in the form of tokenizer.json. For a spawned worker: once begun, training can only be killed, and in
-    a fork of a process that has encoded with several threads it would wait for them forever."""
+    """The tokenizer in the form of tokenizer.json.
+
+    For a spawned worker: once begun, training can only be killed, and in a fork of a process that has encoded with
+    several threads it would wait for them forever.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     # Unset, the library uses all cores.
