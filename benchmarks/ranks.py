@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import torch
@@ -30,17 +32,34 @@ def on_ranks(function: Callable[..., dict], recipe: Recipe, threads: int, *argum
     size = recipe.parallel.tensor_model_parallel_size
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
+    _start_forkserver()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         fixed = (function, recipe, free_port(), max(threads // size, 1), folder, arguments)
         ranks = [context.Process(target=_rank, args=(rank, size, *fixed), daemon=True) for rank in range(size)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
+        try:
+            for process in ranks:
+                process.start()
+            for process in ranks:
+                process.join()
+        finally:
+            for process in ranks:
+                if process.pid:
+                    process.kill()
+                    process.join()
         codes = [process.exitcode for process in ranks]
         if any(codes):
             raise RuntimeError(f"the benchmark's ranks ended with exit codes {codes}; their errors are above")
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+def _start_forkserver() -> None:
+    """Deaf to Ctrl-C, as are the ranks then: a terminal sends it to them too, and their parent ends them."""
+    resource_tracker.ensure_running()  # before, as its start lets the signal through again
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the new process inherits it
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _rank(

@@ -16,11 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import NAMES, TURNS, format_results, run
-from bov_megatron.compat import quiet_megatron_imports
+from bov_megatron.lifecycle.interruption import CtrlC
+from bov_megatron.lifecycle.program import run_program
 
 
 def main(arguments: list[str] | None = None) -> int:
+    # Not at the top: torch takes seconds, in which Ctrl-C is to be heard.
+    from benchmarks.run import NAMES, TURNS, format_results, run
+    from bov_megatron.compat import quiet_megatron_imports
+
     listing = "".join(f"\n  {name:<11}{text}" for name, text in NAMES.items())
     parser = argparse.ArgumentParser(
         description=__doc__ + f"\nbenchmarks:{listing}", formatter_class=argparse.RawDescriptionHelpFormatter
@@ -47,4 +51,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main, CtrlC())

@@ -9,6 +9,7 @@ Every step but the comparison at the end is one of the project's own commands, p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -21,14 +22,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+from bov_megatron.lifecycle.interruption import CtrlC  # noqa: E402
+from bov_megatron.lifecycle.program import run_program  # noqa: E402
 
-from bov_megatron.compat import quiet_megatron_imports  # noqa: E402
-from bov_megatron.evaluation.bits_per_byte import RollingTask, write_rolling_task  # noqa: E402
+if TYPE_CHECKING:
+    from bov_megatron.evaluation.bits_per_byte import RollingTask
 
 RECIPE = "recipes/smoke.yaml"
 TENSOR_PARALLEL = 2
@@ -38,6 +41,8 @@ VARIANTS = {"bov": "bank", "baseline": "projection"}
 PROMPT = "def read_"
 WINDOWS = 300
 """Held-out windows of 256 tokens that lm-eval scores."""
+PATIENCE_SECONDS = 10.0
+"""After Ctrl-C, for the command that is running to end."""
 
 
 @dataclass
@@ -119,6 +124,8 @@ def _train_and_evaluate(name: str, source: str, out: Path, data: Path, steps: in
 
 def _held_out_windows(data: Path, tasks_dir: Path) -> RollingTask:
     """The held-out documents cut into windows: a local task for lm-eval, and the same as samples for the trainer."""
+    from bov_megatron.evaluation.bits_per_byte import write_rolling_task
+
     lines = (data / "val" / "documents.jsonl").read_text().splitlines()
     documents = [json.loads(line)["text"] for line in lines]
     return write_rolling_task(documents, data / "tokenizer", 256, tasks_dir, max_windows=WINDOWS)
@@ -126,6 +133,8 @@ def _held_out_windows(data: Path, tasks_dir: Path) -> RollingTask:
 
 def _score_with_engine(run_dir: Path, samples) -> float:
     """Bits per byte of `samples` by the trainer's own engine and code, from the run's last checkpoint."""
+    import torch
+
     from bov_megatron.data.tokenizer import load_bytes_per_token
     from bov_megatron.exchange.convert import open_checkpoint
     from bov_megatron.lifecycle import run_folder
@@ -140,6 +149,7 @@ def _score_with_engine(run_dir: Path, samples) -> float:
 
 def _generate(export: Path) -> str:
     """A short sampled continuation of PROMPT."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(export)
@@ -203,8 +213,8 @@ def _torchrun(*arguments: str) -> float:
     """Train on this machine's cores; returns the seconds it took."""
     started = time.monotonic()
     threads = max(1, (os.cpu_count() or 1) // TENSOR_PARALLEL)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(TENSOR_PARALLEL)]
-    _call([*launcher, "-m", "bov_megatron.train", *arguments], environment={"OMP_NUM_THREADS": str(threads)})
+    launcher = ["--standalone", "--nproc-per-node", TENSOR_PARALLEL]
+    _tool("torchrun.py", *launcher, *arguments, environment={"OMP_NUM_THREADS": str(threads)})
     return time.monotonic() - started
 
 
@@ -213,11 +223,21 @@ def _call(command: list[str], environment: dict[str, str] | None = None, capture
     shown = ["python", *command[1:]]
     text = " ".join(shlex.quote(part) for part in shown)
     print(f"$ {text if len(text) < 300 else text[:200] + ' … ' + text[-90:]}", flush=True)
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **(environment or {})}, check=True, text=True,
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **(environment or {})}, text=True,
         stdout=subprocess.PIPE if capture else None,
-    )  # fmt: skip
-    return done.stdout or ""
+    ) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate()
+        except KeyboardInterrupt:
+            # A terminal sends Ctrl-C to the command too, which then ends by itself.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE_SECONDS)
+            process.terminate()
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return output or ""
 
 
 def main() -> int:
@@ -225,6 +245,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to write (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="training steps of each model (default: the recipe's)")
     options = parser.parse_args()
+
+    from bov_megatron.compat import quiet_megatron_imports
 
     quiet_megatron_imports()
     try:
@@ -236,4 +258,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main, CtrlC())

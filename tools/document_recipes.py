@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bov_megatron.lifecycle.interruption import CtrlC  # noqa: E402
+from bov_megatron.lifecycle.program import run_program  # noqa: E402
 from bov_megatron.recipe import Recipe, fields  # noqa: E402
 from bov_megatron.recipe.limits import OneOf, limits_of  # noqa: E402
 
@@ -161,4 +163,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main, CtrlC())

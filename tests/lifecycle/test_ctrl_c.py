@@ -7,6 +7,7 @@ import sysconfig
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bov_megatron.lifecycle import run_folder
@@ -116,9 +117,31 @@ def test_short_tools_end_too(run_dir, tmp_path):
         ("checkpoint", ["verify", run_dir]),
         ("train_tokenizer", [sysconfig.get_path("stdlib"), "--out", tmp_path / "tokenizer"]),
         ("torchrun", ["--nproc-per-node", "1", SMOKE]),
+        ("bench", ["--quick"]),
+        ("document_recipes", ["--check"]),
     ):
         assert interrupted(tool(name, *arguments), tmp_path / name, 0.0).output == "interrupted\n"
     assert not (tmp_path / "tokenizer").exists()
+
+
+def test_benchmarks_end_with_their_ranks(tmp_path):
+    with Command(tool("bench", "lookup", "--quick", "--threads", "1"), tmp_path / "log") as command:
+        bench = psutil.Process(command.process.pid)
+        command.wait_for(lambda: set(bench.children(recursive=True)) > set(bench.children()))  # ranks are forked twice
+        others = bench.children(recursive=True)
+        command.interrupt().check(130)
+        _, alive = psutil.wait_procs(others, timeout=30)
+    assert not alive
+
+
+def test_the_demo_ends_with_the_command_that_it_runs(tmp_path):
+    with Command(tool("demo", "--out", tmp_path / "demo"), tmp_path / "log") as command:
+        command.wait_for(lambda: "checking: 100%" in command.output)
+        others = psutil.Process(command.process.pid).children(recursive=True)
+        ended = command.interrupt().check(130)
+        _, alive = psutil.wait_procs(others, timeout=10)
+    assert others and not alive and ended.output.endswith("interrupted\n")
+    assert not any((tmp_path / "demo").iterdir())
 
 
 def test_a_line_of_metrics_has_its_own_rate(run_dir):
