@@ -1,11 +1,13 @@
-"""Atomic writes, reproducible JSON, and what to say where the disk is full."""
+"""Atomic writes of files and folders, reproducible JSON, and what to say where the disk is full."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,35 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """An empty folder to write in, which takes the place of `out` and of all that it holds when the block ends.
+
+    Where the block raises, Ctrl-C included, `out` is as it was and nothing lies beside it.
+    """
+    out = out.resolve()
+    beside = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial = beside / out.name  # transformers names the modules that it copies from there after the folder
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        _replace(out, partial, previous=beside / "previous")
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _replace(out: Path, partial: Path, previous: Path) -> None:
+    try:
+        if out.exists():
+            out.rename(previous)
+        partial.rename(out)
+    except BaseException:  # Ctrl-C too
+        if previous.exists() and not out.exists():
+            previous.rename(out)
         raise
 
 

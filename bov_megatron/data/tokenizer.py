@@ -28,7 +28,7 @@ from bov_megatron.data.corpus import (
     make_units,
     read_documents,
 )
-from bov_megatron.data.files import full_disk_message, why_full, write_atomically
+from bov_megatron.data.files import full_disk_message, whole_folder, why_full, write_atomically
 from bov_megatron.data.workers import run_in_workers
 from bov_megatron.errors import DataError
 
@@ -262,8 +262,7 @@ def train_tokenizer(
     if max_bytes < 1:
         raise DataError(f"--max-bytes {max_bytes}: must be at least 1")
     try:
-        if (out / "tokenizer.json").exists() and not overwrite:
-            raise DataError(f"--out {out} holds a tokenizer already; pass --overwrite to replace it")
+        _raise_unless_free(out, overwrite)
         units = make_units(find_files(inputs, exclude))
         sizes = [unit.text_bytes for unit in units]
         reading = TextReading(max_bytes / max(sum(sizes), 1), text_field, invalid_utf8, skip_bad)
@@ -291,6 +290,16 @@ def train_tokenizer(
         )
     _save(fast, out)
     return load_encoder(out)
+
+
+def _raise_unless_free(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out} is a file; give a folder to write to")
+    present = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if others := sorted(present - {*TOKENIZER_FILES, BYTES_PER_TOKEN_NAME}):
+        raise DataError(f"--out {out} holds {others[0]}, which is no part of a tokenizer; give a folder of its own")
+    if present and not overwrite:
+        raise DataError(f"--out {out} holds a tokenizer already; pass --overwrite to replace it")
 
 
 @dataclass(frozen=True)
@@ -359,7 +368,7 @@ def _train_bpe(units: Sequence[Unit], reading: TextReading, vocab_size: int, pro
 
 
 def _save(fast: Tokenizer, out: Path) -> None:
-    """Write the folder's files, all or none."""
+    """Write the folder, complete or not at all."""
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(
@@ -369,15 +378,10 @@ def _save(fast: Tokenizer, out: Path) -> None:
         pad_token=BOS_TOKEN,
         clean_up_tokenization_spaces=False,
     )
-    new = not out.exists()
-    unfinished = out / f".unfinished-{os.getpid()}"
     try:
-        unfinished.mkdir(parents=True)
-        wrapped.save_pretrained(unfinished)
-        lengths = _lengths_json(bytes_per_token(load_encoder(unfinished)))
-        write_atomically(unfinished / BYTES_PER_TOKEN_NAME, lengths)
-        for path in sorted(unfinished.iterdir()):
-            path.replace(out / path.name)
+        with whole_folder(out) as folder:
+            wrapped.save_pretrained(folder)
+            write_atomically(folder / BYTES_PER_TOKEN_NAME, _lengths_json(bytes_per_token(load_encoder(folder))))
     except Exception as error:
         if reason := why_full(error):
             needed = 2 * len(fast.to_str(pretty=True))  # tokenizer.json, and less for the others
@@ -386,7 +390,3 @@ def _save(fast: Tokenizer, out: Path) -> None:
         if isinstance(error, OSError):
             raise DataError(f"--out {error.filename or out}: {error.strerror or error}") from None
         raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if new and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()

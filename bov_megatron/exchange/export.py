@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import yaml
 
-from bov_megatron.data.files import full_disk_message, why_full
+from bov_megatron.data.files import full_disk_message, whole_folder, why_full
 from bov_megatron.errors import ExportError
 from bov_megatron.recipe import ModelConfig
 from bov_megatron.recipe.parameters import parameter_specs
@@ -92,20 +92,17 @@ def export(
     if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
         raise ExportError(f"{out_dir} is not empty; choose another folder, or pass overwrite (--overwrite)")
     needed = sum(spec.size for spec in parameter_specs(model)) * dtype.itemsize
-    beside = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
-    partial = beside / out_dir.name  # transformers names the modules that it copies from there after the folder
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(out_dir.parent).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        shutil.rmtree(beside, ignore_errors=True)
-        partial.mkdir(parents=True)
-        token_ids = _write_tokenizer(tokenizer_dir, model, partial) if tokenizer_dir is not None else {}
-        _write_config(model, token_ids, dtype, partial)
-        _write_weights(state.items() if isinstance(state, Mapping) else state, model, dtype, max_shard_bytes, partial)
-        (partial / "README.md").write_text(_model_card(model, dtype, recipe))
-        check(partial)
-        _replace(out_dir, partial, previous=beside / "previous")
+        with whole_folder(out_dir) as partial:
+            token_ids = _write_tokenizer(tokenizer_dir, model, partial) if tokenizer_dir is not None else {}
+            _write_config(model, token_ids, dtype, partial)
+            tensors = state.items() if isinstance(state, Mapping) else state
+            _write_weights(tensors, model, dtype, max_shard_bytes, partial)
+            (partial / "README.md").write_text(_model_card(model, dtype, recipe))
+            check(partial)
     except Exception as error:
         if reason := why_full(error):
             remedy = "free space there, or give another OUT (a bfloat16 export takes half of a float32 one)"
@@ -113,20 +110,7 @@ def export(
         if isinstance(error, OSError) and error.errno:
             raise ExportError(f"could not write {out_dir}: {error.strerror} ({error.filename or out_dir})") from None
         raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return out_dir
-
-
-def _replace(out_dir: Path, partial: Path, previous: Path) -> None:
-    try:
-        if out_dir.exists():
-            out_dir.rename(previous)
-        partial.rename(out_dir)
-    except BaseException:  # Ctrl-C too
-        if previous.exists() and not out_dir.exists():
-            previous.rename(out_dir)
-        raise
 
 
 def _raise_if_different(shapes: dict[str, tuple[int, ...]], model: ModelConfig) -> None:

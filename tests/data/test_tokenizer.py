@@ -1,6 +1,9 @@
+import contextlib
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import string
 import subprocess
@@ -28,6 +31,7 @@ from bov_megatron.data.tokenizer import (
 )
 from bov_megatron.errors import DataError
 from tests.data.conftest import VOCAB_SIZE
+from tests.data.test_prepare import tree
 from tests.support.small_disk import fill
 from tests.support.tiny_tokenizer import STDLIB
 
@@ -168,6 +172,48 @@ def test_a_full_disk_leaves_no_tokenizer(library, small_disk):
     with pytest.raises(DataError, match=message):
         train_tokenizer([str(library / "json")], small_disk / "t", vocab_size=600, progress=False)
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
+def test_a_tokenizer_is_replaced_as_a_whole(library, tokenizer_folder, tmp_path, monkeypatch):
+    """Interrupted before each renaming in turn: the tokenizer is that from before, and nothing lies beside it."""
+    out = tmp_path / "t"
+    shutil.copytree(tokenizer_folder, out)
+    before = tree(out)
+    calls = 0
+
+    def interrupt_at(number, function):
+        def counting(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise KeyboardInterrupt
+            return function(*arguments)
+
+        return counting
+
+    functions = {name: getattr(os, name) for name in ("rename", "replace")}
+    for number in itertools.count(1):
+        calls = 0
+        for name, function in functions.items():
+            monkeypatch.setattr(os, name, interrupt_at(number, function))
+        with contextlib.suppress(KeyboardInterrupt):
+            train_tokenizer([str(library / "json")], out, vocab_size=300, progress=False, overwrite=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["t"]
+        if calls < number:
+            break
+        assert tree(out) == before
+    assert number > 2 and load_encoder(out).vocab_size == 300
+    assert tree(out).keys() == before.keys()
+
+
+def test_folders_of_something_else_are_left_alone(library, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file", tmp_path / "folder" / "thesis.txt"):
+        path.write_text("all of it")
+    for name, reason in (("file", "is a file"), ("folder", "holds thesis.txt, which is no part of a tokenizer")):
+        with pytest.raises(DataError, match=f"{name} {reason}; give a folder"):
+            train_tokenizer([str(library / "json")], tmp_path / name, vocab_size=300, progress=False, overwrite=True)
+    assert (tmp_path / "folder" / "thesis.txt").read_text() == "all of it"
 
 
 def test_the_command_trains_the_same_tokenizer_again(library, tokenizer_folder, tmp_path):
