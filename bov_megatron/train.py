@@ -1,4 +1,4 @@
-"""Train a model: `torchrun --nproc-per-node 8 -m bov_megatron.train RECIPE [section.field=value …]`.
+"""Train a model: `bov train RECIPE [section.field=value …]`, or `bov torchrun --nproc-per-node 8 RECIPE …`.
 
 The same under `srun`: rank and world size are taken from Slurm where torchrun's variables are absent.
 """
@@ -43,7 +43,7 @@ def _main(arguments: list[str] | None, signals: StopSignals) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bov_megatron.train",
         description="Train the model of a recipe. A run folder that holds a checkpoint is continued from it.",
-        epilog="Start it with torchrun --nproc-per-node N -m bov_megatron.train …, or with srun. "
+        epilog="Several ranks are started by `bov torchrun --nproc-per-node N RECIPE …`, or by srun. "
         "Every field of a recipe is described in docs/use/recipes.md.",
     )
     parser.add_argument("recipe", help="recipe file, e.g. recipes/780m_bov.yaml")

@@ -51,6 +51,7 @@ def check_command(words: list[str]) -> None:
     elif program == "make":
         assert first in TARGETS
     else:
+        assert program == "sbatch", "bov torchrun ends with the run's status and without a traceback; show that"
         named = [word for word in words if word.startswith("slurm/") or word == "bov_megatron.train"]
         assert named and all((ROOT / name).exists() or name == "bov_megatron.train" for name in named)
     for word in words:
