@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -53,19 +53,19 @@ def read_columns(run_dir: Path, keys: Sequence[str]) -> Columns:
     """
     path = run_dir / run_folder.METRICS
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            return parse(file, keys, path)
     except OSError as error:
         raise RunFolderError(
             f"{path} cannot be read ({error.strerror}): give the folder of a run that has begun to train, such as "
             "runs/780m_bov"
         ) from None
-    return parse(text, keys, path)
 
 
-def parse(text: bytes, keys: Sequence[str], path: Path) -> Columns:
-    """`read_columns` of a metrics file's content; `path` is for messages."""
+def parse(file: BinaryIO, keys: Sequence[str], path: Path) -> Columns:
+    """`read_columns` of an open metrics file; `path` is for messages."""
     keys = list(dict.fromkeys(("step", *keys)))
-    parts = [_read_block(block, keys, path) for block in _blocks(text[: text.rfind(b"\n") + 1])]
+    parts = [_read_block(block, keys, path) for block in _blocks(file)]
     if not parts:
         raise RunFolderError(f"{path} has no complete line yet: wait for the first step, or give another run")
     numbers = {key: np.concatenate([part.numbers[key] for part in parts]) for key in keys}
@@ -98,12 +98,11 @@ class _Part:
     rollbacks: list[dict[str, Any]]
 
 
-def _blocks(text: bytes) -> Iterator[bytes]:
-    begin = 0
-    while begin < len(text):
-        end = text.find(b"\n", begin + BLOCK_BYTES) + 1 or len(text)
-        yield text[begin:end]
-        begin = end
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    # Never the whole file at once: most of the time would go into copies, and into memory new to the process.
+    while text := file.read(BLOCK_BYTES) + file.readline():
+        if lines := text[: text.rfind(b"\n") + 1]:
+            yield lines
 
 
 def _read_block(block: bytes, keys: list[str], path: Path) -> _Part:
@@ -163,7 +162,9 @@ def _numbers(cells: pa.ChunkedArray, begin: bytes, is_last: bool) -> np.ndarray:
     cells = compute.binary_slice(cells, len(begin), LONGEST_NUMBER).cast(pa.string())
     if is_last:
         cells = compute.utf8_rtrim(cells, "}")
-    cells = compute.if_else(compute.equal(cells, "null"), "nan", cells)
+    is_null = compute.equal(cells, "null")
+    if compute.any(is_null).as_py():
+        cells = compute.if_else(is_null, "nan", cells)
     return cells.cast(pa.float64()).to_numpy()
 
 

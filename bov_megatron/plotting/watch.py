@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Sequence
@@ -59,7 +60,7 @@ class WatchedRun:
                 self._text += file.read()
             self._columns = None
         if self._columns is None and b"\n" in self._text:
-            self._columns = parse(self._text, KEYS, self.path)
+            self._columns = parse(io.BytesIO(self._text), KEYS, self.path)
         return self._columns
 
     def total_steps(self) -> int | None:
