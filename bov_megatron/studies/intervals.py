@@ -21,6 +21,8 @@ from bov_megatron.studies.objective import Objective
 _OUTLIER = 4.0
 """In robust standard deviations: further out, a residual counts this much for the variances, so that one diverged run
 is not taken for noise of its whole group."""
+_REWEIGHTED = 8
+"""Rounds of the regression for variances, whose weights follow from its result."""
 
 
 def bootstrap(
@@ -83,36 +85,56 @@ class Noise:
 def split_noise(residuals: np.ndarray, jacobian: np.ndarray, groups: list[np.ndarray]) -> Noise:
     """Take the residuals `[R]` of a fit with this jacobian `[R, P]` apart.
 
-    Henderson's method of moments: each group sum of squares equals its expectation under the fit, none negative.
+    The variances are those of restricted maximum likelihood (REML; Patterson and Thompson, Biometrika 58, 1971), none
+    negative. Each kind of group in turn takes out of the residuals what the parameters and the kinds before it have
+    left; REML is then the regression of these sums' means on what is expected of them, with weights of degrees of
+    freedom / expectation squared. That is exact for nested kinds in a balanced study, and close where kinds cross.
     """
     spread = 1.4826 * np.median(np.abs(residuals))
     kept = np.clip(residuals, -_OUTLIER * spread, _OUTLIER * spread) if spread > 0 else residuals
-    basis = np.linalg.qr(jacobian)[0]  # of what the parameters can take up
     members = [np.equal.outer(group, np.arange(group.max() + 1)).astype(float) for group in groups]
-    free = [member - basis @ (basis.T @ member) for member in members]
-    sums = np.array([(kept**2).sum()] + [((member.T @ kept) ** 2).sum() for member in members])
-    expected = np.empty((len(sums), len(sums)))
-    expected[0, 0] = len(residuals) - basis.shape[1]
-    for i, member in enumerate(members):
-        expected[0, i + 1] = expected[i + 1, 0] = (free[i] ** 2).sum()
-        for j in range(len(members)):
-            expected[i + 1, j + 1] = ((member.T @ free[j]) ** 2).sum()
-    scale = max(sums[0], 1e-300)
-    variances = nnls(expected, sums / scale)[0] * scale
-    covariance = variances[0] * np.eye(len(residuals))
-    shared = np.zeros_like(covariance)
+    parameters = np.linalg.qr(jacobian)[0]  # what they can take up
+    basis, sums, degrees, expected = parameters, [], [], []
+    for member in members:
+        stratum = _directions(member / np.sqrt(member.sum(axis=0)), basis)
+        basis = np.hstack([basis, stratum])
+        sums.append(((stratum.T @ kept) ** 2).sum())
+        degrees.append(stratum.shape[1])
+        expected.append([degrees[-1], *(((stratum.T @ other) ** 2).sum() for other in members)])
+    sums.append(max((kept**2).sum() - ((basis.T @ kept) ** 2).sum(), 0.0))
+    degrees.append(len(residuals) - basis.shape[1])
+    expected.append([degrees[-1], *((member**2).sum() - ((basis.T @ member) ** 2).sum() for member in members)])
+    variances = _restricted_likelihood(np.array(sums), np.array(degrees), np.array(expected))
+    shared = np.zeros((len(residuals), len(residuals)))
     for variance, member in zip(variances[1:], members, strict=True):
         shared += variance * member @ member.T
-    covariance += shared + 1e-9 * scale * np.eye(len(residuals)) / len(residuals)
-    predicted = shared @ np.linalg.solve(covariance, kept)
-    # Of its groups' degrees of freedom, what the parameters leave; of the runs', what parameters and groups leave.
-    degrees = [
-        max(float(expected[0, i + 1]) * member.shape[1] / len(residuals), 1.0) for i, member in enumerate(members)
-    ]
-    own_degrees = max(len(residuals) - basis.shape[1] - max(degrees), 1.0)
-    leverage = np.minimum((basis**2).sum(axis=1), 0.95)
+    tiny = 1e-9 * max(float((kept**2).mean()), 1e-300)
+    predicted = shared @ np.linalg.solve(shared + (variances[0] + tiny) * np.eye(len(residuals)), kept)
+    # What a kind without noise has taken out tells of the runs' own.
+    own_degrees = degrees[-1] + np.array(degrees[:-1])[variances[1:] == 0].sum()
+    leverage = np.minimum((parameters**2).sum(axis=1), 0.95)
     own = (residuals - predicted) / np.sqrt(1 - leverage)
-    return Noise(np.sqrt(variances), np.array([own_degrees, *degrees]), own)
+    return Noise(np.sqrt(variances), np.maximum([own_degrees, *degrees[:-1]], 1.0), own)
+
+
+def _directions(member: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """Orthonormal directions `[R, K]` of a kind's groups (columns of length 1) of which `basis` leaves half or more."""
+    free = member - basis @ (basis.T @ member)
+    left, vectors = np.linalg.eigh(free.T @ free)
+    return free @ (vectors[:, left > 0.5] / np.sqrt(left[left > 0.5]))
+
+
+def _restricted_likelihood(sums: np.ndarray, degrees: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Variances `[K]`, none negative, of independent sums of squares whose expectations are `expected @ variances`."""
+    # Means in units of their average, and weights relative to it: noise may be of any size.
+    scale = max(float(sums.sum() / degrees.sum()), 1e-300)
+    means, per_degree = sums / np.maximum(degrees, 1) / scale, expected / np.maximum(degrees, 1)[:, None]
+    fitted = np.ones(len(sums))
+    for _ in range(_REWEIGHTED):
+        weights = np.sqrt(degrees) / np.maximum(fitted, 1e-6)
+        variances = nnls(per_degree * weights[:, None], means * weights)[0]
+        fitted = per_degree @ variances
+    return variances * scale
 
 
 def percentiles(draws: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ Bounds are such that intervals with exactly the stated coverage fail once in a t
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 from scipy.stats import binom
 
 from benchmarks.coverage import LEVEL, TRUTH, Scenario, make_runs, truth
@@ -70,9 +71,33 @@ def test_common_noise_is_told_from_the_runs_own():
     assert by_group == pytest.approx(2e-3, rel=0.25)
     assert by_other < 5e-4
     assert np.corrcoef(residuals - noise.own, shared[group])[0, 1] > 0.9
-    assert noise.degrees == pytest.approx([160, 39, 4])
+    assert noise.degrees == pytest.approx([156, 39, 4])
     none = split_noise(1e-3 * rng.standard_normal(200), design, [group])
     assert none.deviations[1] < 5e-4
+
+
+@pytest.mark.parametrize("noise", [{"variant": 3e-4}, {"size_and_seed": 3e-4}, {}])
+def test_variances_are_those_of_restricted_maximum_likelihood(noise):
+    """Also where one is zero: what one kind of noise is short of must not be taken from another."""
+    runs = make_runs(Scenario(run=2e-4, **noise), np.random.default_rng(0))
+    groups = runs.noise_groups()[:2]  # of size and seed, and of variant within them
+    design = np.column_stack([runs.variant == name for name in runs.variants]).astype(float)
+    values = np.log(runs.loss)
+    values -= np.log([TRUTH.loss(n, d, v) for n, d, v in zip(runs.n, runs.d, runs.variant, strict=True)])
+    residuals = values - design @ np.linalg.lstsq(design, values)[0]
+    kinds = [np.eye(len(runs)), *(np.equal.outer(group, group).astype(float) for group in groups)]
+
+    def restricted_likelihood(variances):
+        covariance = sum(variance * kind for variance, kind in zip(variances, kinds, strict=True))
+        inverse = np.linalg.inv(covariance)
+        within = design.T @ inverse @ design
+        rest = inverse - inverse @ design @ np.linalg.solve(within, design.T @ inverse)
+        # Variances are in units of 1e-8, where the search's steps and tolerances are those of numbers about 1.
+        return np.linalg.slogdet(covariance)[1] + np.linalg.slogdet(within)[1] + 1e8 * values @ rest @ values
+
+    best = minimize(restricted_likelihood, np.full(3, 4.0), bounds=[(0.1, 99), (0, 99), (0, 99)])
+    found = split_noise(residuals, design, groups).deviations
+    assert 1e8 * found**2 == pytest.approx(best.x, rel=0.02, abs=0.05)
 
 
 def test_every_draw_has_every_variant():
