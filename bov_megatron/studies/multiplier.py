@@ -21,6 +21,7 @@ _BEYOND = 30.0
 """Trial sizes reach this factor beyond those that ran: a best size out there is found, and marked as not carried."""
 _SHOWN_BEYOND = 10.0
 """The curve goes on to this multiple of the largest budget, marked as not carried."""
+_SPEEDS_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,12 @@ class Costs:
         speed = runs.tokens_per_second
         self.flops_per_second = None
         if speed is not None and (np.isfinite(speed) & (speed > 0)).all():
-            self.flops_per_second = np.array([np.median((speed * runs.flops / runs.d)[own]) for own in per_size])
+            rates = [np.log(speed * runs.flops / runs.d)[own] for own in per_size]
+            self.flops_per_second = np.exp([np.median(rate) for rate in rates])
+            self._runs_per_size = [len(rate) for rate in rates]
+            deviations = np.concatenate([rate - np.median(rate) for rate in rates])
+            # As large as if the sizes' medians had not followed them.
+            self._speed_noise = deviations * (len(runs) / max(len(runs) - len(rates), 1)) ** 0.5
         self.lowest, self.highest = float(runs.flops.min()), float(runs.flops.max())
 
     def per_token(self, n: np.ndarray) -> np.ndarray:
@@ -70,6 +76,14 @@ class Costs:
         """FLOP/s of a run of a model of `n` parameters."""
         assert self.flops_per_second is not None
         return np.exp(np.interp(np.log(n), np.log(self.n), np.log(self.flops_per_second)))
+
+    def draw_rates(self, n: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """`rate` of `n [S, K]` with speeds drawn anew S times: each size has as many runs as it had, with deviations
+        from their median of any run of the variant. Where every size ran once they can't be seen, and are zero."""
+        assert self.flops_per_second is not None
+        noise = [np.median(rng.choice(self._speed_noise, (len(n), runs)), axis=1) for runs in self._runs_per_size]
+        drawn = np.log(self.flops_per_second) + np.column_stack(noise)
+        return np.exp([np.interp(np.log(own), np.log(self.n), rates) for own, rates in zip(n, drawn, strict=True)])
 
 
 def multipliers(runs: Runs, fit: Fit) -> tuple[dict[str, list[Multiplier]], dict[str, str]]:
@@ -98,18 +112,20 @@ def _multipliers(runs: Runs, fit: Fit, variant: str) -> list[Multiplier]:
     flops = np.geomspace(min(lowest, highest), highest, _POINTS)
     flops = np.concatenate([flops, np.geomspace(highest, _SHOWN_BEYOND * highest, 9)[1:]])
     estimate, sizes = compute_multiplier(fit.names, _quantities(fit), variant, flops, base, other)
-    draws, _ = compute_multiplier(fit.names, fit.draws, variant, flops, base, other)
+    draws, drawn_sizes = compute_multiplier(fit.names, fit.draws, variant, flops, base, other)
     within = [(cost.n.min() <= n[0]) & (n[0] <= cost.n.max()) for cost, n in zip((base, other), sizes, strict=True)]
     carried = (flops <= highest * 1.0001) & within[0] & within[1]
     if not carried.any():
         raise StudyError(_no_best_size(runs, variant, flops[0], flops[_POINTS - 1], sizes, (base, other)))
-    rates = [np.ones_like(flops)]
+    curves = [(estimate[0], draws)]
     if base.flops_per_second is not None and other.flops_per_second is not None:
-        rates.append(other.rate(sizes[1][0]) / base.rate(sizes[0][0]))
+        rng = np.random.default_rng(_SPEEDS_SEED)
+        drawn = other.draw_rates(drawn_sizes[1], rng) / base.draw_rates(drawn_sizes[0], rng)
+        curves.append((estimate[0] * other.rate(sizes[1][0]) / base.rate(sizes[0][0]), draws * drawn))
     results = []
-    for clock, rate in enumerate(rates):
-        low, high = percentiles(draws * rate, fit.level)
-        curve, headline = estimate[0] * rate, int(np.flatnonzero(carried)[-1])
+    for clock, (curve, own) in enumerate(curves):
+        low, high = percentiles(own, fit.level)
+        headline = int(np.flatnonzero(carried)[-1])
         results.append(
             Multiplier(
                 variant,

@@ -59,6 +59,20 @@ def test_wall_clock_is_by_measured_speed(runs, fit):
     assert len(multipliers(dataclasses.replace(runs, tokens_per_second=unknown), fit)[0]["bank"]) == 1
 
 
+def test_noise_of_speeds_is_in_the_wall_clock_interval(runs, fit):
+    """What it adds is the spread of the estimate over speeds measured anew."""
+    fit = dataclasses.replace(fit, draws=fit.draws[:200])
+
+    def measured_again(rng):
+        speed = 1e12 * runs.d / runs.flops * np.exp(0.03 * rng.standard_normal(len(runs)))
+        compute, clock = multipliers(dataclasses.replace(runs, tokens_per_second=speed), fit)[0]["bank"]
+        widths = [np.log(m.value[2] / m.value[1]) / 2 / 1.645 for m in (compute, clock)]
+        return np.log(clock.value[0]), (widths[1] ** 2 - widths[0] ** 2) ** 0.5
+
+    found = np.array([measured_again(rng) for rng in np.random.default_rng(0).spawn(40)])
+    assert np.median(found[:, 1]) == pytest.approx(found[:, 0].std(), rel=0.3)
+
+
 def test_carried_range_is_where_both_best_sizes_ran(runs, fit):
     (compute,) = multipliers(runs, fit)[0]["bank"]
     law = fit.law
