@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from bov_megatron.errors import RecipeError
 from bov_megatron.recipe import ModelConfig, Recipe, memory, pipeline
 from bov_megatron.recipe.checks import check_recipe
-from bov_megatron.recipe.gpus import GPUS
+from bov_megatron.recipe.gpus import DEFAULT_GPU, GPUS
 from bov_megatron.recipe.layout_checks import data_parallel_size
 from bov_megatron.recipe.quantities import effective_rates, flops_per_token, parameter_counts, stage_flops, total_steps
 
-DEFAULT_PEAK_FLOPS = GPUS["H100"].peak_flops
+DEFAULT_PEAK_FLOPS = GPUS[DEFAULT_GPU].peak_flops
 DEFAULT_MFU = 0.40
 """Share of the peak for time estimates; an assumption, not a measurement."""
 

@@ -56,10 +56,10 @@ def _write_json(path: Path | None, values) -> None:
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
-    from bov_megatron.recipe.gpus import GPUS
+    from bov_megatron.recipe.gpus import DEFAULT_GPU, GPUS
 
     _add_study(command)
-    command.add_argument("--gpu", default="H100", help=f"one of {', '.join(GPUS)} (%(default)s)")
+    command.add_argument("--gpu", default=DEFAULT_GPU, help=f"one of {', '.join(GPUS)} (%(default)s)")
     command.add_argument(
         "--mfu", default="0.4", help="share of the GPU's peak, or a run folder that has measured it (%(default)s)"
     )

@@ -26,6 +26,8 @@ GPUS = {
     )
 }
 """By name; a device is the first whose name is part of its own."""
+DEFAULT_GPU = "H100"
+"""What plans assume unless told otherwise."""
 
 
 def peak_of_device(device_name: str) -> float | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bov_megatron.errors import StudyError
+from bov_megatron.studies.planning import describe_cost
 from bov_megatron.studies.table import Runs
 
 _LEVELS = 3
@@ -118,4 +119,4 @@ def _missing_cells(runs: Runs, variant: str) -> list[Proposal]:
 def _advice(proposals: list[Proposal], shown: int = 4) -> str:
     listed = ", ".join(map(str, proposals[:shown]))
     more = f" and {len(proposals) - shown} more" if len(proposals) > shown else ""
-    return f"run {listed}{more}: {sum(p.flops for p in proposals):.2g} FLOPs in all"
+    return f"run {listed}{more}; in all {describe_cost(sum(p.flops for p in proposals))}"

@@ -13,6 +13,7 @@ from scipy.interpolate import interp1d
 from bov_megatron.errors import StudyError
 from bov_megatron.studies.fitting import Fit
 from bov_megatron.studies.intervals import percentiles
+from bov_megatron.studies.planning import describe_cost
 from bov_megatron.studies.table import Runs
 
 _POINTS = 25
@@ -106,7 +107,8 @@ def _multipliers(runs: Runs, fit: Fit, variant: str) -> list[Multiplier]:
     if lowest > highest * 1.05:
         raise StudyError(
             f"{variant} and {runs.baseline} share no budget ({other.lowest:.2g} to {other.highest:.2g} FLOPs against "
-            f"{base.lowest:.2g} to {base.highest:.2g}); run {variant} once more at {base.lowest:.2g} FLOPs"
+            f"{base.lowest:.2g} to {base.highest:.2g}); run {variant} once more at "
+            f"{describe_cost(base.lowest)}"
         )
     # Both ends of what is carried are points of the curve.
     flops = np.geomspace(min(lowest, highest), highest, _POINTS)
@@ -198,5 +200,5 @@ def _no_best_size(runs: Runs, variant: str, lowest: float, highest: float, sizes
     what = "; ".join(missing) or f"{runs.baseline} and {variant} at the same budgets"
     return (
         f"the best sizes at {lowest:.2g} to {highest:.2g} FLOPs lie outside the sizes that ran; run {what}, "
-        f"each {lowest:.2g} FLOPs or more"
+        f"each with {describe_cost(lowest)}, or more"
     )

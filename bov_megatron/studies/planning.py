@@ -12,7 +12,7 @@ from pathlib import Path
 from bov_megatron.errors import StudyError
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.plan import DEFAULT_MFU
-from bov_megatron.recipe.gpus import GPUS, Gpu
+from bov_megatron.recipe.gpus import DEFAULT_GPU, GPUS, Gpu
 from bov_megatron.recipe.limits import nearest
 from bov_megatron.recipe.quantities import flops_per_token, parameters_by_convention, total_steps
 from bov_megatron.studies.layouts import GPUS_PER_NODE, MOST_RANKS, Layout, layout_of, smallest_layout, usable_bytes
@@ -65,7 +65,7 @@ class StudyPlan:
 
 
 def plan_study(
-    study: Study, gpu: str = "H100", mfu: float | str | Path = DEFAULT_MFU, price: float | None = None
+    study: Study, gpu: str = DEFAULT_GPU, mfu: float | str | Path = DEFAULT_MFU, price: float | None = None
 ) -> StudyPlan:
     """Costs of `study` on GPUs of the name `gpu`.
 
@@ -110,7 +110,7 @@ def _plan_cell(
     fits = layout.fits(gpu)
     used = layout if fits or suggested is None else suggested
     repeated = 4 / 3 if used.recompute == "full" else 1.0
-    gpu_hours = per_token * tokens * repeated / (gpu.peak_flops * mfu) / 3600
+    hours = gpu_hours(per_token * tokens * repeated, gpu, mfu)
     return CellPlan(
         cell=cell.name,
         variant=cell.variant,
@@ -126,10 +126,21 @@ def _plan_cell(
         layout=layout,
         fits=fits,
         suggested=suggested,
-        gpu_hours=gpu_hours,
-        hours=gpu_hours / used.world_size,
-        cost=None if price is None else gpu_hours * price,
+        gpu_hours=hours,
+        hours=hours / used.world_size,
+        cost=None if price is None else hours * price,
     )
+
+
+def gpu_hours(flops: float, gpu: Gpu, mfu: float) -> float:
+    """Hours of one `gpu` that reaches the share `mfu` of its peak."""
+    return flops / (gpu.peak_flops * mfu) / 3600
+
+
+def describe_cost(flops: float) -> str:
+    """FLOPs, and hours by the assumptions that `plan` makes unless told otherwise."""
+    hours = gpu_hours(flops, GPUS[DEFAULT_GPU], DEFAULT_MFU)
+    return f"{flops:.2g} FLOPs, {hours:.2g} GPU-hours of {DEFAULT_GPU} at an assumed MFU of {DEFAULT_MFU:.0%}"
 
 
 def _mfu(given: float | str | Path) -> tuple[float, str]:

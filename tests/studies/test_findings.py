@@ -112,7 +112,7 @@ def test_a_study_without_enough_runs_says_which_it_needs():
     table = make_table()
     found = findings_of_results(results(table[table.n < 1.5e8]), "baseline", bootstraps=100)
     assert not found.fits and set(found.refusals) == {"baseline", "bank"}
-    assert "2 size(s)" in found.refusals["bank"] and "FLOPs in all" in found.refusals["bank"]
+    assert "2 size(s)" in found.refusals["bank"] and "GPU-hours of H100" in found.refusals["bank"]
     assert "No multiplier for bank" in format_findings(found)
     json.dumps(as_json(found), allow_nan=False)
 

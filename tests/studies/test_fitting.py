@@ -1,6 +1,7 @@
 """Fits recover the law that made the runs, agree with other optimisers, and refuse what the runs don't determine."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -171,4 +172,6 @@ def test_what_the_runs_do_not_carry_is_refused_with_runs_that_would(runs, kept, 
         fit_runs(runs.where(kept(runs)), bootstraps=100)
     message = str(caught.value)
     assert reason in message
-    assert "; run ba" in message and "FLOPs in all" in message and "N=" in message
+    assert "; run ba" in message and "; in all " in message and "N=" in message
+    flops, hours = map(float, re.search(r"in all (\S+) FLOPs, (\S+) GPU-hours of H100 at .* 40%", message).groups())
+    assert hours == pytest.approx(flops / (0.4 * 989e12) / 3600, rel=0.1)

@@ -92,6 +92,7 @@ def test_no_shared_budget_is_refused(runs):
     found, refused = multipliers(apart, fit_runs(apart, bootstraps=100))
     assert not found
     assert "share no budget" in refused["bank"] and "run bank once more at" in refused["bank"]
+    assert "GPU-hours of H100" in refused["bank"]
 
 
 def test_best_sizes_that_did_not_run_are_refused(runs):
@@ -101,6 +102,7 @@ def test_best_sizes_that_did_not_run_are_refused(runs):
     large = dataclasses.replace(large, loss=loss)
     found, refused = multipliers(large, fit_runs(large, bootstraps=100))
     assert not found and "outside the sizes that ran; run baseline at N=" in refused["bank"]
+    assert "GPU-hours of H100" in refused["bank"]
 
 
 def test_the_baseline_against_itself_is_one():
