@@ -13,7 +13,7 @@ import pytest
 
 from bov_megatron.data.manifest import read_manifest
 from bov_megatron.lifecycle import run_folder
-from tests.support.interrupts import Command, Ended, tool
+from tests.support.interrupts import PATIENCE, Command, Ended, tool
 from tests.support.results import same_as
 from tests.support.runs import SMOKE, overrides, train
 
@@ -94,7 +94,7 @@ def undisturbed(prepared_data, tmp_path_factory):
     folders = {}
     for ranks in (1, 2):
         folders[ranks] = tmp_path_factory.mktemp(f"undisturbed{ranks}")
-        train(ranks, overrides(prepared_data, folders[ranks], *RUN, "logging.wandb=disabled"))
+        train(ranks, overrides(prepared_data, folders[ranks], *RUN, "logging.wandb=disabled"), timeout=3 * PATIENCE)
     return folders
 
 
