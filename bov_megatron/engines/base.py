@@ -180,6 +180,31 @@ class Engine(abc.ABC):
             dist.broadcast(logits_BV, last, group=parallel_state.get_pipeline_model_parallel_group())
         return logits_BV
 
+    @torch.no_grad()
+    def token_scores(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Nats of every token but the first of each row, and whether it is the most probable one.
+
+        Args:
+            ids_BT: the same on all ranks of a model replica; without context parallelism.
+
+        Returns fp32 and bool, `[B, T-1]` on the CPU, the same on all ranks of a model replica; collective over them.
+        """
+        self.finish_gather()
+        for chunk in self.chunks:
+            chunk.eval()
+        micro_batches, counted = self._fill_groups([ids_BT], [torch.ones(len(ids_BT), dtype=torch.bool)])
+
+        def rate(labels_BT: None, counted_B: Tensor, logits_BsV: Tensor):
+            return logits_BsV.new_zeros(()), _token_scores(logits_BsV, ids_BT[:, 1:].to(logits_BsV.device))
+
+        results = self._run(self.chunks, micro_batches, rate, counted, with_labels=False)
+        scores = results[0] if results else torch.empty(2, len(ids_BT), ids_BT.size(1) - 1, device=device())
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(scores, last, group=parallel_state.get_pipeline_model_parallel_group())
+        nats_BT, greedy_BT = scores.cpu()
+        return nats_BT, greedy_BT.bool()
+
     @abc.abstractmethod
     def table_sums(self, table: torch.nn.Parameter, rows: int) -> tuple[float, int]:
         """Sum of squares of the first `rows` rows of this rank's part of a value table, and how many of them have a
@@ -248,6 +273,30 @@ def _logits_at(logits_BsV: Tensor, positions_B: Tensor, length: int) -> Tensor:
     parts = [torch.empty_like(picked) for _ in range(tensor.size())]
     dist.all_gather(parts, picked.contiguous(), group=tensor)
     return torch.cat(parts, dim=1)
+
+
+def _token_scores(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """Nats of each token and whether it is the most probable one (the lowest id among equals), `[2, B, T]`, from this
+    rank's part of the vocabulary; collective over the tensor-parallel ranks of a stage."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    width = logits_BTV.size(-1)
+    highest_BT, best_BT = logits_BTV.max(dim=-1)
+    extremes = torch.stack([highest_BT.double(), (best_BT + group.rank() * width).double()])  # ids are exact in fp64
+    parts = [torch.empty_like(extremes) for _ in range(group.size())]
+    dist.all_gather(parts, extremes, group=group)
+    highest_RBT, best_RBT = torch.stack(parts, dim=1)
+    highest_BT, first_BT = highest_RBT.max(dim=0)
+    best_BT = best_RBT.gather(0, first_BT[None])[0].long()
+
+    own_BT = ids_BT - group.rank() * width
+    is_own_BT = (own_BT >= 0) & (own_BT < width)
+    chosen_BT = logits_BTV.gather(-1, own_BT.clamp(0, width - 1)[..., None])[..., 0].double()
+    sums = torch.stack(
+        [(logits_BTV - highest_BT[..., None].float()).exp().sum(-1).double(), torch.where(is_own_BT, chosen_BT, 0.0)]
+    )
+    dist.all_reduce(sums, group=group)
+    nats_BT = sums[0].log() + highest_BT - sums[1]
+    return torch.stack([nats_BT, (best_BT == ids_BT).double()]).float()
 
 
 def _build_chunks(recipe: Recipe) -> list[BovModel]:

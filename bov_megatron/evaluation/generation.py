@@ -6,18 +6,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from bov_megatron.data.tokenizer import Encoder, load_encoder
+from bov_megatron.data.tokenizer import Encoder
 from bov_megatron.errors import EvaluationError
-from bov_megatron.lifecycle import run_folder
-from bov_megatron.parallel.device import has_gpu
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from bov_megatron.evaluation.target import find_target
 
 
 @dataclass(frozen=True)
@@ -74,20 +70,10 @@ class Generator:
     """
 
     def __init__(self, target: Path, step: int | None = None, device: str | None = None, dtype: str = "auto"):
-        device = device or ("cuda" if has_gpu() else "cpu")
-        if (target / "config.json").is_file():
-            if step is not None:
-                raise EvaluationError(f"--step {step}: {target} is an export, which is of one step; leave it out")
-            self.source, tokenizer_folder = str(target), target
-            model = _load_export(target, dtype)
-        else:
-            from bov_megatron.exchange.convert import in_memory
-
-            path = run_folder.find_checkpoint(target, step)
-            self.source, tokenizer_folder = str(path), run_folder.run_dir_of(path) / run_folder.TOKENIZER
-            model = in_memory(path, None if dtype == "auto" else getattr(torch, dtype))
-        self.encoder: Encoder = load_encoder(tokenizer_folder)
-        self.model = model.to(device).eval()
+        found = find_target(target, step)
+        self.source = str(found.folder)
+        self.encoder: Encoder = found.encoder()
+        self.model = found.load(device, dtype)
 
     def generate(
         self,
@@ -133,12 +119,6 @@ class Generator:
             time.perf_counter() - started,
             "end of document" if new[-1] == bos else "length",
         )
-
-
-def _load_export(folder: Path, dtype: str) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=True, dtype=dtype)
 
 
 class _Streamer(BaseStreamer):

@@ -1,4 +1,4 @@
-"""lm-eval on an exported model: its own tasks and local YAML tasks.
+"""lm-eval on an export or a checkpoint: its own tasks and local YAML tasks.
 
 lm-eval is imported inside functions because that takes seconds.
 """
@@ -13,36 +13,34 @@ from typing import TYPE_CHECKING
 
 from bov_megatron.errors import EvaluationError
 from bov_megatron.lifecycle.terminal import say
-from bov_megatron.parallel.device import has_gpu
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel
 
 
 def run_tasks(
-    model_dir: str | Path,
+    model: PreTrainedModel,
+    tokenizer_dir: Path,
     tasks: Sequence[str],
     *,
     tasks_dir: str | Path | None = None,
     limit: float | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 8,
-    device: str | None = None,
-    dtype: str = "auto",
     bos: bool = True,
 ) -> dict:
-    """Evaluate the export in `model_dir`; returns lm-eval's results as `summarize` gives them.
+    """Evaluate a model; returns lm-eval's results as `summarize` gives them.
 
     Args:
+        model: on the device to use.
         tasks: names of tasks, groups or tags, or paths of YAML files.
         tasks_dir: folder of local YAML tasks. lm-eval's own tasks, which take half a minute to index, are only searched
             for names not found here.
         limit: examples per task; below 1, a share of them.
-        device: `cpu`, `cuda`, …; `None` means a GPU if there is one.
-        dtype: `auto` means as stored.
         bos: start prompts with `<|bos|>`, as documents do in training.
 
     Raises EvaluationError for unknown tasks, and for tasks whose data set cannot be had.
@@ -51,9 +49,8 @@ def run_tasks(
     loaded = [task for name in names for task in load_task(manager, name)]
     from lm_eval import simple_evaluate
 
-    device = device or ("cuda" if has_gpu() else "cpu")
     results = simple_evaluate(
-        model=load_model(model_dir, batch_size=batch_size, device=device, dtype=dtype, bos=bos),
+        model=as_lm_eval_model(model, tokenizer_dir, batch_size=batch_size, bos=bos),
         tasks=loaded,
         num_fewshot=num_fewshot,
         limit=limit,
@@ -110,10 +107,11 @@ def load_task(manager: TaskManager, name: str) -> list[Task | Group]:
     return [task for key, task in every.items() if key not in members]
 
 
-def load_model(model_dir: str | Path, *, batch_size: int, device: str, dtype: str, bos: bool) -> HFLM:
+def as_lm_eval_model(model: PreTrainedModel, tokenizer_dir: Path, *, batch_size: int, bos: bool) -> HFLM:
     from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
 
-    class ExportedModel(HFLM):
+    class BosModel(HFLM):
         """Starts prompts with `<|bos|>`."""
 
         # lm-eval's `add_bos_token` leaves that to the tokenizer, and doubles it in rolling tasks, where lm-eval itself
@@ -131,12 +129,10 @@ def load_model(model_dir: str | Path, *, batch_size: int, device: str, dtype: st
             # Called once per batch in rolling tasks, which would draw a progress bar each time.
             return super()._loglikelihood_tokens(requests, disable_tqdm or override_bs is not None, override_bs)
 
-    return ExportedModel(
-        pretrained=str(model_dir),
-        trust_remote_code=True,
+    return BosModel(
+        pretrained=model,
+        tokenizer=AutoTokenizer.from_pretrained(str(tokenizer_dir)),
         batch_size=batch_size,
-        device=device,
-        dtype=dtype,
         add_bos_token=False,
     )
 

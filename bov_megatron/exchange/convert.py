@@ -23,6 +23,7 @@ from bov_megatron.lifecycle import run_folder
 from bov_megatron.model.naming import full_from_gathered
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.device import device
+from bov_megatron.parallel.launch import World
 from bov_megatron.recipe import ParallelConfig, recipe_from_dict
 
 if TYPE_CHECKING:
@@ -102,14 +103,24 @@ def _computed_in(recipe: dict) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def open_checkpoint(path: Path) -> Iterator[Engine]:
-    """An unsharded fp32 engine without optimizer, with the weights of a checkpoint of any layout."""
+def open_checkpoint(
+    path: Path, layout: ParallelConfig | None = None, precision: str | None = "fp32", world: World | None = None
+) -> Iterator[Engine]:
+    """An engine without optimizer, with the weights of a checkpoint of any layout; by default unsharded, in fp32.
+
+    Args:
+        layout: of this process's ranks; None is one rank.
+        precision: of the computation; None is the run's.
+        world: the ranks that open it together; collective over them.
+    """
     recipe = recipe_from_dict(compatibility.without_retired_values(checkpoint.read_run(path)["recipe"]))
-    recipe = dataclasses.replace(
-        recipe, parallel=ParallelConfig(), train=dataclasses.replace(recipe.train, precision="fp32")
-    )
+    train = recipe.train if precision is None else dataclasses.replace(recipe.train, precision=precision)
+    recipe = dataclasses.replace(recipe, parallel=layout or ParallelConfig(), train=train)
     with tempfile.TemporaryDirectory() as folder:
-        process_groups.initialize(recipe, 0, 1, init_method=f"file://{folder}/rendezvous")
+        if world is None:
+            process_groups.initialize(recipe, 0, 1, init_method=f"file://{folder}/rendezvous")
+        else:
+            process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
         try:
             engine = build_engine(recipe, with_optimizer=False)
             checkpoint.load(engine, path, contents=True)

@@ -11,6 +11,7 @@ from bov_megatron.data.tokenizer import load_bytes_per_token, load_encoder, trai
 from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.bits_per_byte import score_samples, write_rolling_task
 from bov_megatron.evaluation.report import evaluate
+from bov_megatron.evaluation.target import find_target
 from tests.evaluation.conftest import SEQUENCE_LENGTH, VOCAB
 from tests.support.tiny_tokenizer import STDLIB
 
@@ -58,7 +59,7 @@ def test_packed_shards_score_as_their_samples(exported, tmp_path):
     with MDSWriter(out=str(tmp_path / "val"), columns=columns) as writer:
         for sample in samples:
             writer.write({"tokens": sample})
-    report = evaluate(folder, packed=tmp_path / "val", limit=6, batch_size=4, device="cpu")
+    report = evaluate(find_target(folder), packed=tmp_path / "val", limit=6, batch_size=4, device="cpu")
     expected = score_samples(model, samples[:6], load_bytes_per_token(folder))
     assert report["scores"]["packed"]["bits_per_byte"] == pytest.approx(expected.value, rel=1e-6)
     assert report["samples"]["packed"] == 6
@@ -78,8 +79,8 @@ def test_packed_samples_of_another_tokenizer_are_refused(exported, tmp_path):
             PrepareOptions([str(tmp_path / "a.py")], str(tokenizer), str(tmp_path / f"{name}-data"), **sizes), False
         )
     with pytest.raises(EvaluationError, match=r"train was made with tokenizer \w{12}, the model with \w{12}: "):
-        evaluate(folder, packed=tmp_path / "other-data" / "train", device="cpu")
-    report = evaluate(folder, packed=tmp_path / "own-data" / "train", limit=2, device="cpu")
+        evaluate(find_target(folder), packed=tmp_path / "other-data" / "train", device="cpu")
+    report = evaluate(find_target(folder), packed=tmp_path / "own-data" / "train", limit=2, device="cpu")
     assert report["samples"]["packed"] == 2
 
 
@@ -112,8 +113,8 @@ def test_what_cannot_be_scored_is_refused(exported, tmp_path):
     with pytest.raises(EvaluationError, match="no document can be scored: 1 spell a special token"):
         write_rolling_task(["<|bos|>", ""], folder, SEQUENCE_LENGTH, tmp_path)
     with pytest.raises(EvaluationError, match=r"has no index\.json; give a folder of MDS shards"):
-        evaluate(folder, packed=tmp_path)
-    with pytest.raises(EvaluationError, match=r"has no config\.json; give a folder written by `bov convert to-hf`"):
-        evaluate(tmp_path, packed=tmp_path)
+        evaluate(find_target(folder), packed=tmp_path)
+    with pytest.raises(EvaluationError, match=r"is neither an export \(no config\.json\) nor a run folder"):
+        find_target(tmp_path)
     with pytest.raises(EvaluationError, match=r"--limit 0\.5 with --packed: .* need a whole number"):
-        evaluate(folder, packed=tmp_path, limit=0.5)
+        evaluate(find_target(folder), packed=tmp_path, limit=0.5)

@@ -11,31 +11,9 @@ import pytest
 from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.generation import Generator, Sampling
 from tests.support.distributed import run_ranks
-from tests.support.runs import overrides, train
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["def read", "class", "é"]
-
-
-@pytest.fixture(scope="module")
-def run(prepared_data, tmp_path_factory) -> Path:
-    """A trained run of two tensor-parallel ranks in bf16, with checkpoints of steps 10 and 20."""
-    folder = tmp_path_factory.mktemp("generation")
-    changes = ["train.steps=20", "checkpoint.interval=10", "validation.interval=0", "train.precision=bf16"]
-    train(2, overrides(prepared_data, folder / "run", *changes, "parallel.tensor_model_parallel_size=2"))
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def export(run) -> Path:
-    run_ranks(export_rank, 1, str(run))
-    return run.parent / "export"
-
-
-def export_rank(rank: int, world_size: int, run: str) -> None:
-    from bov_megatron.exchange.convert import to_hf
-
-    to_hf(Path(run), Path(run).parent / "export")
 
 
 def said_rank(rank: int, world_size: int, target: str, options: dict, sampling: dict) -> list:
@@ -48,13 +26,13 @@ def said_rank(rank: int, world_size: int, target: str, options: dict, sampling: 
     return found
 
 
-def test_a_checkpoint_says_what_transformers_says_on_its_export(run, export):
+def test_a_checkpoint_says_what_transformers_says_on_its_export(trained_run, trained_export):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    (found,) = run_ranks(said_rank, 1, str(run), {}, {})
-    model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, dtype="auto").eval()
-    tokenizer = AutoTokenizer.from_pretrained(export)
+    (found,) = run_ranks(said_rank, 1, str(trained_run), {}, {})
+    model = AutoModelForCausalLM.from_pretrained(trained_export, trust_remote_code=True, dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained_export)
     assert model.dtype == torch.bfloat16
     for prompt, (generation, pieces) in zip(PROMPTS, found, strict=True):
         inputs = tokenizer(tokenizer.bos_token + prompt, return_tensors="pt")
@@ -63,20 +41,20 @@ def test_a_checkpoint_says_what_transformers_says_on_its_export(run, export):
         assert generation.tokens == len(output)
         assert "".join(pieces) == generation.text
     assert any(len(pieces) > 5 for _, pieces in found), "the text came at once"
-    (of_export,) = run_ranks(said_rank, 1, str(export), {}, {})
+    (of_export,) = run_ranks(said_rank, 1, str(trained_export), {}, {})
     assert [generation.text for generation, _ in of_export] == [generation.text for generation, _ in found]
 
 
-def test_an_earlier_step_is_another_model(run):
-    (newest,) = run_ranks(said_rank, 1, str(run), {"dtype": "float32"}, {})
-    (earlier,) = run_ranks(said_rank, 1, str(run), {"step": 10, "dtype": "float32"}, {})
-    (by_folder,) = run_ranks(said_rank, 1, str(run / "checkpoints/step_00000010"), {"dtype": "float32"}, {})
+def test_an_earlier_step_is_another_model(trained_run):
+    (newest,) = run_ranks(said_rank, 1, str(trained_run), {"dtype": "float32"}, {})
+    (earlier,) = run_ranks(said_rank, 1, str(trained_run), {"step": 10, "dtype": "float32"}, {})
+    (by_folder,) = run_ranks(said_rank, 1, str(trained_run / "checkpoints/step_00000010"), {"dtype": "float32"}, {})
     texts = [[generation.text for generation, _ in found] for found in (newest, earlier, by_folder)]
     assert texts[1] == texts[2] != texts[0]
 
 
-def test_sampling(export):
-    generator = Generator(export, dtype="float32")  # in bf16 several tokens can have the highest logit
+def test_sampling(trained_export):
+    generator = Generator(trained_export, dtype="float32")  # in bf16 several tokens can have the highest logit
 
     def say(**sampling) -> str:
         return generator.generate("def", 30, Sampling(**sampling)).text
@@ -85,8 +63,8 @@ def test_sampling(export):
     assert say(temperature=1.0, top_k=1, seed=3) == say(temperature=5.0, top_p=1e-6, seed=4) == say()
 
 
-def test_what_means_nothing_is_refused(export, prepared_data):
-    generator = Generator(export)
+def test_what_means_nothing_is_refused(trained_export, prepared_data):
+    generator = Generator(trained_export)
     with pytest.raises(EvaluationError, match="the prompt has .* the model was trained on 256: shorten it"):
         generator.generate("x y " * 300)
     full = generator.generate("def " * 60, 500)
@@ -100,8 +78,8 @@ def test_what_means_nothing_is_refused(export, prepared_data):
             Sampling(**options)
 
 
-def test_text_that_spells_the_special_token_is_text(export):
-    ids = Generator(export).encoder.encode(["<|bos|>"])[0]
+def test_text_that_spells_the_special_token_is_text(trained_export):
+    ids = Generator(trained_export).encoder.encode(["<|bos|>"])[0]
     assert 0 not in ids
 
 
@@ -111,11 +89,11 @@ def call(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environ, **options)
 
 
-def test_the_command_reads_its_input_and_prints_what_it_says(run, export, tmp_path):
-    done = call(run, "--max-new-tokens", 20, input="def read\n")
+def test_the_command_reads_its_input_and_prints_what_it_says(trained_run, trained_export, tmp_path):
+    done = call(trained_run, "--max-new-tokens", 20, input="def read\n")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1 and "step_00000020: " in done.stderr and "tokens/s, ended by" in done.stderr
-    as_json = call(export, "--prompt", "def read", "--prompt", "class", "--max-new-tokens", 20, "--json")
+    as_json = call(trained_export, "--prompt", "def read", "--prompt", "class", "--max-new-tokens", 20, "--json")
     first, second = map(json.loads, as_json.stdout.splitlines())
     assert done.stdout == f"def read{first['text']}\n"
     assert second["prompt"] == "class" and second["tokens"] <= 20

@@ -79,7 +79,7 @@ def test_local_tasks_agree_with_the_plain_model(exported, tasks_dir):
     folder, model = exported
     encoder = load_encoder(folder)
     names = ["local_choice", "local_ending", "local_generation"]
-    found = run_tasks(folder, names, tasks_dir=tasks_dir, batch_size=4, device="cpu")["scores"]
+    found = run_tasks(model, folder, names, tasks_dir=tasks_dir, batch_size=4)["scores"]
 
     right = 0
     for row in CHOICES:

@@ -1,0 +1,74 @@
+"""What can be evaluated: an export, a run folder, or one of its checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from bov_megatron.data.tokenizer import Encoder, load_encoder
+from bov_megatron.errors import EvaluationError
+from bov_megatron.lifecycle import run_folder
+from bov_megatron.parallel.device import has_gpu
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Target:
+    folder: Path
+    """Of the export, or of the checkpoint."""
+    tokenizer: Path
+    is_export: bool
+
+    def load(self, device: str | None = None, dtype: str = "auto") -> PreTrainedModel:
+        """The model, in this process and in evaluation mode: an export, or a checkpoint as the model that it exports
+        to.
+
+        Args:
+            device: None means a GPU if there is one.
+            dtype: `auto` is that of the export, or that in which the run computed.
+        """
+        if self.is_export:
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_pretrained(str(self.folder), trust_remote_code=True, dtype=dtype)
+        else:
+            from bov_megatron.exchange.convert import in_memory
+
+            model = in_memory(self.folder, None if dtype == "auto" else getattr(torch, dtype))
+        return model.to(device or ("cuda" if has_gpu() else "cpu")).eval()
+
+    def encoder(self) -> Encoder:
+        return load_encoder(self.tokenizer)
+
+    def digest(self) -> str:
+        """Of the names, sizes and times of its files: changes when they are written anew."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file():
+                state = path.stat()
+                digest.update(f"{path.relative_to(self.folder)} {state.st_size} {state.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def find_target(target: Path, step: int | None = None) -> Target:
+    """The export in `target`; or of a run folder its newest checkpoint, or that of `step`; or the checkpoint `target`.
+
+    Raises EvaluationError or CheckpointError where there is none.
+    """
+    if (target / "config.json").is_file():
+        if step is not None:
+            raise EvaluationError(f"--step {step}: {target} is an export, which is of one step; leave it out")
+        return Target(target, target, is_export=True)
+    if not run_folder.list_checkpoints(target) and run_folder.step_of(target) is None:
+        raise EvaluationError(
+            f"{target} is neither an export (no config.json) nor a run folder with checkpoints; give a folder "
+            "written by `bov convert to-hf` or by training"
+        )
+    path = run_folder.find_checkpoint(target, step)
+    return Target(path, run_folder.run_dir_of(path) / run_folder.TOKENIZER, is_export=False)
