@@ -20,6 +20,7 @@ NAMES = {
     "loader": "the data loader by itself, and its share of a training step",
     "lookup": "the value table's lookup over tensor-parallel ranks: its time, a step's, and bytes on natural text",
     "checkpoint": "how long a save stalls training: waiting for it, and written beside training",
+    "core": "CORE's examples per second, against one example per forward pass",
     "plot": "drawing twenty runs of 100,000 steps",
     "studies": "how long status and results of a study of 2,000 cells take",
     "coverage": "how often the intervals of `study fit` hold the truth (an hour; only by name, or with --quick)",
@@ -62,7 +63,7 @@ def run(names: Sequence[str] = (), quick: bool = False, turns: int | None = None
 
 def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
     # Not at the top: --help and a wrong name shouldn't wait for Megatron's import.
-    from benchmarks import checkpoint, coverage, loader, lookup, plot, studies, training_step
+    from benchmarks import checkpoint, core, coverage, loader, lookup, plot, studies, training_step
 
     if name == "step":
         return training_step.bench_step(turns, quick)
@@ -72,6 +73,8 @@ def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
         return lookup.bench_lookup(turns, quick, torch.get_num_threads())
     if name == "checkpoint":
         return checkpoint.bench_checkpoint(turns, quick)
+    if name == "core":
+        return core.bench_core(turns, quick)
     if name == "plot":
         return plot.bench_plot(turns, quick)
     if name == "coverage":

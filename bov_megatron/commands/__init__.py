@@ -24,7 +24,10 @@ COMMANDS = {
     "plot": ("bov_megatron.commands.plot", "draw runs from their metrics, or watch them in the terminal"),
     "convert": ("bov_megatron.commands.convert", "export a checkpoint to Hugging Face's format"),
     "generate": ("bov_megatron.commands.generate", "continue texts with a checkpoint or an export"),
-    "evaluate": ("bov_megatron.commands.evaluate", "score a checkpoint or an export: CORE, lm-eval's tasks, packed samples"),
+    "evaluate": (
+        "bov_megatron.commands.evaluate",
+        "score a checkpoint or an export: CORE, lm-eval's tasks, packed samples",
+    ),
     "study": ("bov_megatron.commands.study", "scaling studies: many runs from one file, and what they say together"),
     "requeue": ("bov_megatron.commands.requeue", "whether a training job that has ended should start again"),
 }

@@ -77,7 +77,7 @@ def score_bundle(
     sizes = bytes_per_token(encoder)
     out = _new_part(parts, place.data_rank) if place.keeps else None
     for task, items, indices in _own_chunks(bundle.tasks, limit, place):
-        for batch in _batches(list(questions(task, items, indices, encoder, context)), batch_size):
+        for batch in batches(list(questions(task, items, indices, encoder, context)), batch_size):
             keys = [(question.task.label, question.index) for question in batch]
             if not all(key in done for key in keys):
                 scores = scorer.score(batch)
@@ -113,7 +113,7 @@ def _chunks(count: int) -> Iterator[range]:
         yield range(first, min(first + CHUNK, count))
 
 
-def _batches(asked: Sequence[Question], batch_size: int) -> Iterator[list[Question]]:
+def batches(asked: Sequence[Question], batch_size: int) -> Iterator[list[Question]]:
     """Questions of about the same length together, at most `batch_size` options unless one question has more."""
     batch: list[Question] = []
     for question in sorted(asked, key=lambda question: -max(len(option.ids) for option in question.options)):

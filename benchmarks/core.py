@@ -1,0 +1,74 @@
+"""CORE's examples per second: batches with shared prefixes against one example per forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import Spread, speed_ratio, take_turns
+from bov_megatron.evaluation.core.bundle import Task
+from bov_megatron.evaluation.core.evaluation import batches
+from bov_megatron.evaluation.core.prompts import Option, Question
+from bov_megatron.evaluation.core.scorers import TransformersScorer
+
+KINDS = {
+    # label: tokens of what the options share, options, tokens of each
+    "multiple choice, 10 shots": (700, 4, 24),
+    "multiple choice, 0 shots": (24, 2, 10),
+    "schema, 5 shots": (150, 2, 28),
+    "language modelling, 0 shots": (90, 1, 3),
+}
+"""About as long as HellaSwag's, COPA's, Winogrande's and LAMBADA's examples."""
+EXAMPLES, QUICK_EXAMPLES = 32, 2
+BATCH_SIZE = 32
+
+
+def bench_core(turns: int, quick: bool) -> dict:
+    """A random model of six layers and random tokens, `EXAMPLES` of each kind."""
+    from bov_megatron.exchange.export import hf_config
+    from bov_megatron.exchange.hf.modeling_bov import BovForCausalLM
+    from bov_megatron.parallel.device import device
+    from bov_megatron.recipe import ModelConfig
+
+    config = hf_config(
+        ModelConfig(num_layers=6, hidden_size=256, num_attention_heads=4, vocab_size=8192, sequence_length=1024)
+    )
+    torch.manual_seed(0)
+    scorer = TransformersScorer(BovForCausalLM(config).to(device()))
+    examples = QUICK_EXAMPLES if quick else EXAMPLES
+    found = {}
+    for label, lengths in {**KINDS, "all": None}.items():
+        chosen = KINDS.values() if lengths is None else [lengths]
+        asked = [_question(index, *sizes) for sizes in chosen for index in range(examples)]
+        timings = take_turns(
+            {
+                "batches": lambda turn, asked=asked: [scorer.score(batch) for batch in batches(asked, BATCH_SIZE)],
+                "one by one": lambda turn, asked=asked: _one_by_one(scorer.model, asked),
+            },
+            turns,
+        )
+        found[label] = {
+            name: {"examples_per_second": Spread.of([len(asked) / seconds for seconds in timing.wall])}
+            for name, timing in timings.items()
+        } | {"batches_over_one_by_one": speed_ratio(timings, "batches", "one by one")}
+    return found
+
+
+@torch.no_grad()
+def _one_by_one(model, asked: Sequence[Question]) -> None:
+    """An example's options in one forward pass, whole, with all logits, as nanochat's core_eval does it."""
+    for question in asked:
+        ids = torch.tensor([option.ids for option in question.options], device=model.device)
+        logits = model(ids, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        logits.argmax(-1)
+
+
+def _question(index: int, shared: int, options: int, added: int) -> Question:
+    chance = torch.Generator().manual_seed(index)
+    prefix = torch.randint(8192, (shared,), generator=chance).tolist()
+    made = [Option(prefix + torch.randint(8192, (added,), generator=chance).tolist(), shared) for _ in range(options)]
+    task = Task("benchmark", "multiple_choice", Path(), 0, " ", 0.0)
+    return Question(task, index, made, 0)
