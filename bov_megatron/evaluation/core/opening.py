@@ -11,6 +11,7 @@ from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.core.evaluation import Place
 from bov_megatron.evaluation.core.scorers import EngineScorer, Scorer, TransformersScorer
 from bov_megatron.evaluation.target import Target
+from bov_megatron.parallel.device import has_gpu
 from bov_megatron.parallel.launch import World
 from bov_megatron.recipe import ParallelConfig
 
@@ -28,19 +29,17 @@ def open_scorer(
         with _engine(target, world, tensor, pipeline, dtype) as opened:
             yield opened
         return
-    if world.world_size > 1:
+    several = world.world_size > 1
+    if several and device is None and has_gpu():
+        device = f"cuda:{world.local_rank}"
+    model = target.load(device, dtype)  # before the group: a checkpoint is read in a group of its own
+    if several:
         dist.init_process_group("gloo")  # only to wait for each other
     try:
-        if device is None and world.world_size > 1:
-            from bov_megatron.parallel.device import has_gpu
-
-            device = f"cuda:{world.local_rank}" if has_gpu() else None
-        model = target.load(device, dtype)
-        wait = dist.barrier if world.world_size > 1 else lambda: None
-        place = Place(world.rank, world.world_size, wait=wait)
+        place = Place(world.rank, world.world_size, wait=dist.barrier if several else lambda: None)
         yield TransformersScorer(model), model.config.max_position_embeddings, place
     finally:
-        if dist.is_initialized():
+        if several:
             dist.destroy_process_group()
 
 
