@@ -9,9 +9,9 @@
 Where every task is found in --tasks-dir (or is the path of a YAML file), lm-eval's own tasks are not indexed, which
 saves up to half a minute. A local task's data_files are relative to the current folder unless absolute.
 
-CORE on several processes: torchrun --nproc-per-node N tools/evaluate.py TARGET --core BUNDLE. Each has a model of its
-own, or with --tensor-parallel and --pipeline-parallel a part of one, and they share the examples. After an
-interruption, the same command goes on.
+On several processes: torchrun --nproc-per-node N tools/evaluate.py RUN … . Each has a model of its own, or with
+--tensor-parallel and --pipeline-parallel a part of one, and they share the examples. After an interruption of CORE, the
+same command goes on.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bov_megatron.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from bov_megatron.engines.base import Engine
+    from bov_megatron.evaluation.target import Target
+    from bov_megatron.parallel.launch import World
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -51,13 +56,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-bos", action="store_true", help="don't start lm-eval's prompts with the bos token")
     parser.add_argument("--offline", action="store_true", help="never ask the Hugging Face hub; for local tasks")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the scores there as well")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="ranks that share a layer")
+    parser.add_argument("--pipeline-parallel", type=int, default=1, metavar="N", help="ranks that share the layers")
     core = parser.add_argument_group("CORE")
     core.add_argument("--normalisation", choices=("bytes", "tokens"), default="bytes", help="an option's loss is "
                       "divided by its UTF-8 bytes (as in the paper; default) or its tokens (as DCLM)")  # fmt: skip
     core.add_argument("--examples", metavar="FILE.jsonl", type=Path,
                       help="keep every example there (default with --json FILE.json: FILE.examples.jsonl)")  # fmt: skip
-    core.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="ranks that share a layer")
-    core.add_argument("--pipeline-parallel", type=int, default=1, metavar="N", help="ranks that share the layers")
     core.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two files of examples; no TARGET")
     options = parser.parse_args(arguments)
     options.tasks = [name for argument in options.tasks for name in argument.split(",") if name]
@@ -86,34 +91,45 @@ def main(arguments: list[str] | None = None) -> int:
     from bov_megatron.compat import quiet_megatron_imports
 
     quiet_megatron_imports()
+    from bov_megatron.parallel.launch import detect_world, export_world
+
+    world = detect_world()
+    if world.world_size > 1:
+        export_world(world)
     if options.compare:
         report: dict[str, Any] | None = _compare(*options.compare)
     elif options.core:
-        report = _evaluate_core(options)
+        report = _evaluate_core(options, world)
     else:
-        report = _evaluate(options)
+        report = _evaluate(options, world)
     if options.json and report:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
 
-def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
+def _evaluate(options: argparse.Namespace, world: World) -> dict[str, Any] | None:
     from bov_megatron.evaluation.report import evaluate
     from bov_megatron.evaluation.target import find_target
 
-    report = evaluate(
-        find_target(options.target, options.step),
-        tasks=options.tasks,
-        tasks_dir=options.tasks_dir,
-        packed=options.packed,
-        limit=options.limit,
-        num_fewshot=options.num_fewshot,
-        batch_size=options.batch_size,
-        device=options.device,
-        dtype=options.dtype,
-        bos=not options.no_bos,
-    )
+    target = find_target(options.target, options.step)
+    split = world.world_size > 1 or options.tensor_parallel * options.pipeline_parallel > 1
+    with _engine(options, target, world) if split else contextlib.nullcontext() as engine:
+        report = evaluate(
+            target,
+            tasks=options.tasks,
+            tasks_dir=options.tasks_dir,
+            packed=options.packed,
+            limit=options.limit,
+            num_fewshot=options.num_fewshot,
+            batch_size=options.batch_size,
+            device=options.device,
+            dtype=options.dtype,
+            bos=not options.no_bos,
+            engine=engine,
+        )
+    if world.rank > 0:
+        return None
     for task, metrics in report["scores"].items():
         for metric, value in metrics.items():
             if not metric.endswith("_stderr"):
@@ -122,7 +138,13 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _evaluate_core(options: argparse.Namespace) -> dict[str, Any] | None:
+def _engine(options: argparse.Namespace, target: Target, world: World) -> contextlib.AbstractContextManager[Engine]:
+    from bov_megatron.evaluation.layout import open_engine
+
+    return open_engine(target, world, options.tensor_parallel, options.pipeline_parallel, options.dtype)
+
+
+def _evaluate_core(options: argparse.Namespace, world: World) -> dict[str, Any] | None:
     """The report, on the process that writes it."""
     from tqdm import tqdm
 
@@ -131,12 +153,9 @@ def _evaluate_core(options: argparse.Namespace) -> dict[str, Any] | None:
     from bov_megatron.evaluation.core.opening import open_scorer
     from bov_megatron.evaluation.quiet import quiet_libraries
     from bov_megatron.evaluation.target import find_target
-    from bov_megatron.parallel.launch import detect_world, export_world
 
     bundle = bundles.read_bundle(options.core)
     target = find_target(options.target, options.step)
-    world = detect_world()
-    export_world(world)
     limit = None if options.limit is None else int(options.limit)
     started = time.monotonic()
     with (

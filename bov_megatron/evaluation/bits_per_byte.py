@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,9 +25,12 @@ import yaml
 
 from bov_megatron.data.tokenizer import load_encoder
 from bov_megatron.errors import EvaluationError
+from bov_megatron.parallel.device import device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from bov_megatron.engines.base import Engine
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,26 @@ def score_samples(
     if size == 0:
         raise EvaluationError("there is no text to score: no samples, or only special tokens")
     return BitsPerByte(nats, size, tokens)
+
+
+def score_samples_on_engine(
+    engine: Engine, samples: Sequence[np.ndarray], bytes_per_token: np.ndarray, batch_size: int = 8
+) -> BitsPerByte:
+    """The same on an engine, whose data-parallel ranks share the samples; collective over all its ranks."""
+    from megatron.core import parallel_state
+
+    if not samples:
+        raise EvaluationError("there is no text to score: no samples")
+    group = parallel_state.get_data_parallel_group()
+    rounds = -(-len(samples) // (batch_size * group.size()))
+    batches, counted = [], []
+    for number in range(rounds):
+        begin = (number * group.size() + group.rank()) * batch_size
+        own = list(samples[begin : begin + batch_size])
+        counted.append(torch.arange(batch_size) < len(own))
+        batches.append(torch.as_tensor(np.stack([*own, *[samples[0]] * (batch_size - len(own))]).astype(np.int64)))
+    total = engine.score(batches, torch.as_tensor(np.asarray(bytes_per_token, np.int64)).to(device()), counted)
+    return BitsPerByte(total.nats, total.bytes, total.tokens)
 
 
 def read_packed_samples(folder: str | Path, limit: int | None = None) -> Iterator[np.ndarray]:

@@ -16,6 +16,7 @@ from bov_megatron.lifecycle.terminal import say
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
+    from lm_eval.api.model import LM
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -23,25 +24,20 @@ if TYPE_CHECKING:
 
 
 def run_tasks(
-    model: PreTrainedModel,
-    tokenizer_dir: Path,
+    lm: LM,
     tasks: Sequence[str],
     *,
     tasks_dir: str | Path | None = None,
     limit: float | None = None,
     num_fewshot: int | None = None,
-    batch_size: int = 8,
-    bos: bool = True,
 ) -> dict:
-    """Evaluate a model; returns lm-eval's results as `summarize` gives them.
+    """Evaluate a model; returns lm-eval's results as `summarize` gives them; nothing on any but a node's first rank.
 
     Args:
-        model: on the device to use.
         tasks: names of tasks, groups or tags, or paths of YAML files.
         tasks_dir: folder of local YAML tasks. lm-eval's own tasks, which take half a minute to index, are only searched
             for names not found here.
         limit: examples per task; below 1, a share of them.
-        bos: start prompts with `<|bos|>`, as documents do in training.
 
     Raises EvaluationError for unknown tasks, and for tasks whose data set cannot be had.
     """
@@ -50,7 +46,7 @@ def run_tasks(
     from lm_eval import simple_evaluate
 
     results = simple_evaluate(
-        model=as_lm_eval_model(model, tokenizer_dir, batch_size=batch_size, bos=bos),
+        model=lm,
         tasks=loaded,
         num_fewshot=num_fewshot,
         limit=limit,
@@ -58,7 +54,7 @@ def run_tasks(
         log_samples=False,
         bootstrap_iters=1000,
     )
-    return summarize(results)
+    return summarize(results) if results else {}
 
 
 def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None) -> tuple[TaskManager, list[str]]:
@@ -108,6 +104,8 @@ def load_task(manager: TaskManager, name: str) -> list[Task | Group]:
 
 
 def as_lm_eval_model(model: PreTrainedModel, tokenizer_dir: Path, *, batch_size: int, bos: bool) -> HFLM:
+    """lm-eval's own class for transformers models. With `bos`, prompts start with `<|bos|>`, as documents do in
+    training."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bov_megatron.data.tokenizer import load_bytes_per_token
 from bov_megatron.errors import EvaluationError
-from bov_megatron.evaluation.bits_per_byte import read_packed_samples, score_samples
+from bov_megatron.evaluation.bits_per_byte import read_packed_samples, score_samples, score_samples_on_engine
 from bov_megatron.evaluation.quiet import quiet_libraries
 from bov_megatron.evaluation.target import Target
 from bov_megatron.lifecycle.terminal import warn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from bov_megatron.engines.base import Engine
 
 
 def evaluate(
@@ -28,8 +30,12 @@ def evaluate(
     device: str | None = None,
     dtype: str = "auto",
     bos: bool = True,
+    engine: Engine | None = None,
 ) -> dict:
     """Scores of a model: lm-eval's `tasks`, and bits per byte on the MDS folder `packed`.
+
+    Args:
+        engine: has loaded the target; then all its ranks call this, and all but the first get no scores of tasks.
 
     Returns `{"model", "scores": {task: {metric: value}}, "samples": {task: count}, …}`, ready for JSON; the packed
     samples appear as the task `packed`. Other arguments as in `lm_eval_tasks.run_tasks`. Raises EvaluationError.
@@ -40,18 +46,26 @@ def evaluate(
         _check_tokenizer(target, Path(packed))
     report: dict = {"model": str(target.folder), "scores": {}, "samples": {}}
     with quiet_libraries():
-        model = target.load(device, dtype)
+        model = None if engine else target.load(device, dtype)
         if tasks:
-            from bov_megatron.evaluation.lm_eval_tasks import run_tasks
+            from bov_megatron.evaluation.lm_eval_tasks import as_lm_eval_model, run_tasks
 
-            report |= run_tasks(
-                model, target.tokenizer, tasks, tasks_dir=tasks_dir, limit=limit, num_fewshot=num_fewshot,
-                batch_size=batch_size, bos=bos,
-            )  # fmt: skip
+            if engine:
+                from bov_megatron.evaluation.lm_eval_engine import EngineLM
+
+                lm = EngineLM(engine, target.encoder(), batch_size, bos)
+            else:
+                lm = as_lm_eval_model(model, target.tokenizer, batch_size=batch_size, bos=bos)
+            report |= run_tasks(lm, tasks, tasks_dir=tasks_dir, limit=limit, num_fewshot=num_fewshot)
         if packed is not None:
-            score = _score_packed(model, target, packed, None if limit is None else int(limit), batch_size)
-            report["scores"]["packed"] = score
-            report["samples"]["packed"] = score.pop("samples")
+            samples = list(read_packed_samples(packed, None if limit is None else int(limit)))
+            sizes = load_bytes_per_token(target.tokenizer)
+            if engine:
+                total = score_samples_on_engine(engine, samples, sizes, batch_size)
+            else:
+                total = score_samples(model, samples, sizes, batch_size)
+            report["scores"]["packed"] = {"bits_per_byte": total.value, **dataclasses.asdict(total)}
+            report["samples"]["packed"] = len(samples)
     return report
 
 
@@ -71,20 +85,3 @@ def _check_tokenizer(target: Target, packed: Path) -> None:
             f"--packed {packed} was made with tokenizer {made_with[:12]}, the model with {own[:12]}: its ids stand for "
             "other text; prepare the data again with --tokenizer set to the model's folder"
         )
-
-
-def _score_packed(
-    model: PreTrainedModel, target: Target, folder: str | Path, limit: int | None, batch_size: int
-) -> dict:
-    """Bits per byte on the first `limit` samples of an MDS folder, with the totals behind it."""
-    from bov_megatron.data.tokenizer import load_bytes_per_token
-
-    samples = list(read_packed_samples(folder, limit))
-    total = score_samples(model, samples, load_bytes_per_token(target.tokenizer), batch_size)
-    return {
-        "bits_per_byte": total.value,
-        "nats": total.nats,
-        "bytes": total.bytes,
-        "tokens": total.tokens,
-        "samples": len(samples),
-    }

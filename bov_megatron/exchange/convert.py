@@ -25,6 +25,7 @@ from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.device import device
 from bov_megatron.parallel.launch import World
 from bov_megatron.recipe import ParallelConfig, recipe_from_dict
+from bov_megatron.recipe.checks import check_recipe
 
 if TYPE_CHECKING:
     from bov_megatron.exchange.hf.modeling_bov import BovForCausalLM
@@ -112,10 +113,13 @@ def open_checkpoint(
         layout: of this process's ranks; None is one rank.
         precision: of the computation; None is the run's.
         world: the ranks that open it together; collective over them.
+
+    Raises CheckpointError, or RecipeError for a layout that the model can't have.
     """
     recipe = recipe_from_dict(compatibility.without_retired_values(checkpoint.read_run(path)["recipe"]))
     train = recipe.train if precision is None else dataclasses.replace(recipe.train, precision=precision)
     recipe = dataclasses.replace(recipe, parallel=layout or ParallelConfig(), train=train)
+    check_recipe(recipe)
     with tempfile.TemporaryDirectory() as folder:
         if world is None:
             process_groups.initialize(recipe, 0, 1, init_method=f"file://{folder}/rendezvous")

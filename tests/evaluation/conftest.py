@@ -45,3 +45,19 @@ def export_rank(rank: int, world_size: int, run: str) -> None:
     from bov_megatron.exchange.convert import to_hf
 
     to_hf(Path(run), Path(run).parent / "export")
+
+
+@pytest.fixture(scope="session")
+def exact_export(trained_run, tmp_path_factory) -> Path:
+    """With the run's weights as they are: in fp32."""
+    folder = tmp_path_factory.mktemp("fp32") / "export"
+    run_ranks(exact_export_rank, 1, trained_run, folder)
+    return folder
+
+
+def exact_export_rank(rank: int, world_size: int, run: Path, folder: Path) -> None:
+    import torch
+
+    from bov_megatron.exchange.convert import to_hf
+
+    to_hf(run, folder, dtype=torch.float32)

@@ -25,25 +25,11 @@ ITEMS = 12
 
 
 @pytest.fixture(scope="module")
-def export(trained_run, tmp_path_factory) -> Path:
-    """With the run's weights as they are: in fp32."""
-    folder = tmp_path_factory.mktemp("fp32") / "export"
-    run_ranks(export_rank, 1, trained_run, folder)
-    return folder
-
-
-def export_rank(rank: int, world_size: int, run: Path, folder: Path) -> None:
-    from bov_megatron.exchange.convert import to_hf
-
-    to_hf(run, folder, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def model(export):
+def model(exact_export):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(export)
-    loaded = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(exact_export)
+    loaded = AutoModelForCausalLM.from_pretrained(exact_export, trust_remote_code=True, dtype=torch.float32)
     return loaded.eval(), tokenizer
 
 
@@ -162,9 +148,9 @@ def expected(model, bundle):
 
 
 @pytest.fixture(scope="module")
-def of_export(export, bundle, tmp_path_factory):
+def of_export(exact_export, bundle, tmp_path_factory):
     out = tmp_path_factory.mktemp("of_export")
-    return evaluate(export, bundle, out)
+    return evaluate(exact_export, bundle, out)
 
 
 def test_scores_are_those_of_brute_force(of_export, expected):
@@ -196,8 +182,8 @@ def test_the_bundle_bites(expected, of_export):
     assert len({line["correct"] for line in lines}) == 2
 
 
-def test_per_token_as_dclm(export, bundle, model, expected, tmp_path):
-    report, lines = evaluate(export, bundle, tmp_path, "--normalisation", "tokens")
+def test_per_token_as_dclm(exact_export, bundle, model, expected, tmp_path):
+    report, lines = evaluate(exact_export, bundle, tmp_path, "--normalisation", "tokens")
     per_token = by_brute_force(*model, bundle, "tokens")
     check_same(lines, per_token)
     assert report["normalisation"] == "tokens"
@@ -216,8 +202,8 @@ def test_per_token_as_dclm(export, bundle, model, expected, tmp_path):
     ],
     ids=["export dp2", "run", "run dp2", "run tp2", "run pp2", "run tp2 dp2"],
 )
-def test_layouts_agree(trained_run, export, bundle, expected, of_export, tmp_path, target, world, layout):
-    folder = export if target == "export" else trained_run
+def test_layouts_agree(trained_run, exact_export, bundle, expected, of_export, tmp_path, target, world, layout):
+    folder = exact_export if target == "export" else trained_run
     files = ["--examples", str(tmp_path / "examples.jsonl"), "--json", str(tmp_path / "report.json")]
     call = [str(folder), "--core", str(bundle), "--dtype", "float32", "--batch-size", "7", *files, *layout]
     run_ranks(evaluate_rank, world, *call)
@@ -226,22 +212,22 @@ def test_layouts_agree(trained_run, export, bundle, expected, of_export, tmp_pat
     assert report["tasks"] == of_export[0]["tasks"] and report["core"] == of_export[0]["core"]
 
 
-def test_batches_change_nothing(export, bundle, of_export, tmp_path):
+def test_batches_change_nothing(exact_export, bundle, of_export, tmp_path):
     for size in (1, 5):
         (tmp_path / str(size)).mkdir()
-        report, lines = evaluate(export, bundle, tmp_path / str(size), "--batch-size", size)
+        report, lines = evaluate(exact_export, bundle, tmp_path / str(size), "--batch-size", size)
         assert report["tasks"] == of_export[0]["tasks"]
         for line, other in zip(lines, of_export[1], strict=True):
             assert line["losses"] == pytest.approx(other["losses"], rel=1e-4)
 
 
-def test_killed_at_any_point_it_goes_on(export, bundle, tmp_path):
+def test_killed_at_any_point_it_goes_on(exact_export, bundle, tmp_path):
     """kill -9, in the middle and again; a line that was cut off; the same bytes at the end."""
     calm, hunted = tmp_path / "calm", tmp_path / "hunted"
     calm.mkdir(), hunted.mkdir()
-    evaluate(export, bundle, calm, "--batch-size", 3)
+    evaluate(exact_export, bundle, calm, "--batch-size", 3)
     parts = hunted / "examples.jsonl.parts"
-    call = [sys.executable, "tools/evaluate.py", export, "--core", bundle, "--dtype", "float32", "--batch-size",
+    call = [sys.executable, "tools/evaluate.py", exact_export, "--core", bundle, "--dtype", "float32", "--batch-size",
             "3", "--examples", hunted / "examples.jsonl"]  # fmt: skip
     scored = 0
     for _ in range(2):
@@ -255,7 +241,7 @@ def test_killed_at_any_point_it_goes_on(export, bundle, tmp_path):
         assert scored + 10 <= (scored := lines_of(parts)) < ITEMS * len(TASKS), "it was done before it was killed"
     with next(parts.glob("*.jsonl")).open("a") as file:
         file.write('{"task": "winograd", "ind')
-    evaluate(export, bundle, hunted, "--batch-size", 3)
+    evaluate(exact_export, bundle, hunted, "--batch-size", 3)
     assert (hunted / "examples.jsonl").read_bytes() == (calm / "examples.jsonl").read_bytes()
 
 
@@ -263,12 +249,12 @@ def lines_of(parts: Path) -> int:
     return sum(path.read_text().count("\n") for path in parts.glob("*.jsonl"))
 
 
-def test_lines_of_another_evaluation_are_not_mixed_in(export, bundle, tmp_path, capsys):
+def test_lines_of_another_evaluation_are_not_mixed_in(exact_export, bundle, tmp_path, capsys):
     parts = tmp_path / "examples.jsonl.parts"
     parts.mkdir()
     (parts / "settings.json").write_text(json.dumps({"model": "another"}))
     with pytest.raises(AssertionError):
-        evaluate(export, bundle, tmp_path)
+        evaluate(exact_export, bundle, tmp_path)
     assert "has examples of another evaluation (model another" in capsys.readouterr().err
 
 
@@ -359,7 +345,7 @@ def test_half_bundles_are_refused(bundle, tmp_path, spoil, said):
     "line, said",
     [
         ("{", "no JSON object"),
-        ('{"query": "a", "gold": 0}', "needs query, choices, gold; missing: choices"),
+        ('{"query": "a", "gold": 0}', "an item of a multiple_choice task needs query, choices, gold; missing: choices"),
         ('{"query": "a", "choices": ["b"], "gold": 1}', "gold is 1, but must be the number of an option"),
     ],
 )
@@ -377,14 +363,14 @@ def test_bad_items_are_named(bundle, tmp_path, line, said):
     [
         (["--limit", "0.5"], "--limit 0.5 with --core: a whole number"),
         (["--tasks", "x"], "--core is evaluated alone"),
-        (["--tensor-parallel", "2"], "is an export, which every process loads whole"),
+        (["--tensor-parallel", "2"], "is an export, which can't be split over ranks"),
     ],
 )
-def test_what_means_nothing_is_refused(export, bundle, capsys, options, said):
+def test_what_means_nothing_is_refused(exact_export, bundle, capsys, options, said):
     from bov_megatron.commands import main
 
     try:
-        status = main(["evaluate", str(export), "--core", str(bundle), *options])
+        status = main(["evaluate", str(exact_export), "--core", str(bundle), *options])
     except SystemExit as exit:
         status = exit.code
     assert status == 2 and said in capsys.readouterr().err

@@ -10,7 +10,7 @@ from bov_megatron.commands import main
 from bov_megatron.data.tokenizer import load_bytes_per_token, load_encoder
 from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.bits_per_byte import score_samples, write_rolling_task
-from bov_megatron.evaluation.lm_eval_tasks import find_tasks, run_tasks
+from bov_megatron.evaluation.lm_eval_tasks import as_lm_eval_model, find_tasks, run_tasks
 from tests.evaluation.conftest import SEQUENCE_LENGTH
 from tests.evaluation.test_bits_per_byte import held_out_documents
 
@@ -39,14 +39,18 @@ ENDINGS = [{"query": f"the {word} of", "ending": WORDS[i - 1]} for i, word in en
 
 @pytest.fixture(scope="module")
 def tasks_dir(tmp_path_factory, exported):
-    folder = tmp_path_factory.mktemp("tasks")
+    return write_tasks(tmp_path_factory.mktemp("tasks"), *exported)
+
+
+def write_tasks(folder, export, model):
+    """A task of every kind of request but rolling ones."""
     choice = {"doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold"}
     write_task(folder, "local_choice", CHOICES, "multiple_choice", ["acc"], **choice)
     ending = {"doc_to_text": "{{query}}", "doc_to_target": " {{ending}}"}
     write_task(folder, "local_ending", ENDINGS, "loglikelihood", ["perplexity"], **ending)
     # Every second answer is what the plain model says to this prompt alone.
     rows = [
-        {"query": row["query"], "answer": greedy(*exported, row["query"]) if i % 2 else "\n"}
+        {"query": row["query"], "answer": greedy(export, model, row["query"]) if i % 2 else "\n"}
         for i, row in enumerate(ENDINGS)
     ]
     generation = {"doc_to_text": "{{query}}", "doc_to_target": "answer"}
@@ -79,7 +83,7 @@ def test_local_tasks_agree_with_the_plain_model(exported, tasks_dir):
     folder, model = exported
     encoder = load_encoder(folder)
     names = ["local_choice", "local_ending", "local_generation"]
-    found = run_tasks(model, folder, names, tasks_dir=tasks_dir, batch_size=4)["scores"]
+    found = run_tasks(as_lm_eval_model(model, folder, batch_size=4, bos=True), names, tasks_dir=tasks_dir)["scores"]
 
     right = 0
     for row in CHOICES:

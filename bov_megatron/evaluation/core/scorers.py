@@ -98,14 +98,15 @@ class EngineScorer:
 
     def score(self, questions: Sequence[Question]) -> list[list[OptionScore]]:
         """See Scorer."""
-        options = [option for question in questions for option in question.options]
+        return _by_question(self.options([option for question in questions for option in question.options]), questions)
+
+    def options(self, options: Sequence[Option]) -> list[OptionScore]:
         ids_BS = torch.nn.utils.rnn.pad_sequence([torch.tensor(option.ids) for option in options], batch_first=True)
         nats_BS, greedy_BS = self.engine.token_scores(ids_BS)
-        scores = [
+        return [
             _sum(nats[o.start - 1 : len(o.ids) - 1], greedy[o.start - 1 : len(o.ids) - 1])
             for o, nats, greedy in zip(options, nats_BS, greedy_BS, strict=True)
         ]
-        return _by_question(scores, questions)
 
 
 def _token_scores(logits_BSV: Tensor, ids_BS: Tensor) -> tuple[Tensor, Tensor]:

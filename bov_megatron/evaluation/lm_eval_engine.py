@@ -1,0 +1,139 @@
+"""lm-eval on an engine, so on a checkpoint in any layout. Imports lm-eval, which takes seconds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from megatron.core import parallel_state
+
+from bov_megatron.data.tokenizer import Encoder
+from bov_megatron.engines.base import Engine
+from bov_megatron.errors import EvaluationError
+from bov_megatron.evaluation.core.prompts import Option
+from bov_megatron.evaluation.core.scorers import EngineScorer
+
+DEFAULT_NEW_TOKENS = 256
+
+
+class EngineLM(TemplateLM):
+    """Every rank asks for all requests and gets all results; the data-parallel ranks share the work.
+
+    To lm-eval it is one process, because lm-eval's own sharding doesn't know ranks that share a model.
+
+    Args:
+        batch_size: sequences in a forward pass of a model replica.
+        bos: start prompts with `<|bos|>`.
+    """
+
+    def __init__(self, engine: Engine, encoder: Encoder, batch_size: int, bos: bool):
+        super().__init__()
+        self.engine, self.encoder, self.batch_size, self.bos = engine, encoder, batch_size, bos
+        self.context = engine.recipe.model.sequence_length
+        self._scorer = EngineScorer(engine)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.encoder.bos_token_id  # stands between documents
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        return self.encoder.encode([string])[0].tolist()
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        return [self.prefix_token_id] * self.bos + context_ids, continuation_ids
+
+    def _loglikelihood_tokens(self, requests: Sequence[tuple], **options: Any) -> list[tuple[float, bool]]:
+        # The last token is only predicted, so one more fits than the model takes.
+        sequences = [(context + scored)[-self.context - 1 :] for _, context, scored in requests]
+        starts = [max(len(ids) - len(request[2]), 1) for ids, request in zip(sequences, requests, strict=True)]
+
+        def score(numbers: Sequence[int]) -> list[tuple[float, bool]]:
+            scores = self._scorer.options([Option(sequences[number], starts[number]) for number in numbers])
+            return [(-score.nats, score.is_greedy) for score in scores]
+
+        return self._share([len(ids) for ids in sequences], score)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        windows = [
+            [
+                (None, *make_disjoint_window(window))
+                for window in get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.context,
+                    context_len=1,
+                )
+            ]
+            for request in requests
+        ]
+        scores = iter(self._loglikelihood_tokens([window for of_text in windows for window in of_text]))
+        return [sum(value for value, _ in itertools.islice(scores, len(of_text))) for of_text in windows]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        prompts, limits, stops = [], [], []
+        for request in requests:
+            text, options = request.args
+            options = normalize_gen_kwargs(options, DEFAULT_NEW_TOKENS)
+            if options.get("do_sample") or options.get("temperature"):
+                raise EvaluationError("a task samples its answers, which an engine can't; evaluate an export instead")
+            limit = options["max_gen_toks"]
+            if limit >= self.context:
+                raise EvaluationError(
+                    f"a task wants up to {limit} new tokens, and the model takes {self.context} in all; pass a task "
+                    "with a smaller max_gen_toks"
+                )
+            ids = [self.prefix_token_id] * self.bos + self.tok_encode(text)
+            prompts.append(ids[-(self.context - limit) :] or [self.prefix_token_id])
+            limits.append(limit)
+            stops.append(handle_stop_sequences(options.get("until"), eos=None))
+        return self._share(
+            [len(ids) for ids in prompts],
+            lambda numbers: self._continue(*([rows[n] for n in numbers] for rows in (prompts, limits, stops))),
+        )
+
+    def _continue(self, prompts: list[list[int]], limits: list[int], stops: list[list[str]]) -> list[str]:
+        """Greedy continuations, each up to its limit, a stop sequence or the document's end."""
+        lengths_B = torch.tensor([len(ids) for ids in prompts])
+        ids_BT = torch.full((len(prompts), int((lengths_B + torch.tensor(limits)).max())), self.eot_token_id)
+        for row, ids in zip(ids_BT, prompts, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        texts: list[str | None] = [None] * len(prompts)
+        for done in itertools.count(1):
+            next_B = self.engine.next_logits(ids_BT, lengths_B).argmax(dim=1).cpu()
+            # A row that has ended stays as it is.
+            open_B = torch.tensor([text is None for text in texts])
+            ids_BT[torch.arange(len(prompts))[open_B], lengths_B[open_B]] = next_B[open_B]
+            lengths_B += open_B.long()
+            for row in open_B.nonzero().flatten().tolist():
+                new = ids_BT[row, len(prompts[row]) : int(lengths_B[row])].tolist()
+                ended = new[-1] == self.eot_token_id
+                text = self.encoder.fast.decode(new, skip_special_tokens=True)
+                if ended or done == limits[row] or any(stop in text for stop in stops[row] if stop):
+                    texts[row] = postprocess_generated_text(text, stops[row], None)
+            if None not in texts:
+                return [text or "" for text in texts]
+        raise AssertionError("unreachable")
+
+    def _share(self, lengths: Sequence[int], compute) -> list:
+        """`compute(numbers)` of requests of about the same length, in batches that the data-parallel ranks share; the
+        results of all of them, in order, on every rank."""
+        order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+        all_batches = [order[begin : begin + self.batch_size] for begin in range(0, len(order), self.batch_size)]
+        group = parallel_state.get_data_parallel_group()
+        own = {tuple(batch): compute(batch) for batch in all_batches[group.rank() :: group.size()]}
+        gathered: list[dict] = [{}] * group.size()
+        dist.all_gather_object(gathered, own, group=group)
+        results: list = [None] * len(lengths)
+        for part in gathered:
+            for batch, values in part.items():
+                for number, value in zip(batch, values, strict=True):
+                    results[number] = value
+        return results
