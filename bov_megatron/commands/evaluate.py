@@ -30,9 +30,7 @@ from typing import TYPE_CHECKING, Any
 from bov_megatron.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from bov_megatron.engines.base import Engine
-    from bov_megatron.evaluation.target import Target
-    from bov_megatron.parallel.launch import World
+    from bov_megatron.evaluation.layout import Layout
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -91,44 +89,37 @@ def main(arguments: list[str] | None = None) -> int:
     from bov_megatron.compat import quiet_megatron_imports
 
     quiet_megatron_imports()
-    from bov_megatron.parallel.launch import detect_world, export_world
-
-    world = detect_world()
-    if world.world_size > 1:
-        export_world(world)
     if options.compare:
         report: dict[str, Any] | None = _compare(*options.compare)
-    elif options.core:
-        report = _evaluate_core(options, world)
     else:
-        report = _evaluate(options, world)
+        from bov_megatron.evaluation.layout import detect_layout
+
+        layout = detect_layout(options.tensor_parallel, options.pipeline_parallel)
+        report = _evaluate_core(options, layout) if options.core else _evaluate(options, layout)
     if options.json and report:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
 
-def _evaluate(options: argparse.Namespace, world: World) -> dict[str, Any] | None:
+def _evaluate(options: argparse.Namespace, layout: Layout) -> dict[str, Any] | None:
     from bov_megatron.evaluation.report import evaluate
     from bov_megatron.evaluation.target import find_target
 
-    target = find_target(options.target, options.step)
-    split = world.world_size > 1 or options.tensor_parallel * options.pipeline_parallel > 1
-    with _engine(options, target, world) if split else contextlib.nullcontext() as engine:
-        report = evaluate(
-            target,
-            tasks=options.tasks,
-            tasks_dir=options.tasks_dir,
-            packed=options.packed,
-            limit=options.limit,
-            num_fewshot=options.num_fewshot,
-            batch_size=options.batch_size,
-            device=options.device,
-            dtype=options.dtype,
-            bos=not options.no_bos,
-            engine=engine,
-        )
-    if world.rank > 0:
+    report = evaluate(
+        find_target(options.target, options.step),
+        tasks=options.tasks,
+        tasks_dir=options.tasks_dir,
+        packed=options.packed,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        batch_size=options.batch_size,
+        device=options.device,
+        dtype=options.dtype,
+        bos=not options.no_bos,
+        layout=layout,
+    )
+    if layout.world.rank > 0:
         return None
     for task, metrics in report["scores"].items():
         for metric, value in metrics.items():
@@ -138,13 +129,7 @@ def _evaluate(options: argparse.Namespace, world: World) -> dict[str, Any] | Non
     return report
 
 
-def _engine(options: argparse.Namespace, target: Target, world: World) -> contextlib.AbstractContextManager[Engine]:
-    from bov_megatron.evaluation.layout import open_engine
-
-    return open_engine(target, world, options.tensor_parallel, options.pipeline_parallel, options.dtype)
-
-
-def _evaluate_core(options: argparse.Namespace, world: World) -> dict[str, Any] | None:
+def _evaluate_core(options: argparse.Namespace, layout: Layout) -> dict[str, Any] | None:
     """The report, on the process that writes it."""
     from tqdm import tqdm
 
@@ -159,12 +144,10 @@ def _evaluate_core(options: argparse.Namespace, world: World) -> dict[str, Any] 
     limit = None if options.limit is None else int(options.limit)
     started = time.monotonic()
     with (
-        _examples_file(options, world.world_size) as examples,
+        _examples_file(options, layout.world.world_size) as examples,
         quiet_libraries(),
-        open_scorer(
-            target, world, options.tensor_parallel, options.pipeline_parallel, options.device, options.dtype
-        ) as (scorer, context, place),
-        tqdm(unit=" examples", desc="CORE", disable=world.rank > 0 or not sys.stderr.isatty()) as bar,
+        open_scorer(target, layout, options.device, options.dtype) as (scorer, context, place),
+        tqdm(unit=" examples", desc="CORE", disable=layout.world.rank > 0 or not sys.stderr.isatty()) as bar,
     ):
         lines = score_bundle(
             scorer,

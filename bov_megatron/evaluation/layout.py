@@ -4,20 +4,50 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 from bov_megatron.engines.base import Engine
 from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.target import Target
 from bov_megatron.exchange.convert import open_checkpoint
-from bov_megatron.parallel.launch import World
+from bov_megatron.parallel.launch import World, detect_world, export_world
 from bov_megatron.recipe import ParallelConfig
 
 
-@contextlib.contextmanager
-def open_engine(target: Target, world: World, tensor: int, pipeline: int, dtype: str) -> Iterator[Engine]:
-    """The checkpoint on `tensor` × `pipeline` ranks; what remains of the world is data-parallel; collective over it.
+@dataclass(frozen=True)
+class Layout:
+    """This process's world, and how many of its ranks share a model; the rest is data-parallel."""
 
-    `dtype` is as in `Target.load`. Raises EvaluationError or CheckpointError.
+    world: World
+    tensor: int = 1
+    pipeline: int = 1
+
+    @property
+    def model_ranks(self) -> int:
+        return self.tensor * self.pipeline
+
+
+def detect_layout(tensor: int = 1, pipeline: int = 1) -> Layout:
+    """The layout of the processes that were started with this one. Raises LaunchError or EvaluationError."""
+    world = detect_world()
+    if world.world_size % (tensor * pipeline):
+        raise EvaluationError(
+            f"--tensor-parallel {tensor} × --pipeline-parallel {pipeline} ranks don't divide the {world.world_size} "
+            "that were started: start a multiple of them, e.g. torchrun --nproc-per-node "
+            f"{tensor * pipeline} tools/evaluate.py …"
+        )
+    if world.world_size > 1:
+        export_world(world)
+    return Layout(world, tensor, pipeline)
+
+
+@contextlib.contextmanager
+def open_engine(target: Target, layout: Layout, dtype: str) -> Iterator[Engine]:
+    """The checkpoint over all ranks of the world; collective over them.
+
+    `dtype` is as in `Target.load`. Raises EvaluationError, CheckpointError, or RecipeError for a layout that the model
+    can't have.
     """
     if target.is_export:
         raise EvaluationError(
@@ -25,17 +55,11 @@ def open_engine(target: Target, world: World, tensor: int, pipeline: int, dtype:
             "several processes: start one, without --tensor-parallel and --pipeline-parallel, or give the run that it "
             "was made from"
         )
-    if world.world_size % (tensor * pipeline):
-        raise EvaluationError(
-            f"--tensor-parallel {tensor} × --pipeline-parallel {pipeline} ranks don't divide the {world.world_size} "
-            "that were started: start a multiple of them, e.g. torchrun --nproc-per-node "
-            f"{tensor * pipeline} tools/evaluate.py …"
-        )
-    layout = ParallelConfig(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        pipeline_balance="layers" if pipeline == 1 else "time",  # of any number of layers
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        pipeline_balance="layers" if layout.pipeline == 1 else "time",  # of any number of layers
     )
-    precision = {"auto": None, "float32": "fp32", "bfloat16": "bf16"}[dtype]
-    with open_checkpoint(target.folder, layout, precision, world) as engine:
+    precisions: dict[str, Literal["fp32", "bf16"] | None] = {"auto": None, "float32": "fp32", "bfloat16": "bf16"}
+    with open_checkpoint(target.folder, parallel, precisions[dtype], layout.world) as engine:
         yield engine

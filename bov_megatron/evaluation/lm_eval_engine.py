@@ -96,7 +96,9 @@ class EngineLM(TemplateLM):
             stops.append(handle_stop_sequences(options.get("until"), eos=None))
         return self._share(
             [len(ids) for ids in prompts],
-            lambda numbers: self._continue(*([rows[n] for n in numbers] for rows in (prompts, limits, stops))),
+            lambda numbers: self._continue(
+                [prompts[n] for n in numbers], [limits[n] for n in numbers], [stops[n] for n in numbers]
+            ),
         )
 
     def _continue(self, prompts: list[list[int]], limits: list[int], stops: list[list[str]]) -> list[str]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bov_megatron.data.tokenizer import load_bytes_per_token
 from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.bits_per_byte import read_packed_samples, score_samples, score_samples_on_engine
+from bov_megatron.evaluation.layout import Layout, open_engine
 from bov_megatron.evaluation.quiet import quiet_libraries
 from bov_megatron.evaluation.target import Target
 from bov_megatron.lifecycle.terminal import warn
-
-if TYPE_CHECKING:
-    from bov_megatron.engines.base import Engine
 
 
 def evaluate(
@@ -30,12 +28,12 @@ def evaluate(
     device: str | None = None,
     dtype: str = "auto",
     bos: bool = True,
-    engine: Engine | None = None,
+    layout: Layout | None = None,
 ) -> dict:
     """Scores of a model: lm-eval's `tasks`, and bits per byte on the MDS folder `packed`.
 
     Args:
-        engine: has loaded the target; then all its ranks call this, and all but the first get no scores of tasks.
+        layout: of the processes that all call this; those that aren't the first get no scores of tasks.
 
     Returns `{"model", "scores": {task: {metric: value}}, "samples": {task: count}, …}`, ready for JSON; the packed
     samples appear as the task `packed`. Other arguments as in `lm_eval_tasks.run_tasks`. Raises EvaluationError.
@@ -45,7 +43,8 @@ def evaluate(
     if packed is not None:
         _check_tokenizer(target, Path(packed))
     report: dict = {"model": str(target.folder), "scores": {}, "samples": {}}
-    with quiet_libraries():
+    over_ranks = open_engine(target, layout, dtype) if layout and layout.world.world_size > 1 else nullcontext()
+    with quiet_libraries(), over_ranks as engine:
         model = None if engine else target.load(device, dtype)
         if tasks:
             from bov_megatron.evaluation.lm_eval_tasks import as_lm_eval_model, run_tasks

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -105,7 +105,10 @@ def _computed_in(recipe: dict) -> torch.dtype:
 
 @contextlib.contextmanager
 def open_checkpoint(
-    path: Path, layout: ParallelConfig | None = None, precision: str | None = "fp32", world: World | None = None
+    path: Path,
+    layout: ParallelConfig | None = None,
+    precision: Literal["fp32", "bf16"] | None = "fp32",
+    world: World | None = None,
 ) -> Iterator[Engine]:
     """An engine without optimizer, with the weights of a checkpoint of any layout; by default unsharded, in fp32.
 

@@ -363,7 +363,7 @@ def test_bad_items_are_named(bundle, tmp_path, line, said):
     [
         (["--limit", "0.5"], "--limit 0.5 with --core: a whole number"),
         (["--tasks", "x"], "--core is evaluated alone"),
-        (["--tensor-parallel", "2"], "is an export, which can't be split over ranks"),
+        (["--tensor-parallel", "2"], "ranks don't divide the 1 that were started"),
     ],
 )
 def test_what_means_nothing_is_refused(exact_export, bundle, capsys, options, said):

@@ -161,7 +161,7 @@ def _open_parts(parts: Path, settings: dict[str, Any]) -> set[tuple[str, int]]:
             f"{parts} has examples of another evaluation ({name} {found.get(name)}, not {settings[name]}): finish that "
             "one, remove the folder, or name another file with --examples"
         )
-    return _read_parts(parts).keys()
+    return set(_read_parts(parts))
 
 
 def _new_part(parts: Path, data_rank: int) -> TextIO:
@@ -198,7 +198,7 @@ def summarize(lines: Sequence[dict[str, Any]], bundle: Bundle, normalisation: No
     for line in lines:
         right[line["task"]].append(line["correct"])
     tasks = {task.label: _scores(task, right[task.label]) for task in bundle.tasks}
-    report = {
+    report: dict[str, Any] = {
         **mean_scores(tasks),
         "normalisation": normalisation,
         "baselines": bundle.baselines,

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from bov_megatron.evaluation.core.evaluation import Place
 from bov_megatron.evaluation.core.scorers import EngineScorer, Scorer, TransformersScorer
+from bov_megatron.evaluation.layout import Layout, open_engine
 from bov_megatron.evaluation.target import Target
 from bov_megatron.parallel.device import has_gpu
-from bov_megatron.parallel.launch import World
 
 PATIENCE = datetime.timedelta(days=1)
 """For a process that has less to score than the others."""
@@ -20,24 +20,22 @@ PATIENCE = datetime.timedelta(days=1)
 
 @contextlib.contextmanager
 def open_scorer(
-    target: Target, world: World, tensor: int = 1, pipeline: int = 1, device: str | None = None, dtype: str = "auto"
+    target: Target, layout: Layout, device: str | None = None, dtype: str = "auto"
 ) -> Iterator[tuple[Scorer, int, Place]]:
     """A scorer, the longest sequence it takes, and this process's place; collective over the world's processes.
 
-    With `tensor` or `pipeline` above 1, the checkpoint is loaded in that layout, and what remains of the world is
-    data-parallel; else every process has a whole model of its own. Raises EvaluationError or CheckpointError.
+    A model that the layout doesn't split is loaded whole by every process. Raises EvaluationError or CheckpointError.
     """
-    if tensor * pipeline > 1:
+    if layout.model_ranks > 1:
         from megatron.core import parallel_state
 
-        from bov_megatron.evaluation.layout import open_engine
-
-        with open_engine(target, world, tensor, pipeline, dtype) as engine:
+        with open_engine(target, layout, dtype) as engine:
             model_ranks = parallel_state.get_model_parallel_group()
             data_ranks = parallel_state.get_data_parallel_group()
             place = Place(data_ranks.rank(), data_ranks.size(), model_ranks.rank() == 0, dist.barrier)
             yield EngineScorer(engine), engine.recipe.model.sequence_length, place
         return
+    world = layout.world
     several = world.world_size > 1
     if several and device is None and has_gpu():
         device = f"cuda:{world.local_rank}"

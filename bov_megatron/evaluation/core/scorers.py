@@ -82,12 +82,13 @@ class TransformersScorer:
 
     def _padded(self, sequences: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
         """Ids and mask `[B, S]`."""
-        return tuple(
-            torch.nn.utils.rnn.pad_sequence(
-                rows, batch_first=True, padding_side="left" if left else "right"
-            ).to(self.model.device)
-            for rows in ([torch.tensor(ids) for ids in sequences], [torch.ones(len(ids)).long() for ids in sequences])
-        )  # fmt: skip
+        rows = [torch.tensor(ids, device=self.model.device) for ids in sequences]
+        masks = [torch.ones_like(ids) for ids in rows]
+        side = "left" if left else "right"
+        ids_BS, mask_BS = (
+            torch.nn.utils.rnn.pad_sequence(r, batch_first=True, padding_side=side) for r in (rows, masks)
+        )
+        return ids_BS, mask_BS
 
 
 class EngineScorer:
