@@ -7,6 +7,7 @@ import shutil
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,29 +31,42 @@ class Interrupts:
     def __init__(self, arguments, folder: Path, say, **environ: str):
         self.arguments, self.folder, self.say, self.environ = arguments, folder, say, environ
         self.chance = random.Random(SEED)
+        self.life, self.sent = 0.0, 0
+        """Seconds of the whole command, and how often it was interrupted."""
         say(f"seed {SEED}")
 
-    def undisturbed(self) -> float:
-        """Seconds that the command takes from its first own code to its end."""
+    def undisturbed(self) -> None:
+        """Measure how long the command takes from its first own code to its end."""
         with Command(self.arguments, self.folder / "undisturbed.log", **self.environ) as command:
             command.wait_for(command.hears)
             began = time.monotonic()
             command.end().check(0)
-        life = time.monotonic() - began
-        self.say(f"undisturbed: {life:.1f} s")
-        return life
+        self.life = time.monotonic() - began
+        self.say(f"undisturbed: {self.life:.1f} s")
 
-    def moments(self, life: float) -> list[float]:
-        """One in each part of the life, in random order."""
-        times = [(part + self.chance.random()) * life / MOMENTS for part in range(MOMENTS)]
-        self.chance.shuffle(times)
-        return times
+    def moments(self) -> Iterator[float]:
+        """One in each part of the command's life, as a share of it, in random order. Fails after the last one where all
+        of them were too late."""
+        shares = [(part + self.chance.random()) / MOMENTS for part in range(MOMENTS)]
+        self.chance.shuffle(shares)
+        yield from shares
+        assert self.sent, "the command had always ended before"
 
-    def at(self, seconds: float, *statuses: int) -> Ended:
-        """How the command ends that is interrupted so long after its first own code."""
+    def at(self, moment: float, *statuses: int, whole: bool = True) -> Ended:
+        """How the command ends that is interrupted at a moment of its life.
+
+        Args:
+            whole: False where an earlier call may have done a part of its work.
+        """
         with Command(self.arguments, self.folder / "log", **self.environ) as command:
             command.wait_for(command.hears)
-            command.sleep(seconds)
+            began = time.monotonic()
+            command.sleep(moment * self.life)
+            seconds = time.monotonic() - began
+            if command.process.poll() is None:
+                self.sent += 1
+            elif whole:
+                self.life = seconds  # the machine is less busy than before
             ended = command.interrupt().check(*statuses)
         last = (ended.output.splitlines() or [""])[-1]
         self.say(f"after {seconds:5.1f} s: status {ended.status:3}, {ended.took:4.1f} s later; {last[:90]}")
@@ -70,12 +84,12 @@ def steps_saved(run_dir: Path, before: int) -> int:
 
 def interrupt_training(run_dir: Path, interrupts: Interrupts, undisturbed: Path, statuses: tuple[int, ...]) -> None:
     shutil.rmtree(run_dir, ignore_errors=True)
-    life = interrupts.undisturbed()
+    interrupts.undisturbed()
     interrupts.say(same_as(undisturbed, run_dir))
     shutil.rmtree(run_dir)
     steps, ends = 0, 0
-    for seconds in interrupts.moments(life):
-        ended = interrupts.at(seconds, *statuses, 0)
+    for moment in interrupts.moments():
+        ended = interrupts.at(moment, *statuses, 0, whole=steps == 0)
         steps = steps_saved(run_dir, before=steps)
         assert not (run_dir / run_folder.LEASE).exists()
         if ended.status == 0:
@@ -132,11 +146,12 @@ def test_preparation(prepared_data, tmp_path, say):
         options += ["--sequence-length", "256", "--validation-fraction", "0.1"]
         return tool("prepare_data", *text, "--tokenizer", prepared_data.tokenizer, "--out", out, *options)
 
-    whole = Interrupts(command(tmp_path / "whole"), tmp_path, say)
-    life = whole.undisturbed()
+    Interrupts(command(tmp_path / "whole"), tmp_path, say).undisturbed()
     interrupts = Interrupts(command(tmp_path / "data"), tmp_path, say)
-    for seconds in interrupts.moments(life):
-        if interrupts.at(seconds, 130, 0).status == 0:
+    interrupts.undisturbed()
+    shutil.rmtree(tmp_path / "data")
+    for moment in interrupts.moments():
+        if interrupts.at(moment, 130, 0, whole=not (tmp_path / "data").exists()).status == 0:
             assert read_manifest(tmp_path / "data") == read_manifest(tmp_path / "whole")
             shutil.rmtree(tmp_path / "data")
     interrupts.undisturbed()
@@ -156,11 +171,11 @@ def test_conversion(run_dir, tmp_path, say):
     out = tmp_path / "out"
     out.mkdir()
     interrupts = Interrupts(tool("convert", "to-hf", run_dir, out / "export"), tmp_path, say)
-    life = interrupts.undisturbed()
+    interrupts.undisturbed()
     files = sorted(path.name for path in (out / "export").iterdir())
-    for seconds in interrupts.moments(life):
+    for moment in interrupts.moments():
         shutil.rmtree(out / "export", ignore_errors=True)
-        interrupts.at(seconds, 130, 0)
+        interrupts.at(moment, 130, 0)
         assert [path.name for path in out.iterdir()] in ([], ["export"])
         if (out / "export").exists():
             assert sorted(path.name for path in (out / "export").iterdir()) == files
@@ -174,8 +189,8 @@ def test_evaluation(run_dir, prepared_data, tmp_path, say):
     scores = tmp_path / "scores.json"
     options = ["--packed", prepared_data.folder / "val", "--json", scores]
     interrupts = Interrupts(tool("evaluate", tmp_path / "export", *options), tmp_path, say)
-    life = interrupts.undisturbed()
-    for seconds in interrupts.moments(life):
+    interrupts.undisturbed()
+    for moment in interrupts.moments():
         scores.unlink(missing_ok=True)
-        interrupts.at(seconds, 130, 0)
+        interrupts.at(moment, 130, 0)
         assert not scores.exists() or json.loads(scores.read_text())["scores"]
