@@ -18,8 +18,15 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bov_megatron.errors import StudyError
+
+if TYPE_CHECKING:
+    from bov_megatron.studies.results import Results
+    from bov_megatron.studies.study import Study
+
+_NO_SPEEDS = "leave out what clocks measured: for runs that shared their machines with other work"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -179,6 +186,7 @@ def _add_fit(command: argparse.ArgumentParser) -> None:
         "tokens-per-second": "column with speeds, for wall-clock multipliers",
     }.items():
         command.add_argument(f"--{option}", metavar="COLUMN", help=text)
+    command.add_argument("--no-speeds", action="store_true", help=_NO_SPEEDS)
     command.add_argument("--baseline", metavar="VARIANT", help="what the others are compared with")
     command.add_argument("--drop-highest", type=int, default=0, metavar="K", help="leave out the K highest losses")
     command.add_argument("--drop-failed", action="store_true", help="leave out rows without a finite, positive loss")
@@ -220,12 +228,11 @@ def _findings_of_table(options):
 
 def _findings_of_study(options):
     from bov_megatron.studies.findings import findings_of_results
-    from bov_megatron.studies.results import read_results
     from bov_megatron.studies.study import load_study
     from bov_megatron.studies.table import CONVENTIONS
 
     study = load_study(options.study, options.overrides)
-    results = read_results(study)
+    results = _results(study, options)
     for problem in results.problems:
         print(f"warning: {problem}", file=sys.stderr)
     if results.table.empty:
@@ -237,9 +244,17 @@ def _findings_of_study(options):
     )  # fmt: skip
 
 
+def _results(study: Study, options) -> Results:
+    from bov_megatron.studies.results import read_results, without_speeds
+
+    results = read_results(study)
+    return without_speeds(results) if options.no_speeds else results
+
+
 def _add_report(command: argparse.ArgumentParser) -> None:
     _add_study(command)
     command.add_argument("--out", type=Path, metavar="FOLDER", help="default: report/ beside the study's runs")
+    command.add_argument("--no-speeds", action="store_true", help=_NO_SPEEDS)
     command.add_argument("--level", type=float, default=0.9, help="of the intervals (default %(default)s)")
     command.add_argument("--bootstraps", type=int, default=2000, metavar="COUNT", help="default %(default)s")
 
@@ -247,11 +262,10 @@ def _add_report(command: argparse.ArgumentParser) -> None:
 def _report(options) -> int:
     from bov_megatron.studies.findings import as_json, findings_of_results
     from bov_megatron.studies.report.page import write_report
-    from bov_megatron.studies.results import read_results
     from bov_megatron.studies.study import load_study
 
     study = load_study(options.study, options.overrides)
-    results = read_results(study)
+    results = _results(study, options)
     findings = findings_of_results(results.table, study.baseline, level=options.level, bootstraps=options.bootstraps)
     out = options.out or study.output_dir / "report"
     page = write_report(study, results.table, findings, out, results.problems)

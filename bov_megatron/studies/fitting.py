@@ -222,9 +222,8 @@ def _warnings(runs: Runs, fit: Fit) -> Iterator[str]:
     if fit.lack_of_fit is None:
         yield "no cell was run with several seeds, so that misfit can't be told from noise: no lack-of-fit test"
     elif fit.lack_of_fit.p_value < 0.01:
-        yield (
-            f"the law misses cells by {fit.lack_of_fit.misfit:.2%} beyond seed noise of "
-            f"{fit.lack_of_fit.seed_noise:.2%} (p = {fit.lack_of_fit.p_value:.1g}): it is not exact here; the "
+        yield (  # without numbers, which each count of parameters has its own of
+            "the law misses cells by more than seeds differ (lack of fit, p < 0.01): it is not exact here; the "
             "intervals include what such scatter does"
         )
     if fit.holdout is None:

@@ -10,6 +10,8 @@ sums is linear in them. Factors follow: `k_N = (a_v / a_baseline) ** (-1 / alpha
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from scipy.optimize import leastsq, minimize, nnls
 
@@ -134,7 +136,9 @@ class Objective:
             residuals = target - self.log_law(theta[None])[0]
             return -(root * np.sqrt(_curvature(residuals)))[:, None] * self.jacobian(theta[None])[0]
 
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings():
+            # Of calls used up: from a poor start it may wander along a valley, and other starts find the minimum.
+            warnings.simplefilter("ignore", RuntimeWarning)
             return leastsq(terms, start, Dfun=slopes, ftol=tolerance, xtol=tolerance, gtol=0, maxfev=4000)[0]
 
     def minimise_samples(

@@ -6,6 +6,7 @@ came from: the metrics of a finished run are read once.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -49,6 +50,11 @@ class Results:
     """COLUMNS, a row per finished cell, in the study's order."""
     problems: tuple[str, ...]
     """Cells that are left out although they were run, and rows without a loss; each with the remedy."""
+
+
+def without_speeds(results: Results) -> Results:
+    """The same without what clocks have measured."""
+    return dataclasses.replace(results, table=results.table.assign(tokens_per_second=math.nan, seconds=math.nan))
 
 
 def read_results(study: Study) -> Results:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         pictures = _pictures(study, results, summary, findings, variants)
-        _write_numbers(out, results, summary, findings)
+        _write_numbers(out, results.assign(run=[_in_study(run, study) for run in results.run]), summary, findings)
         folder = out / "figures"
         folder.mkdir(exist_ok=True)
         drawn = {section: [_draw(picture, folder) for picture in group] for section, group in pictures.items()}
@@ -75,6 +76,11 @@ def write_report(
     path = out / PAGE
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _in_study(run: str, study: Study) -> str:
+    """A run's folder, relative to the study's: the tables go to people who have it elsewhere."""
+    return os.path.relpath(run, study.output_dir)
 
 
 def _pictures(study, results, summary, findings, variants) -> dict[str, list[Picture]]:
