@@ -6,20 +6,24 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from typing import NoReturn
 
 from bov_megatron import __version__
 from bov_megatron.errors import BovError
 from bov_megatron.lifecycle.interruption import CtrlC, StopSignals
 from bov_megatron.lifecycle.program import run_program
-from bov_megatron.lifecycle.signals import Listener
+from bov_megatron.lifecycle.signals import Listener, speaks
 
 COMMANDS = {
     "plan": ("bov_megatron.commands.plan", "what a recipe costs, before anything runs"),
     "train-tokenizer": ("bov_megatron.commands.train_tokenizer", "train a byte-level BPE tokenizer on text"),
     "prepare-data": ("bov_megatron.commands.prepare_data", "tokenize text and pack it into shards for training"),
     "train": ("bov_megatron.train", "train the model of a recipe or go on with its run, on one rank"),
-    "torchrun": ("bov_megatron.commands.torchrun", "the same on several ranks of this machine"),
+    "torchrun": (
+        "bov_megatron.commands.torchrun",
+        "the same on several ranks of this machine; `torchrun … evaluate` too",
+    ),
     "checkpoint": ("bov_megatron.commands.checkpoint", "list, inspect or verify the checkpoints of a run"),
     "plot": ("bov_megatron.commands.plot", "draw runs from their metrics, or watch them in the terminal"),
     "convert": ("bov_megatron.commands.convert", "export a checkpoint to Hugging Face's format"),
@@ -32,8 +36,12 @@ COMMANDS = {
     "requeue": ("bov_megatron.commands.requeue", "whether a training job that has ended should start again"),
 }
 """Name -> module with `main(arguments) -> exit status`, and one line of help."""
-_ADVICE = {"prepare-data": "; run the same command again to go on"}
+_ADVICE = {
+    "prepare-data": "; run the same command again to go on",
+    "evaluate": "; CORE goes on when the same command is run again",
+}
 """What follows "interrupted" where the command has more to say."""
+REPEATED_AFTER_SECONDS = 2
 
 
 def program(*command: str) -> NoReturn:
@@ -75,6 +83,8 @@ def main(arguments: list[str] | None = None, signals: Listener | None = None) ->
         command = importlib.import_module(module).main
         return command(rest, signals) if name == "train" else command(rest)
     except BovError as error:
+        if not speaks():  # where the first rank has met it too, the launcher ends this one meanwhile
+            time.sleep(REPEATED_AFTER_SECONDS)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:  # `bov plan … | head`

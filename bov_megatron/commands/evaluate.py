@@ -9,7 +9,7 @@
 Where every task is found in --tasks-dir (or is the path of a YAML file), lm-eval's own tasks are not indexed, which
 saves up to half a minute. A local task's data_files are relative to the current folder unless absolute.
 
-On several processes: torchrun --nproc-per-node N tools/evaluate.py RUN … . Each has a model of its own, or with
+On several processes: bov torchrun --nproc-per-node N evaluate RUN … . Each has a model of its own, or with
 --tensor-parallel and --pipeline-parallel a part of one, and they share the examples. After an interruption of CORE, the
 same command goes on.
 """
@@ -211,3 +211,9 @@ def _compare(first: Path, second: Path) -> dict[str, Any]:
         verdict = "" if low <= 0 <= high else "  differs"
         print(f"{label:36}{count:>10}{task['difference']:+12.4f}{f'{low:+.4f} to {high:+.4f}':>22}{verdict}")
     return report
+
+
+if __name__ == "__main__":  # of a rank
+    from bov_megatron.commands import program
+
+    program("evaluate")

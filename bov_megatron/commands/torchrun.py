@@ -1,8 +1,11 @@
-"""Train on several ranks of this machine: torchrun with the run's own exit status, and without tracebacks of its own.
+"""Train or evaluate on several ranks of this machine: torchrun with the run's own exit status, and without tracebacks
+of its own.
 
     bov torchrun --nproc-per-node 8 recipes/780m_bov.yaml data.path=DATA
+    bov torchrun --nproc-per-node 8 evaluate runs/780m_bov --core BUNDLE --json core.json
 
-What stands before the recipe are torchrun's options; `--help` lists them. On several machines, start it on each.
+What stands before the recipe, or before `evaluate`, are torchrun's options; `--help` lists them. On several machines,
+start it on each.
 """
 
 from __future__ import annotations
@@ -26,8 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.prog = "bov torchrun"
     options = parser.parse_args(arguments)
     options.module = True
-    options.training_script_args = [options.training_script, *options.training_script_args]
-    options.training_script = "bov_megatron.train"
+    if options.training_script == "evaluate":
+        options.training_script = "bov_megatron.commands.evaluate"
+    else:
+        options.training_script_args = [options.training_script, *options.training_script_args]
+        options.training_script = "bov_megatron.train"
     # For a checkout that is not the current folder.
     here = str(Path(bov_megatron.__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))

@@ -34,8 +34,8 @@ def detect_layout(tensor: int = 1, pipeline: int = 1) -> Layout:
     if world.world_size % (tensor * pipeline):
         raise EvaluationError(
             f"--tensor-parallel {tensor} × --pipeline-parallel {pipeline} ranks don't divide the {world.world_size} "
-            "that were started: start a multiple of them, e.g. torchrun --nproc-per-node "
-            f"{tensor * pipeline} tools/evaluate.py …"
+            "that were started: start a multiple of them, e.g. bov torchrun --nproc-per-node "
+            f"{tensor * pipeline} evaluate …"
         )
     if world.world_size > 1:
         export_world(world)

@@ -212,6 +212,25 @@ def test_layouts_agree(trained_run, exact_export, bundle, expected, of_export, t
     assert report["tasks"] == of_export[0]["tasks"] and report["core"] == of_export[0]["core"]
 
 
+def test_ranks_are_started_by_torchrun(exact_export, bundle, of_export, tmp_path):
+    """With the exit status and one line for an error, not one per rank."""
+    call = [sys.executable, "tools/torchrun.py", "--standalone", "--nproc-per-node", "2", "evaluate", exact_export]
+    call += ["--dtype", "float32", "--limit", "3", "--json", tmp_path / "report.json"]
+
+    def run(folder: Path) -> subprocess.CompletedProcess:
+        command = [str(word) for word in (*call, "--core", folder)]
+        return subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
+
+    done = run(bundle)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["tasks"]["arc_easy"]["examples"] == 3
+    refused = run(tmp_path / "none")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert refused.stderr.count("error: --core") == 1, refused.stderr
+
+
 def test_batches_change_nothing(exact_export, bundle, of_export, tmp_path):
     for size in (1, 5):
         (tmp_path / str(size)).mkdir()
