@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bov_megatron.errors import EvaluationError
+from bov_megatron.lifecycle.terminal import say
 
 if TYPE_CHECKING:
     from bov_megatron.evaluation.layout import Layout
@@ -143,6 +144,8 @@ def _evaluate_core(options: argparse.Namespace, layout: Layout) -> dict[str, Any
     target = find_target(options.target, options.step)
     limit = None if options.limit is None else int(options.limit)
     started = time.monotonic()
+    if layout.world.rank == 0:
+        say(f"CORE: {len(bundle.tasks)} tasks of {bundle.folder} with {target.folder}")
     with (
         _examples_file(options, layout.world.world_size) as examples,
         quiet_libraries(),
