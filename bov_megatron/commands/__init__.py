@@ -41,7 +41,7 @@ _ADVICE = {
     "evaluate": "; CORE goes on when the same command is run again",
 }
 """What follows "interrupted" where the command has more to say."""
-REPEATED_AFTER_SECONDS = 2
+REPEATED_AFTER_SECONDS = 20
 
 
 def program(*command: str) -> NoReturn:
