@@ -65,5 +65,9 @@ class ExportError(BovError, ValueError):
     """An export that cannot be made. The message names what was found and the remedy."""
 
 
+class ConversionError(BovError, ValueError):
+    """A checkpoint or export that can't become a run. The message names what was found and the remedy."""
+
+
 class EvaluationError(BovError, ValueError):
     """An evaluation that cannot be made. The message names what was found and the remedy."""

@@ -159,9 +159,9 @@ def _checkpoint(done: Preflight, stored: _Stored) -> Iterator[Finding | str]:
     from bov_megatron.checkpoint import compatibility, differences, loading
 
     run = loading.read_run(path)
-    compatibility.check_same_data_order(run["recipe"], done.recipe, path)
+    compatibility.check_same_data_order(run, done.recipe, path)
     compatibility.check_same_model(run["recipe"], done.recipe, path)
-    compatibility.check_same_optimizer(run["recipe"], done.recipe, path)
+    compatibility.check_same_optimizer(run, done.recipe, path)
     done.step = run["step"]
     stored.tokenizer_hash, stored.shards = run["extra"]["tokenizer_hash"], run["extra"]["shards"]
     yield f"{path}: resumes after step {done.step:,} of {done.plan.steps:,}, {done.steps_left:,} to go"

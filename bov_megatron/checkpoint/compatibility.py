@@ -27,16 +27,22 @@ def check_same_model(stored: dict, recipe: Recipe, path: Path) -> None:
     _compare(stored["model"], recipe.to_dict()["model"], "model", layout_only, path)
 
 
-def check_same_optimizer(stored: dict, recipe: Recipe, path: Path) -> None:
-    """Raise RecipeError if the checkpoint's optimizer state has other tensors than the recipe's."""
-    now = recipe.to_dict()
+def check_same_optimizer(run: dict, recipe: Recipe, path: Path) -> None:
+    """Raise RecipeError if the optimizer state of a checkpoint (`run`: its `read_run`) has other tensors than the
+    recipe's; one of weights alone suits every optimizer."""
+    if run.get("weights_only"):
+        return
+    stored, now = run["recipe"], recipe.to_dict()
     for section, field in (("optimizer", "name"), ("train", "precision")):
         _compare(stored[section], now[section], section, set(now[section]) - {field}, path)
 
 
-def check_same_data_order(stored: dict, recipe: Recipe, path: Path) -> None:
-    """Raise RecipeError if the recipe would read other samples, or in another order."""
-    now = recipe.to_dict()
+def check_same_data_order(run: dict, recipe: Recipe, path: Path) -> None:
+    """Raise RecipeError if the recipe would read other samples than a checkpoint's run, or in another order; nothing is
+    refused where that run has read none (`run`: its `read_run`)."""
+    if run["extra"].get("shards", ()) is None:
+        return
+    stored, now = run["recipe"], recipe.to_dict()
     remedy = "resuming would reorder the data: restore the value, or start another run with name=…"
     _compare(stored["train"], now["train"], "train", set(now["train"]) - {"global_batch_size"}, path, remedy)
     free = {"num_workers", "prefetch_factor", "path", "remote"}

@@ -26,6 +26,7 @@ from bov_megatron.engines.base import Engine
 from bov_megatron.errors import CheckpointError
 from bov_megatron.lifecycle.run_folder import CHECKPOINTS, DAMAGED, latest_checkpoint
 from bov_megatron.lifecycle.terminal import warn
+from bov_megatron.optim.sharded_state import main_weights
 from bov_megatron.parallel.agreement import gather_items, on_all_ranks, on_first_rank
 
 
@@ -44,6 +45,9 @@ class Loaded:
 def load(engine: Engine, path: Path, contents: bool = False) -> Loaded:
     """Load weights, and optimizer state if the engine has an optimizer, into this layout; collective.
 
+    From a checkpoint of weights alone an optimizer begins anew at its step: zero moments, and learning rates that warm
+    up again.
+
     Args:
         contents: first compare the checksums of all files, not only their sizes.
 
@@ -55,8 +59,18 @@ def load(engine: Engine, path: Path, contents: bool = False) -> Loaded:
     stored = read_run(path)
     compatibility.check_same_model(stored["recipe"], engine.recipe, path)
     if engine.optimizer is not None:
-        compatibility.check_same_optimizer(stored["recipe"], engine.recipe, path)
+        compatibility.check_same_optimizer(stored, engine.recipe, path)
     state = sharded_state(engine)
+    optimizer_state = state.pop("optimizer") if stored.get("weights_only") and engine.optimizer is not None else None
+    loaded = _load_tensors(state, path)
+    if optimizer_state is not None:
+        loaded["optimizer"] = _new_optimizer_state(engine, optimizer_state, path, stored["step"])
+    engine.load_state(loaded["model"], loaded.get("optimizer"))
+    return Loaded(stored["step"], stored["recipe"], stored["extra"])
+
+
+def _load_tensors(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Megatron's sharded state dict with the checkpoint's tensors; collective."""
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(path)),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -64,13 +78,24 @@ def load(engine: Engine, path: Path, contents: bool = False) -> Loaded:
     try:
         with warnings.catch_warnings():  # Megatron-core 0.16.1 uses a deprecated name of torch
             warnings.simplefilter("ignore", FutureWarning)
-            loaded = dist_checkpointing.load(state, str(path), strategy)
+            return dist_checkpointing.load(state, str(path), strategy)
     except CheckpointException as error:  # torch's, with the failures of all ranks; a BaseException
         raise _damaged(path, next(iter(error.failures.values()))[0]) from error
     except Exception as error:  # Megatron has its own types, and there are OSErrors
         raise _damaged(path, error) from error
-    engine.load_state(loaded["model"], loaded.get("optimizer"))
-    return Loaded(stored["step"], stored["recipe"], stored["extra"])
+
+
+def _new_optimizer_state(engine: Engine, state: dict[str, Any], path: Path, step: int) -> dict[str, Any]:
+    """The state of an optimizer that begins at `step`, with main weights from the weights in a checkpoint; collective.
+
+    Args:
+        state: the optimizer's sharded state.
+    """
+    tensors = {name: tensor.data.zero_() for name, tensor in state["state"].items()}
+    if engine.recipe.train.precision == "bf16":
+        # Not from the model, whose weights are rounded. Apart from it, because both have the same keys.
+        tensors |= _load_tensors({"main": main_weights(state)}, path).get("main", {})
+    return {"step": step, "moments_since": step, "state": tensors}
 
 
 def newest_valid(run_dir: Path) -> Path | None:

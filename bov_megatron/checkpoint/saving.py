@@ -63,7 +63,13 @@ def begin_save(
     final = checkpoint_path(run_dir, step)
     saving = _begin(final)
     state = sharded_state(engine)
-    state["run"] = {"version": writing.FORMAT_VERSION, "step": step, "recipe": engine.recipe.to_dict(), "extra": extra}
+    state["run"] = {
+        "version": writing.FORMAT_VERSION,
+        "step": step,
+        "recipe": engine.recipe.to_dict(),
+        "weights_only": engine.optimizer is None,
+        "extra": extra,
+    }
     state["content_metadata"] = writing.content_metadata()
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     share = writing.plan_share(state, saving, group)

@@ -26,7 +26,7 @@ COMMANDS = {
     ),
     "checkpoint": ("bov_megatron.commands.checkpoint", "list, inspect or verify the checkpoints of a run"),
     "plot": ("bov_megatron.commands.plot", "draw runs from their metrics, or watch them in the terminal"),
-    "convert": ("bov_megatron.commands.convert", "export a checkpoint to Hugging Face's format"),
+    "convert": ("bov_megatron.commands.convert", "to Hugging Face's format and back, and from nanochat"),
     "generate": ("bov_megatron.commands.generate", "continue texts with a checkpoint or an export"),
     "evaluate": (
         "bov_megatron.commands.evaluate",

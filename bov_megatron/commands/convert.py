@@ -1,12 +1,34 @@
-"""Convert checkpoints between a run's format and Hugging Face's."""
+"""Convert checkpoints: a run's to Hugging Face's format and back, and the reference implementation's into a run.
+
+bov convert to-hf RUN_DIR OUT                        export a run as a Hugging Face model
+bov convert from-hf EXPORT RUN_DIR                   an export of ours into a run that trains on
+bov convert from-nanochat CHECKPOINT_DIR RUN_DIR     a checkpoint of the paper's code into a run that trains on
+bov convert roundtrip RUN_DIR                        to Hugging Face and back, every weight compared bit for bit
+"""
 
 import argparse
 from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bov convert", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="bov convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_to_hf(commands)
+    _add_from_hf(commands)
+    _add_from_nanochat(commands)
+    _add_roundtrip(commands)
+    options = parser.parse_args(arguments)
+
+    from bov_megatron.compat import quiet_megatron_imports
+
+    quiet_megatron_imports()
+    print(options.run(options))
+    return 0
+
+
+def _add_to_hf(commands) -> None:
     to_hf = commands.add_parser(
         "to-hf",
         help="export a run as a Hugging Face model",
@@ -14,24 +36,69 @@ def main(arguments: list[str] | None = None) -> int:
         "trust_remote_code=True) loads. Any parallel layout can be converted, in one process. Logits of the export are "
         "compared with the Megatron model's unless --skip-parity is given.",
     )
-    to_hf.add_argument("run", type=Path, metavar="RUN_DIR", help="run folder, or one of its checkpoints/step_* folders")
+    to_hf.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=_RUN_DIR)
     to_hf.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     to_hf.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     to_hf.add_argument("--dtype", choices=("float32", "bfloat16"), help="stored weights (default: as the run computed)")
     to_hf.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one kept with the run)")
     to_hf.add_argument("--skip-parity", action="store_true", help="do not compare logits")
     to_hf.add_argument("--overwrite", action="store_true", help="replace OUT if it holds anything")
-    options = parser.parse_args(arguments)
+    to_hf.set_defaults(run=_to_hf)
 
-    from bov_megatron.compat import quiet_megatron_imports
 
-    quiet_megatron_imports()
+def _add_from_hf(commands) -> None:
+    from_hf = commands.add_parser(
+        "from-hf",
+        help="make a run of an export of ours",
+        description="Make a run folder of an export (of to-hf, or saved again by transformers), with a checkpoint that "
+        "trains on at any layout and with either engine. The optimizer begins anew; step and data position are those "
+        "that the export states.",
+    )
+    from_hf.add_argument("export", type=Path, metavar="EXPORT", help="folder of the export")
+    from_hf.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder to make")
+    from_hf.set_defaults(run=_from_hf)
+
+
+def _add_from_nanochat(commands) -> None:
+    from_nanochat = commands.add_parser(
+        "from-nanochat",
+        help="make a run of a checkpoint of the paper's code",
+        description="Make a run folder of a checkpoint of the paper's reference implementation, a fork of nanochat "
+        "(model_*.pt and meta_*.json), with a checkpoint that trains on at any layout and with either engine. Value "
+        "source and options come from the metadata; what this project lacks is refused by name. The optimizer begins "
+        "anew, at the same step; the place in the reference's data is only noted in RUN_DIR/origin.json.",
+    )
+    from_nanochat.add_argument("checkpoint_dir", type=Path, metavar="CHECKPOINT_DIR", help="folder of the checkpoint")
+    from_nanochat.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder to make")
+    from_nanochat.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    from_nanochat.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="folder of its tokenizer.pkl, converted, or of a tokenizer.json"
+    )
+    from_nanochat.set_defaults(run=_from_nanochat)
+
+
+def _add_roundtrip(commands) -> None:
+    roundtrip = commands.add_parser(
+        "roundtrip",
+        help="check that nothing is lost on the way to Hugging Face and back",
+        description="Export a run's checkpoint in fp32, make a run of the export, and compare every weight bit for "
+        "bit. Nothing is kept; needs room for both in TMPDIR.",
+    )
+    roundtrip.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=_RUN_DIR)
+    roundtrip.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    roundtrip.set_defaults(run=_roundtrip)
+
+
+_RUN_DIR = "run folder, or one of its checkpoints/step_* folders"
+
+
+def _to_hf(options) -> str:
     import torch
 
-    from bov_megatron.exchange.convert import to_hf as convert
+    from bov_megatron.exchange.convert import to_hf
 
-    done = convert(
-        options.run,
+    done = to_hf(
+        options.run_dir,
         options.out,
         step=options.step,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
@@ -39,6 +106,33 @@ def main(arguments: list[str] | None = None) -> int:
         check_parity=not options.skip_parity,
         overwrite=options.overwrite,
     )
-    parity = "not compared" if done.parity is None else f"agree with the Megatron model's to {done.parity:.1e}"
-    print(f"{done.out_dir}: step {done.step} of {done.checkpoint}; logits {parity}")
-    return 0
+    without = "" if done.has_tokenizer else ", without a tokenizer (the run has none; give one with --tokenizer)"
+    return f"{done.out_dir}: step {done.step} of {done.checkpoint}{without}; {_parity(done.parity)}"
+
+
+def _from_hf(options) -> str:
+    from bov_megatron.exchange.from_hf import from_hf
+
+    return str(from_hf(options.export, options.run_dir))
+
+
+def _from_nanochat(options) -> str:
+    from bov_megatron.exchange.from_nanochat import from_nanochat
+
+    return str(
+        from_nanochat(options.checkpoint_dir, options.run_dir, step=options.step, tokenizer_dir=options.tokenizer)
+    )
+
+
+def _roundtrip(options) -> str:
+    from bov_megatron.exchange.roundtrip import roundtrip
+
+    done = roundtrip(options.run_dir, step=options.step)
+    return (
+        f"{done.checkpoint}: step {done.step}; {done.tensors} tensors, {done.elements:,} elements, are the same bit "
+        f"for bit in the export and in the run made of it; {_parity(done.parity)}"
+    )
+
+
+def _parity(parity) -> str:
+    return "logits not compared" if parity is None else f"logits agree with the Megatron model's: {parity}"

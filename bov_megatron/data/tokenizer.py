@@ -288,7 +288,7 @@ def train_tokenizer(
             f"--vocab-size {vocab_size}: the text has only {size - 257} pairs worth merging, which gives {size} ids; "
             f"give more text, or --vocab-size {size} or less"
         )
-    _save(fast, out)
+    save_tokenizer(fast, out)
     return load_encoder(out)
 
 
@@ -367,15 +367,16 @@ def _train_bpe(units: Sequence[Unit], reading: TextReading, vocab_size: int, pro
     return fast.to_str()
 
 
-def _save(fast: Tokenizer, out: Path) -> None:
-    """Write the folder, complete or not at all."""
+def save_tokenizer(fast: Tokenizer, out: Path, bos_token: str = BOS_TOKEN) -> None:
+    """Write a tokenizer's folder, complete or not at all. Raises DataError if it can't be written or isn't
+    byte-level."""
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=fast,
-        bos_token=BOS_TOKEN,
-        eos_token=BOS_TOKEN,
-        pad_token=BOS_TOKEN,
+        bos_token=bos_token,
+        eos_token=bos_token,
+        pad_token=bos_token,
         clean_up_tokenization_spaces=False,
     )
     try:

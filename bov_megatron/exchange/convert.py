@@ -19,12 +19,14 @@ from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import ExportError
 from bov_megatron.exchange.export import export, hf_config
+from bov_megatron.exchange.model_card import training_record
+from bov_megatron.exchange.parity import Parity, compare_logits
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.model.naming import full_from_gathered
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.device import device
 from bov_megatron.parallel.launch import World
-from bov_megatron.recipe import ParallelConfig, recipe_from_dict
+from bov_megatron.recipe import ParallelConfig, Recipe, recipe_from_dict
 from bov_megatron.recipe.checks import check_recipe
 
 if TYPE_CHECKING:
@@ -39,8 +41,9 @@ class Conversion:
     out_dir: Path
     checkpoint: Path
     step: int
-    parity: float | None
-    """Relative error of the exported model's logits against the Megatron model's; None if not checked."""
+    parity: Parity | None
+    """Of the exported model's logits with the Megatron model's; None if not checked."""
+    has_tokenizer: bool
 
 
 def to_hf(
@@ -58,7 +61,7 @@ def to_hf(
     Args:
         run_dir: run folder (the newest checkpoint, or that of `step`), or one checkpoint's folder.
         dtype: of the stored weights; None means that of the run's computation.
-        tokenizer_dir: None means the run's.
+        tokenizer_dir: None means the run's, and none where it has none.
         check_parity: compare logits with the Megatron model's, and export nothing if they differ by more than
             PARITY_TOLERANCE.
 
@@ -67,19 +70,26 @@ def to_hf(
     path = run_folder.find_checkpoint(run_dir, step)
     stored = checkpoint.read_run(path)
     dtype = dtype or _computed_in(stored["recipe"])
+    tokenizer_dir = tokenizer_dir or _tokenizer_of(run_folder.run_dir_of(path))
     with open_checkpoint(path) as engine:
-        parity: list[float] = []
+        parity: list[Parity] = []
         out_dir = export(
-            _canonical_tensors(engine),
+            canonical_tensors(engine),
             engine.recipe.model,
-            tokenizer_dir or run_folder.run_dir_of(path) / run_folder.TOKENIZER,
+            tokenizer_dir,
             out_dir,
             dtype=dtype,
             recipe=stored["recipe"],
+            trained=training_record(path, stored),
             overwrite=overwrite,
             check=lambda folder: parity.append(_parity(engine, folder, dtype)) if check_parity else None,
         )
-    return Conversion(out_dir, path, stored["step"], parity[0] if parity else None)
+    return Conversion(out_dir, path, stored["step"], parity[0] if parity else None, tokenizer_dir is not None)
+
+
+def _tokenizer_of(run_dir: Path) -> Path | None:
+    folder = run_dir / run_folder.TOKENIZER
+    return folder if folder.is_dir() else None
 
 
 def in_memory(path: Path, dtype: torch.dtype | None = None) -> BovForCausalLM:
@@ -91,7 +101,7 @@ def in_memory(path: Path, dtype: torch.dtype | None = None) -> BovForCausalLM:
 
     dtype = dtype or _computed_in(checkpoint.read_run(path)["recipe"])
     with open_checkpoint(path) as engine:
-        weights = {name: tensor.to("cpu", dtype, copy=True) for name, tensor in _canonical_tensors(engine)}
+        weights = {name: tensor.to("cpu", dtype, copy=True) for name, tensor in canonical_tensors(engine)}
         config = hf_config(engine.recipe.model)
     with torch.device("meta"):
         model = BovForCausalLM(config)
@@ -120,31 +130,37 @@ def open_checkpoint(
     Raises CheckpointError, or RecipeError for a layout that the model can't have.
     """
     recipe = recipe_from_dict(compatibility.without_retired_values(checkpoint.read_run(path)["recipe"]))
-    train = recipe.train if precision is None else dataclasses.replace(recipe.train, precision=precision)
+    train = recipe.train if precision is None else dataclasses.replace(recipe.train, precision=precision, fp8="none")
     recipe = dataclasses.replace(recipe, parallel=layout or ParallelConfig(), train=train)
     check_recipe(recipe)
+    with new_engine(recipe, world) as engine:
+        checkpoint.load(engine, path, contents=True)
+        yield engine
+
+
+@contextlib.contextmanager
+def new_engine(recipe: Recipe, world: World | None = None) -> Iterator[Engine]:
+    """An engine without optimizer, with initial weights, in process groups of its own; `world` as above."""
     with tempfile.TemporaryDirectory() as folder:
         if world is None:
             process_groups.initialize(recipe, 0, 1, init_method=f"file://{folder}/rendezvous")
         else:
             process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
         try:
-            engine = build_engine(recipe, with_optimizer=False)
-            checkpoint.load(engine, path, contents=True)
-            yield engine
+            yield build_engine(recipe, with_optimizer=False)
         finally:
             process_groups.shutdown()
 
 
-def _canonical_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+def canonical_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """Names and weights of an unsharded engine, unfused and unpadded, one at a time."""
     for local in engine.model.local_parameters:
         yield from full_from_gathered(local, local.parameter.detach()).items()
 
 
 @torch.no_grad()
-def _parity(engine: Engine, out_dir: Path, dtype: torch.dtype) -> float:
-    """Relative error of the exported model's logits on random ids, more than a short window of them.
+def _parity(engine: Engine, out_dir: Path, dtype: torch.dtype) -> Parity:
+    """The exported model's logits against the engine's on random ids, more than a short window of them.
 
     Rounds the engine's weights to `dtype`. Raises ExportError beyond PARITY_TOLERANCE.
     """
@@ -158,10 +174,10 @@ def _parity(engine: Engine, out_dir: Path, dtype: torch.dtype) -> float:
     ids = torch.randint(0, model.vocab_size, (1, min(model.sequence_length, 1024)), generator=generator)
     expected = engine.model.eval()(ids.to(device())).cpu()[..., : model.vocab_size]
     exported = AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True, dtype=torch.float32).eval()
-    error = ((exported(ids).logits - expected).norm() / expected.norm()).item()
-    if not error <= PARITY_TOLERANCE:
+    parity = compare_logits(exported(ids).logits, expected)
+    if not parity.relative_error <= PARITY_TOLERANCE:
         raise ExportError(
-            f"the exported model's logits differ from the Megatron model's by {error:.1e} (relative; at most "
-            f"{PARITY_TOLERANCE:.0e} is rounding), so nothing was written; please report it with the recipe"
+            f"the exported model's logits differ from the Megatron model's by {parity.relative_error:.1e} (relative; "
+            f"at most {PARITY_TOLERANCE:.0e} is rounding), so nothing was written; please report it with the recipe"
         )
-    return error
+    return parity

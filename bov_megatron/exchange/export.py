@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import yaml
 
-from bov_megatron.data.files import full_disk_message, whole_folder, why_full
+from bov_megatron.data.files import full_disk_message, json_bytes, whole_folder, why_full
 from bov_megatron.errors import ExportError
+from bov_megatron.exchange.model_card import model_card
 from bov_megatron.recipe import ModelConfig
 from bov_megatron.recipe.parameters import parameter_specs
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from bov_megatron.exchange.hf.configuration_bov import BovConfig
 
 SHIPPED_FILES = ("configuration_bov.py", "modeling_bov.py")
+TRAINING_FILE = "training.json"
+"""What only training on needs: recipe, step and data of the run."""
 AUTO_MAP = {
     "AutoConfig": "configuration_bov.BovConfig",
     "AutoModel": "modeling_bov.BovModel",
@@ -68,6 +70,7 @@ def export(
     *,
     dtype: torch.dtype = torch.float32,
     recipe: Mapping | None = None,
+    trained: Mapping | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     check: Callable[[Path], None] = lambda folder: None,
@@ -79,7 +82,8 @@ def export(
             `max_shard_bytes` of an iterator are held at a time.
         tokenizer_dir: folder of a Hugging Face tokenizer with a bos_token; `None` exports without one.
         dtype: of the stored weights.
-        recipe: the resolved recipe (`Recipe.to_dict()`), for the model card.
+        recipe: the resolved recipe (`Recipe.to_dict()`), for the model card and for training on.
+        trained: what `training_record` says of the weights, for the model card and for training on.
         overwrite: replace `out_dir` if it isn't empty.
         check: called with the complete folder before it takes its place; if it raises, nothing has changed.
 
@@ -101,7 +105,9 @@ def export(
             _write_config(model, token_ids, dtype, partial)
             tensors = state.items() if isinstance(state, Mapping) else state
             _write_weights(tensors, model, dtype, max_shard_bytes, partial)
-            (partial / "README.md").write_text(_model_card(model, dtype, recipe))
+            if recipe is not None:
+                (partial / TRAINING_FILE).write_bytes(json_bytes({"recipe": dict(recipe), **(trained or {})}))
+            (partial / "README.md").write_text(model_card(model, dtype, recipe, trained))
             check(partial)
     except Exception as error:
         if reason := why_full(error):
@@ -113,7 +119,7 @@ def export(
     return out_dir
 
 
-def _raise_if_different(shapes: dict[str, tuple[int, ...]], model: ModelConfig) -> None:
+def raise_if_different(shapes: dict[str, tuple[int, ...]], model: ModelConfig) -> None:
     """Raise ExportError unless names and shapes are those of `parameter_specs`."""
     expected = {spec.name: spec.shape for spec in parameter_specs(model)}
     problems = []
@@ -125,7 +131,7 @@ def _raise_if_different(shapes: dict[str, tuple[int, ...]], model: ModelConfig) 
         if shapes[name] != expected[name]:
             problems.append(f"{name} is {list(shapes[name])}, expected {list(expected[name])}")
     if problems:
-        raise ExportError("the weights don't fit the recipe's model: " + "; ".join(problems))
+        raise ExportError("the weights don't fit the model: " + "; ".join(problems))
 
 
 def _write_tokenizer(tokenizer_dir: str | Path, model: ModelConfig, out: Path) -> dict[str, int]:
@@ -202,7 +208,7 @@ def _write_weights(
         pending[name] = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
         pending_bytes += size
     flush()
-    _raise_if_different(shapes, model)
+    raise_if_different(shapes, model)
     if len(shards) == 1:
         (out / "shard-1.safetensors").rename(out / "model.safetensors")
         return
@@ -214,45 +220,3 @@ def _write_weights(
     total = sum(spec.size for spec in parameter_specs(model)) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _model_card(model: ModelConfig, dtype: torch.dtype, recipe: Mapping | None) -> str:
-    specs = parameter_specs(model)
-    tables = sum(spec.size for spec in specs if spec.kind == "table")
-    layers = ", ".join(map(str, model.layers_from_source())) or "none"
-    name = recipe["name"] if recipe and recipe.get("name") else "Bank-of-Values model"
-    card = f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [bank-of-values]
----
-
-# {name}
-
-A decoder trained with bov_megatron; its attention values follow "Do Value Vectors in Deep Layers Need Context from
-the Residual Stream?" (arXiv 2606.02780).
-
-| | |
-|---|---|
-| value source | `{model.value.source}` in layers {layers}; coefficient {model.value.coefficient} |
-| parameters | {sum(spec.size for spec in specs):,}, of which {tables:,} in value tables |
-| layers / hidden size / heads / key-value heads | {model.num_layers} / {model.hidden_size} / \
-{model.num_attention_heads} / {model.kv_heads} |
-| vocabulary / sequence length | {model.vocab_size:,} / {model.sequence_length:,} |
-| weights stored as | {str(dtype).removeprefix("torch.")} |
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
-inputs = tokenizer(tokenizer.bos_token + "The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-```
-
-Documents start with the beginning-of-sequence token in training: start prompts with it. Layers that take their values
-from a bank keep none in the cache; `cache_implementation="static"` is therefore refused.
-"""
-    if recipe is not None:
-        card += f"\n## Recipe\n\n```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False)}```\n"
-    return card

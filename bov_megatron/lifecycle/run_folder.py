@@ -11,6 +11,7 @@ RUN/restarts.json                        starts in a row that brought no new che
 RUN/stacks/rank_00003.txt                where a rank was when the run hung
 RUN/tensorboard/                         the metrics for TensorBoard
 RUN/wandb_id                             the run's name at Weights & Biases
+RUN/origin.json                          in a run that was converted: from what, at which step
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bov_megatron.errors import CheckpointError
 RECIPE, TOKENIZER, STARTS, METRICS = "recipe.yaml", "tokenizer", "starts.jsonl", "metrics.jsonl"
 CHECKPOINTS, SAVING, DAMAGED = "checkpoints", ".saving", ".damaged"
 LEASE, RESTARTS, STACKS, WANDB_ID = "lease.json", "restarts.json", "stacks", "wandb_id"
-TENSORBOARD = "tensorboard"
+TENSORBOARD, ORIGIN = "tensorboard", "origin.json"
 _STEP = re.compile(r"step_(\d{8})")
 
 

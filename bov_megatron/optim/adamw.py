@@ -32,9 +32,9 @@ def allocate_state(adamw: torch.optim.AdamW, weights: Iterable[Tensor]) -> None:
         adamw.state[weight].update({name: torch.zeros_like(weight) for name in MOMENTS})
 
 
-def set_schedule(adamw: torch.optim.AdamW, learning_rates: dict[str, float], step: int) -> None:
-    """Set each group's learning rate by its kind, and each weight's number of updates so far."""
+def set_schedule(adamw: torch.optim.AdamW, learning_rates: dict[str, float], updates: int) -> None:
+    """Set each group's learning rate by its kind, and for the bias correction the number of updates in the moments."""
     for group in adamw.param_groups:
         group["lr"] = learning_rates[group["kind"]]
     for state in adamw.state.values():
-        state["step"].fill_(step)
+        state["step"].fill_(updates)

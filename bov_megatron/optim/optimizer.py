@@ -74,7 +74,9 @@ class BovOptimizer:
         self.groups = OptimizerProcessGroups.from_parallel_state()
         self.settings = group_settings(recipe)
         self.step_count = 0
-        """Updates applied so far; the schedules' position and AdamW's bias correction."""
+        """Updates applied so far, the schedules' position."""
+        self.moments_since = 0
+        """`step_count` at which all moments were zero: later than 0 after loading a checkpoint of weights alone."""
         trained = [local for local in parameters if local.parameter.requires_grad]
         assignments = self._assign_rows(trained, sharded=recipe.parallel.use_distributed_optimizer)
         rank = group_rank(self.groups.data)
@@ -166,7 +168,7 @@ class BovOptimizer:
     def _step_adamw(self) -> None:
         if self.adamw is None:
             return
-        set_schedule(self.adamw, self.learning_rates(), self.step_count)
+        set_schedule(self.adamw, self.learning_rates(), self.step_count - self.moments_since)
         for p in self.adamw_parameters:
             p.main.grad = p.row_gradient()
         self.adamw.step()
@@ -184,7 +186,7 @@ class BovOptimizer:
 
     def learning_rates(self) -> dict[str, float]:
         """Learning rate of each kind in the next step."""
-        multiplier = schedules.lr_multiplier(self.step_count, self.total_steps, self.config)
+        multiplier = schedules.lr_multiplier(self.step_count, self.total_steps, self.config, self.moments_since)
         return {kind: settings.lr * multiplier for kind, settings in self.settings.items()}
 
     def state_tensors(self) -> list[tuple[str, ParameterShard, Tensor]]:
@@ -192,7 +194,7 @@ class BovOptimizer:
 
         Names: `main_param` where it is separate, `momentum` for Muon, `exp_avg` and `exp_avg_sq` for AdamW.
         """
-        tensors = [("main_param", p, p.main) for p in self.parameters if p.has_rows and p.has_separate_main]
+        tensors = [(sharded_state.MAIN, p, p.main) for p in self.parameters if p.has_rows and p.has_separate_main]
         tensors += [("momentum", matrix.shard, matrix.momentum) for matrix in self.muon.matrices]
         if self.adamw is not None:
             state = self.adamw.state

@@ -11,12 +11,15 @@ import math
 from bov_megatron.recipe import OptimizerConfig
 
 
-def lr_multiplier(step: int, total_steps: int, config: OptimizerConfig) -> float:
+def lr_multiplier(step: int, total_steps: int, config: OptimizerConfig, moments_since: int = 0) -> float:
     """Factor on every learning rate at `step`: linear warmup, constant, linear warmdown.
 
     The first update has factor 1 / warmup_steps, not 0. The warmdown covers the last `warmdown_ratio` of the run and
-    would reach `final_lr_fraction` at `total_steps`, one step after the last.
+    would reach `final_lr_fraction` at `total_steps`, one step after the last. Where the optimizer's moments began at a
+    later step, `moments_since`, the factor is warmed up again from there.
     """
+    if moments_since and step - moments_since < config.warmup_steps:
+        return (step - moments_since + 1) / config.warmup_steps * lr_multiplier(step, total_steps, config)
     warmdown_steps = _warmdown_steps(total_steps, config)
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

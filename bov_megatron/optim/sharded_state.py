@@ -21,6 +21,8 @@ from bov_megatron.optim.sharding import OptimizerProcessGroups, RowAssignment, g
 from bov_megatron.parallel.parameter import LocalParameter
 
 PREFIX = "optimizer"
+MAIN = "main_param"
+"""State name of fp32 main weights that are separate from the model's."""
 
 
 class Shard(Protocol):
@@ -37,6 +39,7 @@ class Stateful(Protocol):
 
     groups: OptimizerProcessGroups
     step_count: int
+    moments_since: int
 
     def state_tensors(self) -> Sequence[tuple[str, Shard, Tensor]]:
         """(state name, parameter, tensor with the shape of this rank's rows)"""
@@ -46,7 +49,8 @@ class Stateful(Protocol):
 
 
 def build(optimizer: Stateful, model_sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
-    """`{"step": int, "state": {local key: ShardedTensor}}`; its tensors are those of `optimizer`, not copies.
+    """`{"step": int, "moments_since": int, "state": {local key: ShardedTensor}}`; the tensors are those of `optimizer`,
+    not copies.
 
     `model_sharded_state_dict` is from the model chunks' `sharded_state_dict`, with any nesting; its tensors must be the
     parameters themselves. Raises ValueError where it lacks a parameter.
@@ -66,7 +70,17 @@ def build(optimizer: Stateful, model_sharded_state_dict: dict[str, Any]) -> dict
         )
     for shard, canonical, tensor in optimizer.second_moments():
         state[_local_key("second_moment", canonical)] = _second_moment(optimizer, shard, canonical, tensor)
-    return {"step": optimizer.step_count, "state": state}
+    return {"step": optimizer.step_count, "moments_since": optimizer.moments_since, "state": state}
+
+
+def main_weights(state: dict[str, Any]) -> dict[str, Any]:
+    """The separate fp32 main weights in the result of `build`, to load from the model's own tensors."""
+    prefix = f"{PREFIX}.{MAIN}."
+    return {
+        name: replace(tensor, key=tensor.key.removeprefix(prefix))
+        for name, tensor in state["state"].items()
+        if tensor.key.startswith(prefix)
+    }
 
 
 @torch.no_grad()
@@ -88,6 +102,7 @@ def restore(optimizer: Stateful, state_dict: dict[str, Any]) -> None:
     for key, tensor in live.items():
         tensor.copy_(loaded[key])
     optimizer.step_count = int(state_dict["step"])
+    optimizer.moments_since = int(state_dict.get("moments_since", 0))  # earlier versions store none
 
 
 def _local_key(name: str, canonical: str) -> str:

@@ -163,7 +163,7 @@ def _find_stored(recipe: Recipe) -> StoredRun | None:
     if path is None:
         return None
     stored = on_all_ranks(lambda: checkpoint.read_run(path))
-    compatibility.check_same_data_order(stored["recipe"], recipe, path)
+    compatibility.check_same_data_order(stored, recipe, path)
     return StoredRun(path, stored["step"], stored["recipe"], stored["extra"])
 
 
@@ -231,7 +231,7 @@ def _open_data(recipe: Recipe, start: StoredRun | None, health: Health) -> tuple
         skipped=health.skipped_windows(),
         **common,
     )
-    if start:
+    if start and start.extra["shards"] is not None:  # None in a run that was converted from elsewhere
         check_fingerprints(train_loader.data_sets, start.extra["shards"], start.step)
     validation_loader = ValidationLoader(
         recipe.data,

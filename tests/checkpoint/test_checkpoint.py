@@ -182,7 +182,7 @@ def data_recipe():
 def test_another_data_order_is_refused_on_resume(tmp_path):
     from bov_megatron.checkpoint.compatibility import check_same_data_order
 
-    stored = data_recipe().to_dict()
+    stored = {"recipe": data_recipe().to_dict(), "extra": {"shards": ["a"]}}
     moved = data_recipe()
     moved.data.path, moved.data.num_workers, moved.train.micro_batch_size = "elsewhere", 0, 2
     check_same_data_order(stored, moved, tmp_path)

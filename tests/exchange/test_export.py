@@ -172,7 +172,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "_model_card", crash)
+        patch.setattr(export_module, "model_card", crash)
         with pytest.raises(OSError, match="disk full"):
             export(model.state_dict(), config, None, out, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "mine.txt").read_text() == "mine"

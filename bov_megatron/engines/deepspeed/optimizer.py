@@ -40,7 +40,9 @@ class ZeroOptimizer:
         self.partitions_weights = recipe.deepspeed.zero_stage == 3
         self.has_separate_main = recipe.train.precision == "bf16"
         self.step_count = 0
-        """Updates applied so far; the schedules' position and AdamW's bias correction."""
+        """Updates applied so far, the schedules' position."""
+        self.moments_since = 0
+        """`step_count` at which all moments were zero: later than 0 after loading a checkpoint of weights alone."""
         self.adamw = engine.basic_optimizer
         for p in self.parameters:
             p.stretch = self._stretch(p)
@@ -71,7 +73,7 @@ class ZeroOptimizer:
     @torch.no_grad()
     def step(self) -> UpdateResult:
         """Apply one update from the current gradients, which are then dropped; collective."""
-        set_schedule(self.adamw, self.learning_rates(), self.step_count)
+        set_schedule(self.adamw, self.learning_rates(), self.step_count - self.moments_since)
         self.engine.step()
         if self.engine.optimizer.overflow:
             self.gather_persistent()
@@ -121,7 +123,7 @@ class ZeroOptimizer:
 
     def learning_rates(self) -> dict[str, float]:
         """Learning rate of each kind in the next step."""
-        multiplier = schedules.lr_multiplier(self.step_count, self.total_steps, self.config)
+        multiplier = schedules.lr_multiplier(self.step_count, self.total_steps, self.config, self.moments_since)
         return {kind: settings.lr * multiplier for kind, settings in self.settings.items()}
 
     @torch.no_grad()
@@ -149,8 +151,9 @@ class StateAsRows:
     """
 
     def __init__(self, optimizer: ZeroOptimizer, empty: bool = False):
-        self.optimizer, self.groups, self.step_count = optimizer, optimizer.groups, optimizer.step_count
-        names = ("main_param", *MOMENTS) if optimizer.has_separate_main else MOMENTS
+        self.optimizer, self.groups = optimizer, optimizer.groups
+        self.step_count, self.moments_since = optimizer.step_count, optimizer.moments_since
+        names = (sharded_state.MAIN, *MOMENTS) if optimizer.has_separate_main else MOMENTS
         self.blocks = []
         for name in names:
             for p in optimizer.parameters:
@@ -159,7 +162,7 @@ class StateAsRows:
 
     def _reader(self, name: str):
         """A function that returns a stretch of one state, a view of DeepSpeed's flat tensor."""
-        if name == "main_param":
+        if name == sharded_state.MAIN:
             return lambda stretch: stretch.of(stretch.flat)
         return lambda stretch: stretch.of(self.optimizer.adamw.state[stretch.flat][name])
 
@@ -174,4 +177,4 @@ class StateAsRows:
         """Write the blocks into DeepSpeed's flat tensors; collective."""
         for name, p, rows in self.blocks:
             p.from_rows(rows, self._reader(name), torch.float32)
-        self.optimizer.step_count = self.step_count
+        self.optimizer.step_count, self.optimizer.moments_since = self.step_count, self.moments_since

@@ -1,0 +1,51 @@
+"""A run's checkpoint to Hugging Face and back, every weight compared bit for bit."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bov_megatron.errors import ConversionError
+from bov_megatron.exchange.convert import canonical_tensors, open_checkpoint, to_hf
+from bov_megatron.exchange.from_hf import ExportedWeights, from_hf
+from bov_megatron.exchange.parity import Parity
+
+
+@dataclass(frozen=True)
+class Roundtrip:
+    checkpoint: Path
+    step: int
+    parity: Parity | None
+    tensors: int
+    elements: int
+
+
+def roundtrip(run_dir: Path, *, step: int | None = None) -> Roundtrip:
+    """Export a checkpoint in fp32, make a run of the export, and compare both with the export; nothing is kept.
+
+    Needs room for both in the folder for temporary files (TMPDIR). Raises ConversionError where a bit differs.
+    """
+    with tempfile.TemporaryDirectory(prefix="roundtrip-") as folder:
+        done = to_hf(run_dir, Path(folder) / "export", step=step, dtype=torch.float32)
+        back = from_hf(done.out_dir, Path(folder) / "run")
+        exported = ExportedWeights(done.out_dir)
+        tensors, elements = _compare(done.checkpoint, exported)
+        _compare(back.checkpoint, exported)
+    return Roundtrip(done.checkpoint, done.step, done.parity, tensors, elements)
+
+
+def _compare(checkpoint: Path, exported: ExportedWeights) -> tuple[int, int]:
+    """Numbers of tensors and elements compared."""
+    different, tensors, elements = [], 0, 0
+    with open_checkpoint(checkpoint) as engine:
+        for name, tensor in canonical_tensors(engine):
+            # As integers: 0 and -0 are equal numbers, and a nan differs from itself.
+            ours, theirs = (t.contiguous().cpu().view(torch.int32) for t in (tensor, exported(name)))
+            different += [] if torch.equal(ours, theirs) else [name]
+            tensors, elements = tensors + 1, elements + tensor.numel()
+    if different:
+        raise ConversionError(f"{checkpoint} and its export differ in {len(different)} tensors: {', '.join(different)}")
+    return tensors, elements
