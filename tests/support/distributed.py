@@ -15,7 +15,7 @@ from typing import Any
 WARM_MODULES = ["tests.support.warm"]
 
 
-def run_ranks(function: Callable, world_size: int, *args: Any, timeout: float = 180) -> list[Any]:
+def run_ranks(function: Callable, world_size: int, *args: Any, timeout: float = 600) -> list[Any]:
     """Call `function(rank, world_size, *args)` in `world_size` processes and return their results by rank.
 
     `function` must be importable (module level), arguments and results picklable. RANK, WORLD_SIZE,
