@@ -76,7 +76,7 @@ class Launch:
     def phase(self, rank: int) -> str:
         return PHASES[self.board[rank, 0]]
 
-    def wait_for(self, phase: str, rank: int = 0, times: int = 1, timeout: float = 180) -> None:
+    def wait_for(self, phase: str, rank: int = 0, times: int = 1, timeout: float = 600) -> None:
         """Until this rank is in `phase`, having begun it `times` times. Fails where the run ends before."""
         column, deadline = PHASES.index(phase), time.monotonic() + timeout
         while not (self.board[rank, 0] == column and self.board[rank, 1 + column] >= times):

@@ -41,14 +41,14 @@ def overrides(data, run_dir: Path, *changes: str) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def train(world_size: int, arguments: list[str], timeout: float = 180) -> str:
+def train(world_size: int, arguments: list[str], timeout: float = 600) -> str:
     """Run `bov_megatron.train` on the smoke recipe; returns the ranks' stderr. Fails unless all end well."""
     results = launch(world_size, arguments, timeout=timeout)
     assert [code for code, _ in results] == [0] * world_size, "".join(text for _, text in results)
     return "".join(text for _, text in results)
 
 
-def launch(world_size: int, arguments: list[str], recipe: str = SMOKE, timeout: float = 180) -> list[tuple[int, str]]:
+def launch(world_size: int, arguments: list[str], recipe: str = SMOKE, timeout: float = 600) -> list[tuple[int, str]]:
     """(exit status, stderr) of each rank."""
     return run_ranks(_rank, world_size, [recipe, *arguments], timeout=timeout)
 
