@@ -108,7 +108,9 @@ class EngineLM(TemplateLM):
         for row, ids in zip(ids_BT, prompts, strict=True):
             row[: len(ids)] = torch.tensor(ids)
         texts: list[str | None] = [None] * len(prompts)
-        for done in itertools.count(1):
+        done = 0
+        while None in texts:
+            done += 1
             next_B = self.engine.next_logits(ids_BT, lengths_B).argmax(dim=1).cpu()
             # A row that has ended stays as it is.
             open_B = torch.tensor([text is None for text in texts])
@@ -120,9 +122,7 @@ class EngineLM(TemplateLM):
                 text = self.encoder.fast.decode(new, skip_special_tokens=True)
                 if ended or done == limits[row] or any(stop in text for stop in stops[row] if stop):
                     texts[row] = postprocess_generated_text(text, stops[row], None)
-            if None not in texts:
-                return [text or "" for text in texts]
-        raise AssertionError("unreachable")
+        return [text or "" for text in texts]
 
     def _share(self, lengths: Sequence[int], compute) -> list:
         """`compute(numbers)` of requests of about the same length, in batches that the data-parallel ranks share; the

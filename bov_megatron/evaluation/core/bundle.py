@@ -147,9 +147,10 @@ def _set_of_baselines(percent: dict[str, float], labels: Sequence[str]) -> str:
 def _entries(listing: Path) -> list[dict[str, Any]]:
     try:
         entries = yaml.safe_load(listing.read_text())["icl_tasks"]
-        assert entries and all(isinstance(entry, dict) for entry in entries)
-    except (yaml.YAMLError, KeyError, TypeError, AssertionError):
-        raise EvaluationError(f"{listing}: no list `icl_tasks` of tasks; {WHERE_FROM}") from None
+    except (yaml.YAMLError, KeyError, TypeError):
+        entries = None
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise EvaluationError(f"{listing}: no list `icl_tasks` of tasks; {WHERE_FROM}")
     return entries
 
 

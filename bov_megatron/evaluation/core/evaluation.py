@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -46,7 +47,7 @@ def score_bundle(
     context: int,
     normalisation: Normalisation = "bytes",
     limit: int | None = None,
-    batch_size: int = 16,
+    batch_size: int,
     place: Place | None = None,
     on_progress: Callable[[int], object] = lambda items: None,
 ) -> list[dict[str, Any]]:
@@ -75,16 +76,13 @@ def score_bundle(
     done = _open_parts(parts, settings)
     place.wait()  # no rank may write before all have seen the same
     sizes = bytes_per_token(encoder)
-    out = _new_part(parts, place.data_rank) if place.keeps else None
-    for task, items, indices in _own_chunks(bundle.tasks, limit, place):
-        for batch in batches(list(questions(task, items, indices, encoder, context)), batch_size):
-            keys = [(question.task.label, question.index) for question in batch]
-            if not all(key in done for key in keys):
-                scores = scorer.score(batch)
-                _write(out, [_line(q, s, sizes, normalisation) for q, s in zip(batch, scores, strict=True)])
-            on_progress(len(batch))
-    if out:
-        out.close()
+    with _new_part(parts, place.data_rank) if place.keeps else nullcontext() as out:
+        for task, items, indices in _own_chunks(bundle.tasks, limit, place):
+            for batch in batches(list(questions(task, items, indices, encoder, context)), batch_size):
+                if not all((question.task.label, question.index) in done for question in batch):
+                    scores = scorer.score(batch)
+                    _write(out, [_line(q, s, sizes, normalisation) for q, s in zip(batch, scores, strict=True)])
+                on_progress(len(batch))
     place.wait()
     if not place.keeps or place.data_rank > 0:
         return []
@@ -270,7 +268,8 @@ def _difference(value: float, error: float) -> dict[str, Any]:
 def _by_item(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return {(line["task"], line["index"]): line for line in lines if line["baseline"] is not None}
+        read = ("correct", "baseline")
+        return {(line["task"], line["index"]): {name: line[name] for name in read} for line in lines}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
             f"{path} is no file of examples ({error}); give what `bov evaluate --core --examples` wrote"
