@@ -14,7 +14,13 @@ from bov_megatron.studies.findings import findings_of_results
 from bov_megatron.studies.report.curves import LINES, read_curve
 from bov_megatron.studies.report.page import write_report
 from bov_megatron.studies.report.style import _spread
-from bov_megatron.studies.report.tables import interval, overall_differences, paired_differences, significant
+from bov_megatron.studies.report.tables import (
+    interval,
+    overall_differences,
+    paired_differences,
+    scientific,
+    significant,
+)
 from tests.support.studies import LAW, make_results, make_study, write_runs
 
 ATTRIBUTES = ("src", "srcset", "href", "data", "poster", "action", "background")
@@ -203,6 +209,10 @@ def test_curves_of_long_runs_are_thinned_and_keep_every_validation(tmp_path):
 )  # fmt: skip
 def test_significant(value, digits, text):
     assert significant(value, digits) == text
+
+
+def test_flops_of_any_size_are_written_alike():
+    assert (scientific(4.99e11), scientific(2e12), scientific(-1.26e-5, 2)) == ("4.99×10¹¹", "2.00×10¹²", "−1.3×10⁻⁵")
 
 
 def test_an_interval_has_the_decimals_that_it_warrants():

@@ -16,7 +16,7 @@ from bov_megatron.studies.findings import LEVEL, Findings
 from bov_megatron.studies.multiplier import Multiplier
 from bov_megatron.studies.report import sentences
 from bov_megatron.studies.report.style import Look
-from bov_megatron.studies.report.tables import CELL, SCORES, fixed, headline_score, interval, significant
+from bov_megatron.studies.report.tables import CELL, SCORES, fixed, headline_score, interval, scientific, significant
 from bov_megatron.studies.study import Study
 from bov_megatron.studies.table import CONVENTIONS
 
@@ -71,7 +71,7 @@ def _facts(study: Study, results: pd.DataFrame, others: list[str]) -> list[str]:
     if len(results):
         smallest, largest = significant(results.n_all.min()), significant(results.n_all.max())
         facts.append(f"{results['size'].nunique()} sizes, {smallest} to {largest} parameters")
-        facts.append(f"{significant(results.flops.min())} to {significant(results.flops.max())} FLOPs a run")
+        facts.append(f"{scientific(results.flops.min())} to {scientific(results.flops.max())} FLOPs a run")
         facts.append(f"seeds: {', '.join(str(seed) for seed in sorted(results.seed.unique()))}")
     if commits:
         facts.append(("commit " if len(commits) == 1 else "commits ") + ", ".join(commit[:10] for commit in commits))
@@ -104,14 +104,14 @@ def _multiplier(m, looks: Mapping[str, Look]) -> dict:
         "colour": looks[m.variant].colour,
         "kind": "wall-clock" if m.clock else "compute",
         "convention": CONVENTIONS[m.n_column],
-        "numbers": _plain([*zip(m.value, interval(*m.value), strict=True), (m.at, significant(m.at))]),
+        "numbers": _plain([*zip(m.value, interval(*m.value), strict=True), (m.at, scientific(m.at))]),
         "carried": _carried(m),
     }
 
 
 def _carried(m) -> str:
     inside = m.flops[m.carried]
-    return f"{significant(inside.min())} to {significant(inside.max())}"
+    return f"{scientific(inside.min())} to {scientific(inside.max())}"
 
 
 _SUMMARY_COLUMNS = [
@@ -208,7 +208,7 @@ _RUN_COLUMNS = [
 
 def _run(run, cell, study: Study, out: Path) -> dict:
     numbers = [
-        (run.steps, f"{run.steps}"), (run.tokens, significant(run.tokens, 4)), (run.flops, significant(run.flops, 4)),
+        (run.steps, f"{run.steps}"), (run.tokens, significant(run.tokens, 4)), (run.flops, scientific(run.flops, 4)),
         (run.n_all, significant(run.n_all, 4)), (run.loss, fixed(run.loss)),
         (run.bits_per_byte, fixed(run.bits_per_byte)),
         (run.tokens_per_second, significant(run.tokens_per_second)), (run.seconds, significant(run.seconds)),

@@ -14,7 +14,7 @@ from bov_megatron.studies.isoflop import Parabola
 from bov_megatron.studies.multiplier import Multiplier
 from bov_megatron.studies.report.curves import Curve
 from bov_megatron.studies.report.style import Layout, Look, label_ends, log_axis, panels
-from bov_megatron.studies.report.tables import CELL, SCORES, interval, significant
+from bov_megatron.studies.report.tables import CELL, SCORES, interval, scientific
 from bov_megatron.studies.table import CONVENTIONS
 
 Looks = Mapping[str, Look]
@@ -157,7 +157,7 @@ def isoflop(parabolas: Sequence[Parabola], looks: Looks, layout: Layout) -> Figu
             if np.isfinite(p.best_n):
                 axis.plot(p.best_n, p.best_loss, "*", color="white", markeredgecolor=look.colour, markersize=11)
             if is_variant:
-                labels.append((n[-1], c0 + c1 * x[-1] + c2 * x[-1] ** 2, significant(p.flops), look.colour))
+                labels.append((n[-1], c0 + c1 * x[-1] + c2 * x[-1] ** 2, scientific(p.flops), look.colour))
         axis.set(xlabel="parameters N", ylabel="validation loss")
         axis.set_title(variant if variant == baseline else f"{variant} (grey: {baseline})", color=looks[variant].colour)
         log_axis(axis, "x", np.concatenate([p.n for p in parabolas]))

@@ -21,7 +21,15 @@ from bov_megatron.studies.report import figures, sentences
 from bov_megatron.studies.report.context import context_of, in_order
 from bov_megatron.studies.report.curves import Curve, read_curve
 from bov_megatron.studies.report.style import NARROW, STYLE, WIDE, Layout, looks
-from bov_megatron.studies.report.tables import SCORES, fixed, headline_score, interval, significant, summarize
+from bov_megatron.studies.report.tables import (
+    SCORES,
+    fixed,
+    headline_score,
+    interval,
+    scientific,
+    significant,
+    summarize,
+)
 from bov_megatron.studies.study import Study
 from bov_megatron.studies.table import CONVENTIONS
 
@@ -114,7 +122,7 @@ def _pictures(study, results, summary, findings, variants) -> dict[str, list[Pic
             "cross-check only: the minimum of such parabolas is biased even without noise (arXiv 2603.22339)."
         )
         alt = "Minima: " + "; ".join(
-            f"{p.variant} at {significant(p.flops)} FLOPs: N {significant(p.best_n)}, loss {fixed(p.best_loss)}"
+            f"{p.variant} at {scientific(p.flops)} FLOPs: N {significant(p.best_n)}, loss {fixed(p.best_loss)}"
             for p in findings.parabolas
         )
         groups["isoflop"] = [
@@ -153,8 +161,8 @@ def _answer_pictures(study, findings, look) -> list[Picture]:
             f"The same as a function of compute (N: {CONVENTIONS[headline]}), with {level} bands. Solid where the data "
             "carry it, dotted where it is extrapolated.",
             "Multipliers over compute: "
-            + "; ".join(f"{m.variant} from {significant(m.estimate[0])} at {significant(m.flops[0])} FLOPs to "
-                        f"{significant(m.estimate[-1])} at {significant(m.flops[-1])}" for m in shown) + ".",
+            + "; ".join(f"{m.variant} from {significant(m.estimate[0])} at {scientific(m.flops[0])} FLOPs to "
+                        f"{significant(m.estimate[-1])} at {scientific(m.flops[-1])}" for m in shown) + ".",
             lambda layout: figures.multiplier_over_compute(shown, look, layout),
         ),
     ]  # fmt: skip

@@ -10,7 +10,7 @@ import pandas as pd
 from bov_megatron.studies.fitting import Fit
 from bov_megatron.studies.isoflop import CrossCheck
 from bov_megatron.studies.multiplier import Multiplier
-from bov_megatron.studies.report.tables import SCORES, fixed, interval, overall_differences, significant
+from bov_megatron.studies.report.tables import SCORES, fixed, interval, overall_differences, scientific, significant
 from bov_megatron.studies.table import CONVENTIONS
 
 
@@ -27,7 +27,7 @@ def answer(variant: str, baseline: str, multipliers: Sequence[Multiplier], refus
     estimate, low, high = interval(*first.value)
     sentences = [
         f"{variant} is worth {estimate} times the compute of {baseline} ({percent(first.level)} interval {low} to "
-        f"{high}) at {significant(first.at)} FLOPs."
+        f"{high}) at {scientific(first.at)} FLOPs."
     ]
     if first.value[1] <= 1 <= first.value[2]:
         sentences.append(
@@ -99,7 +99,7 @@ def checks(fit: Fit) -> list[str]:
     else:
         held = fit.holdout
         sentences.append(
-            f"Predicting {len(held.runs)} runs from {significant(held.flops)} FLOPs on from all others: "
+            f"Predicting {len(held.runs)} runs from {scientific(held.flops)} FLOPs on from all others: "
             f"{significant(100 * held.error, 2)}% root mean square error, "
             f"{fixed(100 * held.bias, 2, True)}% on average."
         )

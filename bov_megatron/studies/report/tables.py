@@ -86,19 +86,21 @@ def headline_score(results: pd.DataFrame) -> str:
 
 def significant(value: float, digits: int = 3) -> str:
     """`value` in so many digits: 1,234,000 as `1.23M`, 1.5e18 as `1.50×10¹⁸`, None and NaN as `–`."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if value == 0:
-        return "0"
-    mantissa, exponent = f"{abs(value):.{digits - 1}e}".split("e")
-    power = int(exponent)
-    if -3 < power < 12:
-        scale, unit = next((scale, unit) for scale, unit in ((9, "B"), (6, "M"), (3, "K"), (-9, "")) if power >= scale)
-        scale = max(scale, 0)
-        text = f"{abs(value) / 10**scale:.{max(0, digits - 1 - power + scale)}f}{unit}"
-    else:
-        text = f"{mantissa}×10{str(power).translate(_RAISED)}"
+    if value is None or not math.isfinite(value) or value == 0:
+        return "0" if value == 0 else "–"
+    power = int(f"{abs(value):.{digits - 1}e}".split("e")[1])
+    if not -3 < power < 12:
+        return scientific(value, digits)
+    scale, unit = next((scale, unit) for scale, unit in ((9, "B"), (6, "M"), (3, "K"), (-9, "")) if power >= scale)
+    scale = max(scale, 0)
+    text = f"{abs(value) / 10**scale:.{max(0, digits - 1 - power + scale)}f}{unit}"
     return ("−" if value < 0 else "") + text
+
+
+def scientific(value: float, digits: int = 3) -> str:
+    """`value` in so many digits and a power of ten, as FLOPs are written whatever their size: 5e11 as `5.00×10¹¹`."""
+    mantissa, exponent = f"{value:.{digits - 1}e}".replace("-", "−").split("e")
+    return f"{mantissa}×10{str(int(exponent.replace('−', '-'))).translate(_RAISED)}"
 
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
