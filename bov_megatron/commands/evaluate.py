@@ -58,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="ranks that share a layer")
     parser.add_argument("--pipeline-parallel", type=int, default=1, metavar="N", help="ranks that share the layers")
     core = parser.add_argument_group("CORE")
-    core.add_argument("--normalisation", choices=("bytes", "tokens"), default="bytes", help="an option's loss is "
+    core.add_argument("--normalisation", choices=("bytes", "tokens"), help="an option's loss is "
                       "divided by its UTF-8 bytes (as in the paper; default) or its tokens (as DCLM)")  # fmt: skip
     core.add_argument("--examples", metavar="FILE.jsonl", type=Path,
                       help="keep every example there (default with --json FILE.json: FILE.examples.jsonl)")  # fmt: skip
@@ -74,6 +74,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --core, --tasks or --packed: there is nothing to evaluate")
     elif options.core and (options.tasks or options.packed):
         parser.error("--core is evaluated alone: leave out --tasks and --packed, or call twice")
+    if options.compare or options.core:
+        _refuse_given(parser, options, ("num_fewshot", "no_bos", "tasks_dir"), "is for --tasks")
+    if options.compare or not options.core:
+        _refuse_given(parser, options, ("examples", "normalisation"), "is for --core")
+    if options.tensor_parallel * options.pipeline_parallel > 1:
+        _refuse_given(parser, options, ("device",), "cannot be chosen where ranks share a model: each takes its own")
+    options.normalisation = options.normalisation or "bytes"
     if options.core and options.limit is not None and (options.limit != int(options.limit) or options.limit < 1):
         parser.error(f"--limit {options.limit:g} with --core: a whole number of examples per task, at least 1")
     if options.batch_size is None:
@@ -81,6 +88,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if min(options.batch_size, options.tensor_parallel, options.pipeline_parallel) < 1:
         parser.error("--batch-size, --tensor-parallel and --pipeline-parallel must be at least 1")
     return options
+
+
+def _refuse_given(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, names: tuple[str, ...], why: str
+) -> None:
+    """What would be ignored is an error."""
+    for name in names:
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} {why}: leave it out")
 
 
 def main(arguments: list[str] | None = None) -> int:

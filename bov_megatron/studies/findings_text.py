@@ -30,8 +30,9 @@ def _multipliers(findings: Findings) -> Iterator[str]:
         level = findings.multipliers[0].level
         yield f"Multipliers: what the baseline needs more for the same loss, with {level:.0%} intervals"
         yield from (f"  {_multiplier(multiplier)}" for multiplier in findings.multipliers)
-    for variant, reason in findings.refusals.items():
-        yield f"No multiplier for {variant}: {reason}"
+    for reason in dict.fromkeys(findings.refusals.values()):
+        variants = ", ".join(variant for variant, own in findings.refusals.items() if own == reason)
+        yield f"No multiplier for {variants}: {reason}" if findings.fits else f"No fit: {reason}"
 
 
 def _multiplier(multiplier: Multiplier) -> str:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from bov_megatron.commands.evaluate import parse_arguments
 from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.core.bundle import read_bundle
 from tests.support.core_bundle import TASKS, write_bundle
@@ -383,6 +384,9 @@ def test_bad_items_are_named(bundle, tmp_path, line, said):
     [
         (["--limit", "0.5"], "--limit 0.5 with --core: a whole number"),
         (["--tasks", "x"], "--core is evaluated alone"),
+        (["--num-fewshot", "0"], "--num-fewshot is for --tasks: leave it out"),
+        (["--no-bos"], "--no-bos is for --tasks"),
+        (["--tensor-parallel", "2", "--device", "cpu"], "--device cannot be chosen where ranks share a model"),
         (["--tensor-parallel", "2"], "ranks don't divide the 1 that were started"),
     ],
 )
@@ -394,3 +398,10 @@ def test_what_means_nothing_is_refused(exact_export, bundle, capsys, options, sa
     except SystemExit as exit:
         status = exit.code
     assert status == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--examples", "x.jsonl"], ["--normalisation", "bytes"]])
+def test_what_only_core_takes_is_refused_elsewhere(capsys, option):
+    with pytest.raises(SystemExit):
+        parse_arguments(["export", "--tasks", "x", *option])
+    assert f"{option[0]} is for --core: leave it out" in capsys.readouterr().err

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from bov_megatron.evaluation.core.prompts import Option, Question
+from bov_megatron.evaluation.core.scorers import TransformersScorer
 from tests.support.small_models import VARIANTS, random_ids, small_model
 
 PAD = 0
@@ -40,6 +42,20 @@ def test_left_padded_rows_equal_single_rows(variant):
     for i, row in enumerate(rows):
         alone = model.generate(row[None], max_new_tokens=8, do_sample=False, pad_token_id=PAD)
         assert together[i, 17:].tolist() == alone[0, len(row) :].tolist()
+
+
+def test_scores_behind_shared_prefixes_equal_whole_sequences():
+    """As CORE computes them, from a cache whose rows are repeated."""
+    ids = random_ids(3, 14).tolist()
+    shared = [Option([*ids[0][:9], *ending], 9) for ending in (ids[0][9:], ids[1][:3], ids[1][3:4])]
+    other = [Option([*ids[2][:6], *ending], 7) for ending in (ids[2][6:9], ids[2][9:])]
+    questions = [Question(None, index, options, 0) for index, options in enumerate((shared, other))]
+    scorer = TransformersScorer(small_model(VARIANTS["bank"]))
+    whole = [
+        score for row in scorer.score([Question(None, 0, [option], 0) for option in shared + other]) for score in row
+    ]
+    behind = [score for row in scorer.score(questions) for score in row]
+    assert [score.nats for score in behind] == pytest.approx([score.nats for score in whole], rel=1e-5)
 
 
 WAYS = {

@@ -141,7 +141,7 @@ def test_every_run_is_listed_with_recipe_commit_and_digest(whole):
     listed = {cells[0][0]: cells for cells in page.tables["runs"][1:]}
     assert set(listed) == set(results.cell)
     run = results.iloc[0]
-    assert [cell[0] for cell in listed[run.cell][-2:]] == [run.digest[:12], run.commit[:10]]
+    assert [cell[0] for cell in listed[run.cell][-2:]] == [run.digest[:12], run.commit]
     links = [value for tag, _, value in page.references if tag == "a" and value.endswith("recipe.yaml")]
     assert len(links) == len(results) and (out / links[0]).read_text() == "name: made\n"
     assert f"bov train recipes/smoke.yaml output_dir={out.parent}/cells/{run.cell}" in page.text
@@ -223,3 +223,11 @@ def test_an_interval_has_the_decimals_that_it_warrants():
 def test_labels_move_apart_as_little_as_needed():
     placed = _spread(np.array([0.0, 1.0, 50.0]), 10)
     assert placed.tolist() == [-4.5, 5.5, 50.0]
+
+
+def test_commits_of_runs_started_again_are_named_once_and_whole(tmp_path):
+    def results(table):
+        return table.assign(commit=["a1b2c3d4e5f6, a1b2c3d4e5f6+changes", *["a1b2c3d4e5f6+changes"] * (len(table) - 1)])
+
+    report(tmp_path, results)
+    assert "commits a1b2c3d4e5f6, a1b2c3d4e5f6+changes<" in (tmp_path / "report/index.html").read_text()

@@ -68,7 +68,7 @@ class TransformersScorer:
         )
         prefixes = self.model(ids_PS, attention_mask=mask_PS, use_cache=True, logits_to_keep=1)
         rows = torch.tensor(prefix_of, device=ids_PS.device)
-        cache = prefixes.past_key_values if "past_key_values" in prefixes else prefixes.cache
+        cache = prefixes.past_key_values
         cache.batch_select_indices(rows)
         ids_BS, mask_BS = self._padded([o.ids[begin:] for o, begin in zip(options, shared, strict=True)], left=False)
         added = self.model(ids_BS, attention_mask=torch.cat([mask_PS[rows], mask_BS], dim=1), past_key_values=cache)

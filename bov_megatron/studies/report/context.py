@@ -66,7 +66,8 @@ def context_of(
 
 def _facts(study: Study, results: pd.DataFrame, others: list[str]) -> list[str]:
     counted = f"{len(results)} of {max(len(study.cells), len(results))} runs finished"
-    commits = sorted(set(results.commit.dropna().astype(str)))
+    # A run that was started again may have several.
+    commits = sorted({one for own in results.commit.dropna() for one in own.split(", ")})
     facts = [counted, f"baseline: {study.baseline}", f"compared with it: {', '.join(others) or 'nothing'}"]
     if len(results):
         smallest, largest = significant(results.n_all.min()), significant(results.n_all.max())
@@ -74,7 +75,7 @@ def _facts(study: Study, results: pd.DataFrame, others: list[str]) -> list[str]:
         facts.append(f"{scientific(results.flops.min())} to {scientific(results.flops.max())} FLOPs a run")
         facts.append(f"seeds: {', '.join(str(seed) for seed in sorted(results.seed.unique()))}")
     if commits:
-        facts.append(("commit " if len(commits) == 1 else "commits ") + ", ".join(commit[:10] for commit in commits))
+        facts.append(("commit " if len(commits) == 1 else "commits ") + ", ".join(commits))
     return facts
 
 
@@ -219,7 +220,7 @@ def _run(run, cell, study: Study, out: Path) -> dict:
         "cell": run.cell,
         "numbers": _plain(numbers),
         "digest": str(run.digest)[:12],
-        "commit": str(run.commit)[:10],
+        "commit": run.commit,
         "link": link,
         "recipe_link": link and f"{link}/recipe.yaml",
         "command": cell and shlex.join(["bov", "train", str(cell.base), *cell.overrides]),

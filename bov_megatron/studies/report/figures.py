@@ -68,7 +68,7 @@ def multiplier_over_compute(multipliers: Sequence[Multiplier], looks: Looks, lay
             ends.append((m.flops[-1], m.estimate[-1], m.variant, look.colour))
         axis.axhline(1, color="#555555", linewidth=1)
         axis.set(xlabel="compute (FLOPs)", ylabel=f"{words}, × baseline")
-        log_axis(axis, "x", np.concatenate([m.flops for m in shown]))
+        log_axis(axis, "x", np.concatenate([m.flops for m in shown]), scientific)
         carried = [v[m.carried] for m in shown for v in (m.low, m.high) if m.carried.any()]
         values = np.concatenate(carried or [m.estimate for m in shown])
         axis.set_ylim(*_limits([*values, *(end[1] for end in ends), 1.0], 0.12))
@@ -94,7 +94,7 @@ def differences(summary: pd.DataFrame, score: str, looks: Looks, layout: Layout)
         ends.append((x.iloc[-1], y.iloc[-1], label, look.colour))
     axis.axhline(0, color="#555555", linewidth=1)
     axis.set(xlabel="compute (FLOPs)", ylabel=f"{SCORES[score]}\nminus the baseline's")
-    log_axis(axis, "x", rows.flops)
+    log_axis(axis, "x", rows.flops, scientific)
     label_ends([axis], [ends], 8 if len(ends) < 16 else 6.5)
     return figure
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +93,8 @@ def panels(layout: Layout, count: int, height: float, share: bool = False) -> tu
     return figure, axes[:count]
 
 
-def log_axis(axis: Axes, which: str, values) -> None:
-    """Make `which` ("x" or "y") logarithmic, with readable ticks whatever `values` span."""
+def log_axis(axis: Axes, which: str, values, write: Callable[[float, int], str] = significant) -> None:
+    """Make `which` ("x" or "y") logarithmic, with readable ticks whatever `values` span, two digits as `write` does."""
     axis.set(**{f"{which}scale": "log"})
     finite = np.asarray(values, dtype=float)
     finite = finite[np.isfinite(finite) & (finite > 0)]
@@ -108,13 +108,13 @@ def log_axis(axis: Axes, which: str, values) -> None:
         steps = (1, 2, 3, 5) if decades > 0.4 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
     ticks = axis.xaxis if which == "x" else axis.yaxis
     ticks.set_major_locator(LogLocator(subs=steps, numticks=5))
-    ticks.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: _short(write(value, 2))))
     ticks.set_minor_locator(NullLocator())
 
 
-def _short(value: float) -> str:
-    """Two digits, without a zero behind the point."""
-    return re.sub(r"\.0(?!\d)", "", significant(value, 2))
+def _short(text: str) -> str:
+    """Without a zero behind the point."""
+    return re.sub(r"\.0(?!\d)", "", text)
 
 
 Label = tuple[float, float, str, str]
