@@ -52,6 +52,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                         help="default: as exported or trained")  # fmt: skip
+    parser.add_argument("--bank-device", choices=("cpu", "mmap"), help="keep value tables in the host's memory, or "
+                        "(of an export) in their file, read row by row; of a model that no ranks share")  # fmt: skip
     parser.add_argument("--no-bos", action="store_true", help="don't start lm-eval's prompts with the bos token")
     parser.add_argument("--offline", action="store_true", help="never ask the Hugging Face hub; for local tasks")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the scores there as well")
@@ -135,6 +137,7 @@ def _evaluate(options: argparse.Namespace, layout: Layout) -> dict[str, Any] | N
         dtype=options.dtype,
         bos=not options.no_bos,
         layout=layout,
+        bank_device=options.bank_device,
     )
     if layout.world.rank > 0:
         return None
@@ -165,7 +168,7 @@ def _evaluate_core(options: argparse.Namespace, layout: Layout) -> dict[str, Any
     with (
         _examples_file(options, layout.world.world_size) as examples,
         quiet_libraries(),
-        open_scorer(target, layout, options.device, options.dtype) as (scorer, context, place),
+        open_scorer(target, layout, options.device, options.dtype, options.bank_device) as (scorer, context, place),
         tqdm(unit=" examples", desc="CORE", disable=layout.world.rank > 0 or not sys.stderr.isatty()) as bar,
     ):
         lines = score_bundle(

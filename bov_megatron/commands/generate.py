@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--seed", type=int, help="of the sampling; the same seed gives the same text")
     add("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="default: as exported or trained")
+    add("--bank-device", choices=("cpu", "mmap"), help="keep value tables in the host's memory, or (of an export) in "
+        "their file, read row by row")  # fmt: skip
     add("--json", action="store_true", help="a JSON object for each prompt, with its tokens and seconds")
     options = parser.parse_args(arguments)
 
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     from bov_megatron.evaluation.generation import Generator, Sampling
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    generator = Generator(options.target, options.step, options.device, options.dtype)
+    generator = Generator(options.target, options.step, options.device, options.dtype, options.bank_device)
     for prompt in options.prompt or _prompts():
         _continue(generator, prompt, options.max_new_tokens, sampling, options.json)
     return 0

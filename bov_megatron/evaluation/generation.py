@@ -65,15 +65,23 @@ class Generator:
         target: folder of an export, run folder (its newest checkpoint, or that of `step`), or one checkpoint's folder.
         device: None means a GPU if there is one.
         dtype: `auto` is that of the export, or that in which the run computed.
+        bank_device: where value tables are: None (on `device`), `cpu`, or of an export `mmap`.
 
     Raises EvaluationError or CheckpointError where there is no model, DataError without a tokenizer.
     """
 
-    def __init__(self, target: Path, step: int | None = None, device: str | None = None, dtype: str = "auto"):
+    def __init__(
+        self,
+        target: Path,
+        step: int | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        bank_device: str | None = None,
+    ):
         found = find_target(target, step)
         self.source = str(found.folder)
         self.encoder: Encoder = found.encoder()
-        self.model = found.load(device, dtype)
+        self.model = found.load(device, dtype, bank_device)
 
     def generate(
         self,

@@ -43,17 +43,21 @@ def detect_layout(tensor: int = 1, pipeline: int = 1) -> Layout:
 
 
 @contextlib.contextmanager
-def open_engine(target: Target, layout: Layout, dtype: str) -> Iterator[Engine]:
+def open_engine(target: Target, layout: Layout, dtype: str, bank_device: str | None = None) -> Iterator[Engine]:
     """The checkpoint over all ranks of the world; collective over them.
 
-    `dtype` is as in `Target.load`. Raises EvaluationError, CheckpointError, or RecipeError for a layout that the model
-    can't have.
+    `dtype` is as in `Target.load`; a `bank_device` is refused. Raises EvaluationError, CheckpointError, or RecipeError
+    for a layout that the model can't have.
     """
     if target.is_export:
         raise EvaluationError(
             f"{target.folder} is an export, which can't be split over ranks, and only --core shares its examples over "
             "several processes: start one, without --tensor-parallel and --pipeline-parallel, or give the run that it "
             "was made from"
+        )
+    if bank_device is not None:
+        raise EvaluationError(
+            f"--bank-device {bank_device}: ranks that share a model hold its tables between them; leave it out"
         )
     parallel = ParallelConfig(
         tensor_model_parallel_size=layout.tensor,

@@ -29,11 +29,13 @@ def evaluate(
     dtype: str = "auto",
     bos: bool = True,
     layout: Layout | None = None,
+    bank_device: str | None = None,
 ) -> dict:
     """Scores of a model: lm-eval's `tasks`, and bits per byte on the MDS folder `packed`.
 
     Args:
         layout: of the processes that all call this; those that aren't the first get no scores of tasks.
+        bank_device: as in `Target.load`.
 
     Returns `{"model", "scores": {task: {metric: value}}, "samples": {task: count}, …}`, ready for JSON; the packed
     samples appear as the task `packed`. Other arguments as in `lm_eval_tasks.run_tasks`. Raises EvaluationError.
@@ -43,9 +45,9 @@ def evaluate(
     if packed is not None:
         _check_tokenizer(target, Path(packed))
     report: dict = {"model": str(target.folder), "scores": {}, "samples": {}}
-    over_ranks = open_engine(target, layout, dtype) if layout and layout.world.world_size > 1 else nullcontext()
-    with quiet_libraries(), over_ranks as engine:
-        model = None if engine else target.load(device, dtype)
+    shared = open_engine(target, layout, dtype, bank_device) if layout and layout.world.world_size > 1 else None
+    with quiet_libraries(), shared or nullcontext() as engine:
+        model = None if engine else target.load(device, dtype, bank_device)
         if tasks:
             from bov_megatron.evaluation.lm_eval_tasks import as_lm_eval_model, run_tasks
 

@@ -25,23 +25,45 @@ class Target:
     tokenizer: Path
     is_export: bool
 
-    def load(self, device: str | None = None, dtype: str = "auto") -> PreTrainedModel:
+    def load(self, device: str | None = None, dtype: str = "auto", bank_device: str | None = None) -> PreTrainedModel:
         """The model, in this process and in evaluation mode: an export, or a checkpoint as the model that it exports
         to.
 
         Args:
             device: None means a GPU if there is one.
             dtype: `auto` is that of the export, or that in which the run computed.
+            bank_device: where value tables are, as in BovConfig; None means what the export's configuration says.
+
+        Raises EvaluationError for a `bank_device` that the target can't have.
         """
         if self.is_export:
-            from transformers import AutoModelForCausalLM
-
-            model = AutoModelForCausalLM.from_pretrained(str(self.folder), trust_remote_code=True, dtype=dtype)
+            model = self._load_export(dtype, bank_device)
         else:
             from bov_megatron.exchange.convert import in_memory
 
-            model = in_memory(self.folder, None if dtype == "auto" else getattr(torch, dtype))
+            if bank_device == "mmap":
+                raise EvaluationError(
+                    f"--bank-device mmap: {self.folder} is a checkpoint, and only an export's tables can be mapped; "
+                    "give --bank-device cpu, or an export (bov convert to-hf)"
+                )
+            model = in_memory(self.folder, None if dtype == "auto" else getattr(torch, dtype), bank_device)
         return model.to(device or ("cuda" if has_gpu() else "cpu")).eval()
+
+    def _load_export(self, dtype: str, bank_device: str | None) -> PreTrainedModel:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        # The code of an export is its own, and may be older than this.
+        config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=True)
+        if bank_device is not None:
+            if not hasattr(config, "bank_device"):
+                raise EvaluationError(
+                    f"--bank-device {bank_device}: {self.folder} was exported before there was a bank_device; export "
+                    "it again (bov convert to-hf)"
+                )
+            config.bank_device = bank_device
+        return AutoModelForCausalLM.from_pretrained(
+            str(self.folder), config=config, trust_remote_code=True, dtype=dtype
+        )
 
     def encoder(self) -> Encoder:
         return load_encoder(self.tokenizer)

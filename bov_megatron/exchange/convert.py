@@ -92,17 +92,17 @@ def _tokenizer_of(run_dir: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def in_memory(path: Path, dtype: torch.dtype | None = None) -> BovForCausalLM:
+def in_memory(path: Path, dtype: torch.dtype | None = None, bank_device: str | None = None) -> BovForCausalLM:
     """The model that `to_hf` would export of a checkpoint, without the folder: on the CPU, in evaluation mode.
 
-    `dtype` None means that of the run's computation, as in `to_hf`. Raises CheckpointError.
+    `dtype` None means that of the run's computation, as in `to_hf`; `bank_device` may be `cpu`. Raises CheckpointError.
     """
     from bov_megatron.exchange.hf.modeling_bov import BovForCausalLM
 
     dtype = dtype or _computed_in(checkpoint.read_run(path)["recipe"])
     with open_checkpoint(path) as engine:
         weights = {name: tensor.to("cpu", dtype, copy=True) for name, tensor in canonical_tensors(engine)}
-        config = hf_config(engine.recipe.model)
+        config = hf_config(engine.recipe.model, bank_device=bank_device)
     with torch.device("meta"):
         model = BovForCausalLM(config)
     model.load_state_dict(weights, assign=True)

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,8 +33,8 @@ AUTO_MAP = {
 DEFAULT_SHARD_BYTES = 4 << 30
 
 
-def hf_config(model: ModelConfig, **token_ids: int | None) -> BovConfig:
-    """The exported model's configuration; `token_ids` are bos_token_id etc.
+def hf_config(model: ModelConfig, **options: Any) -> BovConfig:
+    """The exported model's configuration; `options` are its fields that no recipe has: bos_token_id, bank_device etc.
 
     `BovForCausalLM(hf_config(model)).load_state_dict(weights)` takes canonical names.
     """
@@ -58,7 +58,7 @@ def hf_config(model: ModelConfig, **token_ids: int | None) -> BovConfig:
         rotary_base=model.rotary_base,
         logit_softcap=model.logit_softcap,
         qk_scale=model.qk_scale,
-        **token_ids,
+        **options,
     )
 
 

@@ -63,6 +63,15 @@ def test_sampling(trained_export):
     assert say(temperature=1.0, top_k=1, seed=3) == say(temperature=5.0, top_p=1e-6, seed=4) == say()
 
 
+def test_tables_outside_the_device_give_the_same_text(trained_run, trained_export):
+    expected = Generator(trained_export).generate("def", 12).text
+    for target, bank_device in ((trained_export, "mmap"), (trained_run, "cpu")):
+        generator = Generator(target, bank_device=bank_device)
+        assert generator.model.tables() and generator.generate("def", 12).text == expected
+    with pytest.raises(EvaluationError, match="is a checkpoint, and only an export's tables can be mapped"):
+        Generator(trained_run, bank_device="mmap")
+
+
 def test_what_means_nothing_is_refused(trained_export, prepared_data):
     generator = Generator(trained_export)
     with pytest.raises(EvaluationError, match="the prompt has .* the model was trained on 256: shorten it"):

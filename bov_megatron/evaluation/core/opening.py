@@ -20,7 +20,7 @@ PATIENCE = datetime.timedelta(days=1)
 
 @contextlib.contextmanager
 def open_scorer(
-    target: Target, layout: Layout, device: str | None = None, dtype: str = "auto"
+    target: Target, layout: Layout, device: str | None = None, dtype: str = "auto", bank_device: str | None = None
 ) -> Iterator[tuple[Scorer, int, Place]]:
     """A scorer, the longest sequence it takes, and this process's place; collective over the world's processes.
 
@@ -29,7 +29,7 @@ def open_scorer(
     if layout.model_ranks > 1:
         from megatron.core import parallel_state
 
-        with open_engine(target, layout, dtype) as engine:
+        with open_engine(target, layout, dtype, bank_device) as engine:
             model_ranks = parallel_state.get_model_parallel_group()
             data_ranks = parallel_state.get_data_parallel_group()
             place = Place(data_ranks.rank(), data_ranks.size(), model_ranks.rank() == 0, dist.barrier)
@@ -39,7 +39,7 @@ def open_scorer(
     several = world.world_size > 1
     if several and device is None and has_gpu():
         device = f"cuda:{world.local_rank}"
-    model = target.load(device, dtype)  # before the group: a checkpoint is read in a group of its own
+    model = target.load(device, dtype, bank_device)  # before the group: a checkpoint is read in a group of its own
     if several:
         dist.init_process_group("gloo", timeout=PATIENCE)  # only to wait for each other
     try:

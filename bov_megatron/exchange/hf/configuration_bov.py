@@ -41,6 +41,9 @@ class BovConfig(PretrainedConfig):
         rotary_base: base of the rotary frequencies.
         logit_softcap: logits are `cap * tanh(logits / cap)`.
         qk_scale: factor on q and on k after their per-head norm.
+        bank_device: where value tables are: `None` is on the model's device, as parameters; `cpu` in the host's memory;
+            `mmap` in their safetensors file, whose rows are read when a token needs them. May be given to
+            `from_pretrained`.
     """
 
     model_type = "bov"
@@ -65,6 +68,7 @@ class BovConfig(PretrainedConfig):
         rotary_base=100000.0,
         logit_softcap=15.0,
         qk_scale=1.2,
+        bank_device=None,
         use_cache=True,
         bos_token_id=None,
         eos_token_id=None,
@@ -91,8 +95,9 @@ class BovConfig(PretrainedConfig):
         self.rotary_base = rotary_base
         self.logit_softcap = logit_softcap
         self.qk_scale = qk_scale
+        self.bank_device = bank_device
         self.use_cache = use_cache
-        self._check()
+        self.check()
         super().__init__(
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
@@ -101,7 +106,10 @@ class BovConfig(PretrainedConfig):
             **kwargs,
         )
 
-    def _check(self):
+    def check(self):
+        """Raise ValueError for what no model has; called again by models, as `from_pretrained` may have changed it."""
+        if self.bank_device not in (None, "cpu", "mmap"):
+            raise ValueError(f"bank_device={self.bank_device!r} is neither None (the model's device), 'cpu' nor 'mmap'")
         if self.value_coefficient not in ("learned", "fixed"):
             raise ValueError(f"value_coefficient={self.value_coefficient!r} is neither 'learned' nor 'fixed'")
         if self.value_table not in ("per_layer", "shared"):

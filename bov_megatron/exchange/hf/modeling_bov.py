@@ -1,5 +1,5 @@
-"""The exported Bank-of-Values decoder (arXiv 2606.02780). Ships with the export, so it imports only torch, transformers
-and its configuration.
+"""The exported Bank-of-Values decoder (arXiv 2606.02780). Ships with the export, so it imports only torch,
+transformers, safetensors (which transformers needs) and its configuration.
 
 With `value_source="bank"`, an attention value in a target layer is the row of a table for the token's id. Such layers
 don't cache values; the token ids are cached once for all of them.
@@ -8,10 +8,12 @@ Shapes: B batch, S new positions, T positions seen so far (cached and new), C hi
 G key/value heads, D head size, K columns of a projection (heads · D).
 """
 
+import os
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -19,8 +21,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
 from .configuration_bov import BovConfig
+
+logger = logging.get_logger(__name__)
 
 SMEAR_CHANNELS = 24
 GATE_CHANNELS = 12
@@ -81,6 +86,55 @@ class BovCache(DynamicCache):
         return ids_B1T1[:, 0, :, 0]
 
 
+class BovTable(nn.Module):
+    """A value table that is not on the model's device (`config.bank_device`).
+
+    Its rows are no parameter, so that `to`, `device_map` and optimizers pass them by; `state_dict` has them. They keep
+    the dtype they are stored in; those that are looked up are converted.
+    """
+
+    def __init__(self, num_rows, num_columns, bank_device):
+        super().__init__()
+        self.shape, self.bank_device = (num_rows, num_columns), bank_device
+        self.rows_VK = None
+        self.file = None  # that the rows are mapped from
+
+    def forward(self, ids_N):
+        """Rows of the ids, on the CPU, `[N, K]`."""
+        if self.rows_VK is None:
+            raise ValueError(
+                f"a value table with bank_device={self.bank_device!r} has no rows yet: load the model with "
+                "from_pretrained (or with load_state_dict, if it is 'cpu')"
+            )
+        if self.training and torch.is_grad_enabled():
+            logger.warning_once(f"bank_device={self.bank_device!r}: value tables are not trained, the rest is")
+        return self.rows_VK[ids_N.cpu()]
+
+    def set_rows(self, rows_VK, file=None):
+        """Take rows: a copy, or with `mmap` these, which are mapped from `file`."""
+        if rows_VK.shape != self.shape:
+            raise ValueError(f"a value table has shape {tuple(rows_VK.shape)}, and the configuration says {self.shape}")
+        self.file = file if self.bank_device == "mmap" else None
+        self.rows_VK = rows_VK if self.file else rows_VK.detach().to("cpu", copy=True)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.rows_VK is not None:
+            destination[prefix + "weight"] = self.rows_VK
+
+    def _load_from_state_dict(self, state_dict, prefix, _metadata, _strict, missing_keys, _unexpected, error_msgs):
+        if prefix + "weight" not in state_dict:
+            missing_keys.append(prefix + "weight")
+        elif self.bank_device == "mmap":
+            error_msgs.append(f"{prefix}weight: bank_device='mmap' takes tables from files alone: use from_pretrained")
+        else:
+            self.set_rows(state_dict[prefix + "weight"])
+
+
+def make_table(config):
+    sizes = config.vocab_size, config.num_key_value_heads * config.head_dim
+    return nn.Embedding(*sizes) if config.bank_device is None else BovTable(*sizes, config.bank_device)
+
+
 class BovSmear(nn.Module):
     """Adds to each token a gated share of the one before it."""
 
@@ -111,7 +165,7 @@ class BovAttention(nn.Module):
         if has_value_matrix:
             self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
         if self.reads == "table" and config.value_table == "per_layer":
-            self.value_table = nn.Embedding(config.vocab_size, kv_dim)
+            self.value_table = make_table(config)
         self.value_gate = nn.Linear(GATE_CHANNELS, self.num_kv_heads, bias=False) if facts["gated"] else None
         # A fixed coefficient is a plain number, and no parameter.
         self.is_sum = facts["coefficients"] == 2
@@ -154,8 +208,7 @@ class BovAttention(nn.Module):
             return context.first_values_BGTD[:, :, start:]
         if self.reads == "embedding":
             return self._heads(self.v_proj(rms_norm(context.x0_BSC)), self.num_kv_heads)
-        table = context.shared_table or self.value_table
-        return self._heads(table(context.ids_BT[:, start:]), self.num_kv_heads)
+        return self._heads(context.look_up(context.shared_table or self.value_table, start), self.num_kv_heads)
 
     def _values_to_cache(self, x_BSC, context, k_BGSD):
         """The new positions' values; of width 0 if they can be recomputed without the residual stream."""
@@ -209,6 +262,7 @@ class BovContext:
         self.x0_BSC = self.first_values_BGTD = self.shared_table = None
         self.attentions = attentions
         self._masks = {}
+        self._distinct = {}
         # Not a buffer, because loading on the meta device would lose it.
         steps = torch.arange(0, config.head_dim, 2, device=ids_BT.device, dtype=torch.float32)
         angles = position_ids_BS[:, None, :, None].float() / config.rotary_base ** (steps / config.head_dim)
@@ -218,6 +272,17 @@ class BovContext:
         """Half-split rotary embedding, rotating in the opposite direction to Llama's."""
         x1, x2 = x_BHSD.chunk(2, dim=-1)
         return torch.cat([x1 * self.cos + x2 * self.sin, x2 * self.cos - x1 * self.sin], dim=-1)
+
+    def look_up(self, table, start):
+        """Rows of the tokens from position `start` on, `[B, T - start, K]`; a BovTable gives each distinct one once."""
+        ids_BT = self.ids_BT[:, start:]
+        if isinstance(table, nn.Embedding):
+            return table(ids_BT)
+        first = self.ids_BT.size(1) - ids_BT.size(1)
+        if first not in self._distinct:
+            self._distinct[first] = ids_BT.unique(return_inverse=True)
+        distinct_N, which_BT = self._distinct[first]
+        return F.embedding(which_BT, table(distinct_N).to(self.x0_BSC))
 
     def mask(self, layer):
         """`(start, mask, is_causal)` of a layer; keys before `start` are outside every query's window."""
@@ -253,6 +318,51 @@ class BovPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     supports_gradient_checkpointing = True
 
+    def __init__(self, config):
+        config.check()
+        super().__init__(config)
+        if config.bank_device is not None:
+            self._keys_to_ignore_on_load_unexpected = [r"value_table\."]  # read by _load_pretrained_model below
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, *args, **options):
+        # Here transformers has found or downloaded the files, and has read none of them yet.
+        loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, *args, **options)
+        if model.config.bank_device is not None:
+            model._load_tables(checkpoint_files)
+        return loaded
+
+    def _load_tables(self, checkpoint_files):
+        """Take the rows of all tables from safetensors files."""
+        if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            raise ValueError(
+                f"bank_device={self.config.bank_device!r} takes value tables from safetensors files, found "
+                f"{checkpoint_files or 'a state_dict'}; leave bank_device out, or save the model as safetensors"
+            )
+        prefix = self.base_model_prefix + "."
+        wanted = {f"{name}.weight".removeprefix(prefix): module for name, module in self.tables()}
+        for file in checkpoint_files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                    if (table := wanted.pop(name.removeprefix(prefix), None)) is not None:
+                        table.set_rows(opened.get_tensor(name), file)
+        if wanted:
+            raise ValueError(f"{', '.join(map(str, checkpoint_files))}: no {', '.join(wanted)}")
+
+    def tables(self):
+        """Names and modules of value tables that are not on the model's device."""
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, BovTable)]
+
+    def save_pretrained(self, save_directory, *args, **options):
+        """As in `PreTrainedModel`, but not over files that `bank_device="mmap"` reads."""
+        mapped = {os.path.dirname(table.file) for _, table in self.tables() if table.file}
+        if os.path.isdir(save_directory) and any(os.path.samefile(folder, save_directory) for folder in mapped):
+            raise ValueError(
+                f"{save_directory} holds the value tables that this model reads with bank_device='mmap'; save to "
+                "another folder, or load with bank_device='cpu'"
+            )
+        super().save_pretrained(save_directory, *args, **options)
+
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **options):
         # A reentrant checkpoint loses gradients here: x0 and layer 0's values reach a layer through the context.
         function = partial(gradient_checkpointing_func, use_reentrant=False)
@@ -260,6 +370,11 @@ class BovPreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """As in `PreTrainedModel`, and every value table with it: a new token needs a row in each."""
+        if self.tables() and (new_num_tokens or pad_to_multiple_of):
+            raise ValueError(
+                f"bank_device={self.config.bank_device!r}: value tables that are not on the model's device can't be "
+                "resized; load the model without bank_device, resize and save it"
+            )
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         for module in self.modules():
             table = getattr(module, "value_table", None)
@@ -273,7 +388,7 @@ class BovPreTrainedModel(PreTrainedModel):
         bound = (3 / self.config.hidden_size) ** 0.5
         if isinstance(module, BovAttention):
             for name in ("q_proj", "k_proj", "v_proj", "value_table"):
-                if hasattr(module, name):
+                if isinstance(getattr(module, name, None), (nn.Linear, nn.Embedding)):
                     getattr(module, name).weight.uniform_(-bound, bound)
             if module.value_gate is not None:
                 module.value_gate.weight.uniform_(0, 0.02)
@@ -289,7 +404,7 @@ class BovPreTrainedModel(PreTrainedModel):
             module.scale.zero_()
         elif isinstance(module, BovModel):
             module.embed_tokens.weight.normal_(0, 0.8)
-            if module.value_table is not None:
+            if isinstance(module.value_table, nn.Embedding):
                 module.value_table.weight.uniform_(-bound, bound)
         elif isinstance(module, BovForCausalLM):
             module.lm_head.weight.normal_(0, 0.001)
@@ -304,7 +419,7 @@ class BovModel(BovPreTrainedModel):
         self.smear = BovSmear(config)
         self.value_table = None
         if config.has_shared_table:
-            self.value_table = nn.Embedding(config.vocab_size, config.num_key_value_heads * config.head_dim)
+            self.value_table = make_table(config)
         self.layers = nn.ModuleList(BovDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.post_init()
 
