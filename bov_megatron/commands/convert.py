@@ -40,6 +40,8 @@ def _add_to_hf(commands) -> None:
     to_hf.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     to_hf.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     to_hf.add_argument("--dtype", choices=("float32", "bfloat16"), help="stored weights (default: as the run computed)")
+    to_hf.add_argument("--tables", choices=("bf16", "int8"), help="stored value tables, int8 with a scale per row "
+                       "(default: like the other weights)")  # fmt: skip
     to_hf.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one kept with the run)")
     to_hf.add_argument("--skip-parity", action="store_true", help="do not compare logits")
     to_hf.add_argument("--overwrite", action="store_true", help="replace OUT if it holds anything")
@@ -102,12 +104,15 @@ def _to_hf(options) -> str:
         options.out,
         step=options.step,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
+        tables=options.tables,
         tokenizer_dir=options.tokenizer,
         check_parity=not options.skip_parity,
         overwrite=options.overwrite,
     )
     without = "" if done.has_tokenizer else ", without a tokenizer (the run has none; give one with --tokenizer)"
-    return f"{done.out_dir}: step {done.step} of {done.checkpoint}{without}; {_parity(done.parity)}"
+    cost = done.cost_of_tables
+    tables = "" if cost is None else f"; tables in {options.tables} change them by: {cost}"
+    return f"{done.out_dir}: step {done.step} of {done.checkpoint}{without}; {_parity(done.parity)}{tables}"
 
 
 def _from_hf(options) -> str:

@@ -18,7 +18,7 @@ from bov_megatron.checkpoint import compatibility
 from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import ExportError
-from bov_megatron.exchange.export import export, hf_config
+from bov_megatron.exchange.export import export, hf_config, rounded_table
 from bov_megatron.exchange.model_card import training_record
 from bov_megatron.exchange.parity import Parity, compare_logits
 from bov_megatron.lifecycle import run_folder
@@ -42,7 +42,9 @@ class Conversion:
     checkpoint: Path
     step: int
     parity: Parity | None
-    """Of the exported model's logits with the Megatron model's; None if not checked."""
+    """Of the exported model's logits with the Megatron model's, rounded alike; None if not checked."""
+    cost_of_tables: Parity | None
+    """With those of tables that are stored like the other weights; None if they are."""
     has_tokenizer: bool
 
 
@@ -52,6 +54,7 @@ def to_hf(
     *,
     step: int | None = None,
     dtype: torch.dtype | None = None,
+    tables: str | None = None,
     tokenizer_dir: Path | None = None,
     check_parity: bool = True,
     overwrite: bool = False,
@@ -61,6 +64,7 @@ def to_hf(
     Args:
         run_dir: run folder (the newest checkpoint, or that of `step`), or one checkpoint's folder.
         dtype: of the stored weights; None means that of the run's computation.
+        tables: of the stored value tables, as in `export`.
         tokenizer_dir: None means the run's, and none where it has none.
         check_parity: compare logits with the Megatron model's, and export nothing if they differ by more than
             PARITY_TOLERANCE.
@@ -72,19 +76,21 @@ def to_hf(
     dtype = dtype or _computed_in(stored["recipe"])
     tokenizer_dir = tokenizer_dir or _tokenizer_of(run_folder.run_dir_of(path))
     with open_checkpoint(path) as engine:
-        parity: list[Parity] = []
+        parity: list[tuple[Parity, Parity | None]] = []
         out_dir = export(
             canonical_tensors(engine),
             engine.recipe.model,
             tokenizer_dir,
             out_dir,
             dtype=dtype,
+            tables=tables,
             recipe=stored["recipe"],
             trained=training_record(path, stored),
             overwrite=overwrite,
-            check=lambda folder: parity.append(_parity(engine, folder, dtype)) if check_parity else None,
+            check=lambda folder: parity.append(_parity(engine, folder, dtype, tables)) if check_parity else None,
         )
-    return Conversion(out_dir, path, stored["step"], parity[0] if parity else None, tokenizer_dir is not None)
+    agreement, cost_of_tables = parity[0] if parity else (None, None)
+    return Conversion(out_dir, path, stored["step"], agreement, cost_of_tables, tokenizer_dir is not None)
 
 
 def _tokenizer_of(run_dir: Path) -> Path | None:
@@ -159,25 +165,37 @@ def canonical_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def _parity(engine: Engine, out_dir: Path, dtype: torch.dtype) -> Parity:
-    """The exported model's logits against the engine's on random ids, more than a short window of them.
+def _parity(engine: Engine, out_dir: Path, dtype: torch.dtype, tables: str | None) -> tuple[Parity, Parity | None]:
+    """The exported model's logits against the engine's on random ids, more than a short window of them; and, where
+    `tables` are stored apart, against those of tables in `dtype`.
 
-    Rounds the engine's weights to `dtype`. Raises ExportError beyond PARITY_TOLERANCE.
+    Rounds the engine's weights as the stored ones are. Raises ExportError beyond PARITY_TOLERANCE.
     """
     from transformers import AutoModelForCausalLM
 
     model = engine.recipe.model
     # Rounded like the exported weights, so that only the computation, in fp32, is compared.
-    for parameter in engine.model.parameters():
-        parameter.copy_(parameter.to(dtype))
+    rounded = {}
+    for local in engine.model.local_parameters:
+        if tables is not None and local.kind == "table":
+            rounded[local.parameter] = rounded_table(local.parameter, tables)
+        local.parameter.copy_(local.parameter.to(dtype))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.vocab_size, (1, min(model.sequence_length, 1024)), generator=generator)
-    expected = engine.model.eval()(ids.to(device())).cpu()[..., : model.vocab_size]
+
+    def logits() -> Tensor:
+        return engine.model.eval()(ids.to(device())).cpu()[..., : model.vocab_size]
+
+    without = logits() if rounded else None
+    for parameter, table in rounded.items():
+        parameter.copy_(table)
+    expected = logits()
     exported = AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True, dtype=torch.float32).eval()
-    parity = compare_logits(exported(ids).logits, expected)
+    found = exported(ids).logits
+    parity = compare_logits(found, expected)
     if not parity.relative_error <= PARITY_TOLERANCE:
         raise ExportError(
             f"the exported model's logits differ from the Megatron model's by {parity.relative_error:.1e} (relative; "
             f"at most {PARITY_TOLERANCE:.0e} is rounding), so nothing was written; please report it with the recipe"
         )
-    return parity
+    return parity, None if without is None else compare_logits(found, without)

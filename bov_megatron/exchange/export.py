@@ -30,6 +30,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_bov.BovModel",
     "AutoModelForCausalLM": "modeling_bov.BovForCausalLM",
 }
+TABLE_DTYPES = ("bf16", "int8")
+"""What value tables may be stored in apart from the other weights."""
 DEFAULT_SHARD_BYTES = 4 << 30
 
 
@@ -69,6 +71,7 @@ def export(
     out_dir: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
+    tables: str | None = None,
     recipe: Mapping | None = None,
     trained: Mapping | None = None,
     overwrite: bool = False,
@@ -82,6 +85,7 @@ def export(
             `max_shard_bytes` of an iterator are held at a time.
         tokenizer_dir: folder of a Hugging Face tokenizer with a bos_token; `None` exports without one.
         dtype: of the stored weights.
+        tables: of the stored value tables, one of TABLE_DTYPES (int8 has a scale per row); None means `dtype`.
         recipe: the resolved recipe (`Recipe.to_dict()`), for the model card and for training on.
         trained: what `training_record` says of the weights, for the model card and for training on.
         overwrite: replace `out_dir` if it isn't empty.
@@ -102,12 +106,12 @@ def export(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with whole_folder(out_dir) as partial:
             token_ids = _write_tokenizer(tokenizer_dir, model, partial) if tokenizer_dir is not None else {}
-            _write_config(model, token_ids, dtype, partial)
+            _write_config(model, token_ids, dtype, tables, partial)
             tensors = state.items() if isinstance(state, Mapping) else state
-            _write_weights(tensors, model, dtype, max_shard_bytes, partial)
+            _write_weights(tensors, model, dtype, tables, max_shard_bytes, partial)
             if recipe is not None:
                 (partial / TRAINING_FILE).write_bytes(json_bytes({"recipe": dict(recipe), **(trained or {})}))
-            (partial / "README.md").write_text(model_card(model, dtype, recipe, trained))
+            (partial / "README.md").write_text(model_card(model, dtype, recipe, trained, tables))
             check(partial)
     except Exception as error:
         if reason := why_full(error):
@@ -163,8 +167,10 @@ def _write_tokenizer(tokenizer_dir: str | Path, model: ModelConfig, out: Path) -
     return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
 
 
-def _write_config(model: ModelConfig, token_ids: dict[str, int], dtype: torch.dtype, out: Path) -> None:
-    config = hf_config(model, **token_ids)
+def _write_config(
+    model: ModelConfig, token_ids: dict[str, int], dtype: torch.dtype, tables: str | None, out: Path
+) -> None:
+    config = hf_config(model, table_dtype="int8" if tables == "int8" else None, **token_ids)
     from transformers import GenerationConfig
 
     config.auto_map = dict(AUTO_MAP)
@@ -176,8 +182,42 @@ def _write_config(model: ModelConfig, token_ids: dict[str, int], dtype: torch.dt
         shutil.copyfile(Path(__file__).parent / "hf" / name, out / name)
 
 
+def quantize_rows(table_VK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 rows `[V, K]` and their scales `[V, 1]`, whose products are close to the table.
+
+    A scale is a bf16 number, so it is the same in whatever dtype a model is loaded.
+    """
+    scale_V1 = (table_VK.float().abs().amax(1, keepdim=True) / 127).to(torch.bfloat16)
+    scale_V1 = scale_V1.where(scale_V1 > 0, 1)
+    rows_VK = (table_VK.float() / scale_V1.float()).round().clamp(-127, 127)
+    return rows_VK.to(torch.int8), scale_V1
+
+
+def rounded_table(table_VK: torch.Tensor, tables: str) -> torch.Tensor:
+    """The table, in fp32, as it is once it has been stored in one of TABLE_DTYPES."""
+    if tables == "int8":
+        rows_VK, scale_V1 = quantize_rows(table_VK)
+        return rows_VK.float() * scale_V1.float()
+    return table_VK.to(torch.bfloat16).float()
+
+
+def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype, tables: str | None) -> dict[str, torch.Tensor]:
+    """A weight as its file has it; `tables` is None for all but value tables."""
+    if tables == "int8":
+        rows, scales = quantize_rows(tensor.detach())
+        return {name: rows.cpu(), name.removesuffix("weight") + "row_scale": scales.cpu()}
+    # Copied, because views of one storage can't be saved in one file.
+    dtype = torch.bfloat16 if tables == "bf16" else dtype
+    return {name: tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()}
+
+
 def _write_weights(
-    state: Iterable[tuple[str, torch.Tensor]], model: ModelConfig, dtype: torch.dtype, max_bytes: int, out: Path
+    state: Iterable[tuple[str, torch.Tensor]],
+    model: ModelConfig,
+    dtype: torch.dtype,
+    tables: str | None,
+    max_bytes: int,
+    out: Path,
 ) -> None:
     """Stream tensors into safetensors files of at most `max_bytes` (or one tensor), with an index if several."""
     from safetensors.torch import save_file
@@ -185,7 +225,8 @@ def _write_weights(
     shapes: dict[str, tuple[int, ...]] = {}
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
-    pending_bytes = 0
+    pending_bytes = total = 0
+    table_names = {spec.name for spec in parameter_specs(model) if spec.kind == "table"}
 
     def flush() -> None:
         nonlocal pending_bytes
@@ -201,12 +242,12 @@ def _write_weights(
         if name in shapes:
             raise ExportError(f"weight {name} is given twice")
         shapes[name] = tuple(tensor.shape)
-        size = tensor.numel() * dtype.itemsize
+        stored = _stored(name, tensor, dtype, tables if name in table_names else None)
+        size = sum(part.nbytes for part in stored.values())
         if pending_bytes + size > max_bytes:
             flush()
-        # Copied, because views of one storage can't be saved in one file.
-        pending[name] = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
-        pending_bytes += size
+        pending |= stored
+        pending_bytes, total = pending_bytes + size, total + size
     flush()
     raise_if_different(shapes, model)
     if len(shards) == 1:
@@ -217,6 +258,5 @@ def _write_weights(
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (out / f"shard-{number}.safetensors").rename(out / file)
         weight_map |= dict.fromkeys(names, file)
-    total = sum(spec.size for spec in parameter_specs(model)) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -35,6 +35,11 @@ def from_hf(export_dir: Path, run_dir: Path) -> NewRun:
     config = _read_json(export_dir / CONFIG_FILE)
     if config.get("model_type") != "bov":
         raise ConversionError(f"{export_dir} holds a model of type {config.get('model_type')!r}, not an export of ours")
+    if config.get("table_dtype") is not None:
+        raise ConversionError(
+            f"{export_dir} has value tables in {config['table_dtype']}, which no longer are those of the run; export "
+            "it again without --tables int8"
+        )
     trained = _read_json(export_dir / TRAINING_FILE) if (export_dir / TRAINING_FILE).is_file() else {}
     step = trained.get("step", 0)
     recipe = _recipe(config, trained.get("recipe"), step, export_dir)

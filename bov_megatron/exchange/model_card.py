@@ -78,10 +78,17 @@ def _training_rows(trained: Mapping[str, Any]) -> str:
     return "".join(f"| {name} | {text} |\n" for name, text in rows)
 
 
+TABLES = {None: "", "bf16": ", value tables bfloat16", "int8": ", value tables int8 with a bfloat16 scale per row"}
+
+
 def model_card(
-    model: ModelConfig, dtype: torch.dtype, recipe: Mapping | None = None, trained: Mapping | None = None
+    model: ModelConfig,
+    dtype: torch.dtype,
+    recipe: Mapping | None = None,
+    trained: Mapping | None = None,
+    stored_tables: str | None = None,
 ) -> str:
-    """README.md of an export. `recipe` and `trained` as for `export`."""
+    """README.md of an export. `recipe`, `trained` and `stored_tables` as for `export` (there `tables`)."""
     specs = parameter_specs(model)
     tables = sum(spec.size for spec in specs if spec.kind == "table")
     layers = ", ".join(map(str, model.layers_from_source())) or "none"
@@ -104,7 +111,7 @@ the Residual Stream?" (arXiv 2606.02780).
 | layers / hidden size / heads / key-value heads | {model.num_layers} / {model.hidden_size} / \
 {model.num_attention_heads} / {model.kv_heads} |
 | vocabulary / sequence length | {model.vocab_size:,} / {model.sequence_length:,} |
-| weights stored as | {str(dtype).removeprefix("torch.")} |
+| weights stored as | {str(dtype).removeprefix("torch.")}{TABLES[stored_tables]} |
 {_training_rows(trained or {})}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bov_megatron.exchange.export import export
+from bov_megatron.exchange.export import export, quantize_rows, rounded_table
 from bov_megatron.exchange.hf.modeling_bov import BovForCausalLM, BovModel, BovTable
 from bov_megatron.recipe import ValueConfig
 from tests.support.small_models import VARIANTS, random_ids, small_model, small_model_config
@@ -130,7 +130,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="bank_device='gpu' is neither"):
         BovForCausalLM.from_pretrained(folder, bank_device="gpu")
     model = BovForCausalLM.from_pretrained(folder, bank_device="mmap")
-    with pytest.raises(ValueError, match="can't be resized; load the model without bank_device"):
+    with pytest.raises(ValueError, match="only value tables that are parameters can be resized"):
         model.resize_token_embeddings(70)
     with pytest.raises(RuntimeError, match="bank_device='mmap' takes tables from files alone"):
         model.load_state_dict(expected.state_dict())
@@ -145,9 +145,46 @@ def test_what_is_refused(tmp_path):
 
 
 def test_to_moves_all_but_the_tables():
-    table = BovTable(3, 2, "cpu")
-    table.set_rows(torch.ones(3, 2))
-    assert table.to("meta")(torch.tensor([2, 0])).tolist() == [[1, 1], [1, 1]]
+    table = BovTable(3, 2, "cpu", is_int8=False)
+    table.set_outside("weight", torch.ones(3, 2))
+    assert table.to("meta")(torch.tensor([2, 0]), torch.zeros(1)).tolist() == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("variant", ["bank", "gated_shared"])
+@pytest.mark.parametrize("tables", ["bf16", "int8"])
+@torch.no_grad()
+def test_rounded_tables(tmp_path, variant, tables):
+    """Numbers are within half a step of their row's scale, and the model is that of the rounded tables, anywhere."""
+    model = small_model(VARIANTS[variant], windows=None)
+    config = small_model_config(VARIANTS[variant])
+    out = export(model.state_dict(), config, None, tmp_path / "out", tables=tables, max_shard_bytes=20_000)
+    for name, tensor in model.state_dict().items():
+        if "value_table" in name:
+            step = 2**-8 * tensor.abs() if tables == "bf16" else 0.51 * tensor.abs().amax(1, keepdim=True) / 127
+            rounded = rounded_table(tensor, tables)
+            assert not torch.equal(rounded, tensor) and bool(((rounded - tensor).abs() <= step).all())
+            tensor.copy_(rounded)
+    ids, mask = left_padded()
+    expected = model(ids, attention_mask=mask).logits
+    for bank_device in (None, *PLACES):
+        loaded, info = BovForCausalLM.from_pretrained(out, bank_device=bank_device, output_loading_info=True)
+        assert not any(info.values()), info
+        torch.testing.assert_close(loaded(ids, attention_mask=mask).logits, expected, rtol=1e-6, atol=1e-6)
+        loaded.save_pretrained(tmp_path / f"again-{bank_device}")
+        again = BovForCausalLM.from_pretrained(tmp_path / f"again-{bank_device}", bank_device="mmap")
+        assert torch.equal(again(ids, attention_mask=mask).logits, loaded(ids, attention_mask=mask).logits)
+        if tables == "int8":
+            kinds = {
+                tensor.dtype for name, tensor in loaded.state_dict().items() if name.endswith("value_table.weight")
+            }
+            assert kinds == {torch.int8}
+        rounded = BovForCausalLM.from_pretrained(out, bank_device=bank_device, dtype=torch.bfloat16)
+        torch.testing.assert_close(rounded(ids, attention_mask=mask).logits, expected, rtol=0.1, atol=0.3)
+
+
+def test_a_row_of_zeros_stays():
+    rows, scales = quantize_rows(torch.tensor([[0.0, 0.0], [-127.0, 1.0]]))
+    assert (rows * scales).tolist() == [[0, 0], [-127, 1]]
 
 
 LARGE = dict(vocab_size=10_000, head_dim=320)  # 4 tables of 25.6 MB, in fp32; all other weights are 4 MB

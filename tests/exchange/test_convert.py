@@ -59,6 +59,14 @@ def test_logits_agree(runs, layout, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").exists(), "the tokenizer kept with the run"
 
 
+def test_rounded_tables_agree_when_rounded_alike(runs, tmp_path):
+    ((done, error),) = run_ranks(convert_rank, 1, str(runs / "tp2-pp2"), str(tmp_path / "out"), {"tables": "int8"})
+    assert error is None
+    assert done.parity.relative_error < 1e-5 < done.cost_of_tables.relative_error < 0.02
+    assert '"table_dtype": "int8"' in (tmp_path / "out" / "config.json").read_text()
+    assert "value tables int8 with a bfloat16 scale per row" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_wrong_export_is_not_kept(runs, tmp_path):
     out = tmp_path / "out"
     ((done, error),) = run_ranks(convert_rank, 1, str(runs / "tp2-pp2"), str(out), {"wrong_table": True})

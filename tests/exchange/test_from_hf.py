@@ -158,6 +158,7 @@ def test_bad_input(exported, tmp_path):
     case("another shape", "model.smear.scale is [2], expected [1]",
          weights(lambda tensors: tensors.update({"model.smear.scale": torch.zeros(2)})))  # fmt: skip
     case("other windows", "has windows=[1, 2, 3, 4], but the recipe made of", config(windows=[1, 2, 3, 4]))
+    case("rounded tables", "has value tables in int8, which no longer are those of the run", config(table_dtype="int8"))
     case("another vocabulary", "its tokenizer has 512 ids, its model 100", smaller)
     case("half a recipe", "training.json", training(recipe={"model": {"num_layer": 3}}))
     case("a full run folder", "is not empty", lambda folder: None, run_dir=exported / "run")

@@ -44,6 +44,7 @@ class BovConfig(PretrainedConfig):
         bank_device: where value tables are: `None` is on the model's device, as parameters; `cpu` in the host's memory;
             `mmap` in their safetensors file, whose rows are read when a token needs them. May be given to
             `from_pretrained`.
+        table_dtype: of stored value tables: `None` is that of the other weights; `int8` has a scale per row.
     """
 
     model_type = "bov"
@@ -69,6 +70,7 @@ class BovConfig(PretrainedConfig):
         logit_softcap=15.0,
         qk_scale=1.2,
         bank_device=None,
+        table_dtype=None,
         use_cache=True,
         bos_token_id=None,
         eos_token_id=None,
@@ -96,6 +98,7 @@ class BovConfig(PretrainedConfig):
         self.logit_softcap = logit_softcap
         self.qk_scale = qk_scale
         self.bank_device = bank_device
+        self.table_dtype = table_dtype
         self.use_cache = use_cache
         self.check()
         super().__init__(
@@ -110,6 +113,8 @@ class BovConfig(PretrainedConfig):
         """Raise ValueError for what no model has; called again by models, as `from_pretrained` may have changed it."""
         if self.bank_device not in (None, "cpu", "mmap"):
             raise ValueError(f"bank_device={self.bank_device!r} is neither None (the model's device), 'cpu' nor 'mmap'")
+        if self.table_dtype not in (None, "int8"):
+            raise ValueError(f"table_dtype={self.table_dtype!r} is neither None (as the other weights) nor 'int8'")
         if self.value_coefficient not in ("learned", "fixed"):
             raise ValueError(f"value_coefficient={self.value_coefficient!r} is neither 'learned' nor 'fixed'")
         if self.value_table not in ("per_layer", "shared"):

@@ -87,52 +87,74 @@ class BovCache(DynamicCache):
 
 
 class BovTable(nn.Module):
-    """A value table that is not on the model's device (`config.bank_device`).
+    """A value table that is no plain embedding: not on the model's device (`config.bank_device`), or of int8 rows with
+    a scale each (`config.table_dtype`).
 
-    Its rows are no parameter, so that `to`, `device_map` and optimizers pass them by; `state_dict` has them. They keep
-    the dtype they are stored in; those that are looked up are converted.
+    `weight` is `[V, K]`; with int8, `row_scale` is `[V, 1]`. With a `bank_device` they are neither parameters nor
+    buffers, so that `to`, `device_map` and optimizers pass them by; `state_dict` has them. They keep the dtype they are
+    stored in; rows that are looked up are converted.
     """
 
-    def __init__(self, num_rows, num_columns, bank_device):
+    def __init__(self, num_rows, num_columns, bank_device, is_int8):
         super().__init__()
-        self.shape, self.bank_device = (num_rows, num_columns), bank_device
-        self.rows_VK = None
-        self.file = None  # that the rows are mapped from
+        self.bank_device, self.is_int8 = bank_device, is_int8
+        self.shapes = {"weight": (num_rows, num_columns)} | ({"row_scale": (num_rows, 1)} if is_int8 else {})
+        self.outside: dict[str, torch.Tensor] = {}
+        self.file = None  # that those outside are mapped from
+        if bank_device is None:
+            self.register_buffer("weight", torch.zeros(self.shapes["weight"], dtype=torch.int8))
+            self.register_buffer("row_scale", torch.ones(self.shapes["row_scale"]))
 
-    def forward(self, ids_N):
-        """Rows of the ids, on the CPU, `[N, K]`."""
-        if self.rows_VK is None:
+    def forward(self, ids_N, like):
+        """Rows of the ids with the device and dtype of `like`, `[N, K]`."""
+        tensors = self.outside if self.bank_device else dict(self.named_buffers())
+        if not tensors:
             raise ValueError(
                 f"a value table with bank_device={self.bank_device!r} has no rows yet: load the model with "
                 "from_pretrained (or with load_state_dict, if it is 'cpu')"
             )
         if self.training and torch.is_grad_enabled():
-            logger.warning_once(f"bank_device={self.bank_device!r}: value tables are not trained, the rest is")
-        return self.rows_VK[ids_N.cpu()]
+            logger.warning_once("value tables in int8 or with a bank_device are not trained, the rest is")
 
-    def set_rows(self, rows_VK, file=None):
-        """Take rows: a copy, or with `mmap` these, which are mapped from `file`."""
-        if rows_VK.shape != self.shape:
-            raise ValueError(f"a value table has shape {tuple(rows_VK.shape)}, and the configuration says {self.shape}")
+        def rows(name):
+            return tensors[name][ids_N.to(tensors[name].device)].to(like)
+
+        return rows("weight") * rows("row_scale") if self.is_int8 else rows("weight")
+
+    def set_outside(self, name, tensor, file=None):
+        """Take `weight` or `row_scale`: a copy, or with `mmap` this tensor, which is mapped from `file`."""
+        if tensor.shape != self.shapes[name] or (tensor.dtype == torch.int8) != (self.is_int8 and name == "weight"):
+            raise ValueError(
+                f"a value table's {name} is {tensor.dtype} {list(tensor.shape)}, but the configuration says "
+                f"{list(self.shapes[name])} and table_dtype={'int8' if self.is_int8 else None}"
+            )
         self.file = file if self.bank_device == "mmap" else None
-        self.rows_VK = rows_VK if self.file else rows_VK.detach().to("cpu", copy=True)
+        self.outside[name] = tensor if self.file else tensor.detach().to("cpu", copy=True)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        if self.rows_VK is not None:
-            destination[prefix + "weight"] = self.rows_VK
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in self.outside.items()})
 
-    def _load_from_state_dict(self, state_dict, prefix, _metadata, _strict, missing_keys, _unexpected, error_msgs):
-        if prefix + "weight" not in state_dict:
-            missing_keys.append(prefix + "weight")
-        elif self.bank_device == "mmap":
-            error_msgs.append(f"{prefix}weight: bank_device='mmap' takes tables from files alone: use from_pretrained")
-        else:
-            self.set_rows(state_dict[prefix + "weight"])
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        if self.bank_device is None:
+            lists = missing_keys, unexpected_keys, error_msgs
+            return super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        for name in self.shapes:
+            key = prefix + name
+            if key not in state_dict:
+                missing_keys.append(key)
+            elif self.bank_device == "mmap":
+                error_msgs.append(f"{key}: bank_device='mmap' takes tables from files alone: use from_pretrained")
+            else:
+                self.set_outside(name, state_dict[key])
+        return None
 
 
 def make_table(config):
     sizes = config.vocab_size, config.num_key_value_heads * config.head_dim
-    return nn.Embedding(*sizes) if config.bank_device is None else BovTable(*sizes, config.bank_device)
+    if config.bank_device is None and config.table_dtype is None:
+        return nn.Embedding(*sizes)
+    return BovTable(*sizes, config.bank_device, is_int8=config.table_dtype == "int8")
 
 
 class BovSmear(nn.Module):
@@ -282,7 +304,7 @@ class BovContext:
         if first not in self._distinct:
             self._distinct[first] = ids_BT.unique(return_inverse=True)
         distinct_N, which_BT = self._distinct[first]
-        return F.embedding(which_BT, table(distinct_N).to(self.x0_BSC))
+        return F.embedding(which_BT, table(distinct_N, self.x0_BSC))
 
     def mask(self, layer):
         """`(start, mask, is_causal)` of a layer; keys before `start` are outside every query's window."""
@@ -340,17 +362,22 @@ class BovPreTrainedModel(PreTrainedModel):
                 f"{checkpoint_files or 'a state_dict'}; leave bank_device out, or save the model as safetensors"
             )
         prefix = self.base_model_prefix + "."
-        wanted = {f"{name}.weight".removeprefix(prefix): module for name, module in self.tables()}
+        wanted = {
+            f"{name}.{part}".removeprefix(prefix): (table, part)
+            for name, table in self.tables()
+            for part in table.shapes
+        }
         for file in checkpoint_files:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    if (table := wanted.pop(name.removeprefix(prefix), None)) is not None:
-                        table.set_rows(opened.get_tensor(name), file)
+                    if (found := wanted.pop(name.removeprefix(prefix), None)) is not None:
+                        table, part = found
+                        table.set_outside(part, opened.get_tensor(name), file)
         if wanted:
             raise ValueError(f"{', '.join(map(str, checkpoint_files))}: no {', '.join(wanted)}")
 
     def tables(self):
-        """Names and modules of value tables that are not on the model's device."""
+        """Names and modules of value tables that are no plain embeddings."""
         return [(name, module) for name, module in self.named_modules() if isinstance(module, BovTable)]
 
     def save_pretrained(self, save_directory, *args, **options):
@@ -372,8 +399,8 @@ class BovPreTrainedModel(PreTrainedModel):
         """As in `PreTrainedModel`, and every value table with it: a new token needs a row in each."""
         if self.tables() and (new_num_tokens or pad_to_multiple_of):
             raise ValueError(
-                f"bank_device={self.config.bank_device!r}: value tables that are not on the model's device can't be "
-                "resized; load the model without bank_device, resize and save it"
+                f"bank_device={self.config.bank_device!r}, table_dtype={self.config.table_dtype!r}: only value tables "
+                "that are parameters can be resized; load an export without int8 tables, without bank_device"
             )
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         for module in self.modules():
