@@ -24,6 +24,7 @@ EFFECTS = {
     "train.budget_flops": _LENGTH,
     "train.seed": "nothing: it is of the initial weights, and the checkpoint has its own",
     "train.micro_batch_size": _LAYOUT,
+    "train.compile": "speed; the same model up to rounding",
     "train.max_minutes": "this start only",
     "train.fp8": f"rounding, {_FROM_HERE}",
     "train.deterministic": f"rounding, {_FROM_HERE}",

@@ -22,6 +22,7 @@ from bov_megatron.model import context_parallel
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
 from bov_megatron.optim.optimizer import UpdateResult
+from bov_megatron.parallel import regions
 from bov_megatron.parallel.device import device
 from bov_megatron.parallel.parameter import LocalParameter
 from bov_megatron.recipe import Recipe
@@ -170,7 +171,8 @@ class Engine(abc.ABC):
         def pick(labels_BT: None, counted_B: Tensor, logits_BsV: Tensor):
             return logits_BsV.new_zeros(()), _logits_at(logits_BsV, lengths_B - 1, ids_BT.size(1))
 
-        results = self._run(self.chunks, micro_batches, pick, counted, with_labels=False)
+        with regions.uncompiled():
+            results = self._run(self.chunks, micro_batches, pick, counted, with_labels=False)
         vocab_size = self.recipe.model.vocab_size
         logits_BV = torch.empty(len(ids_BT), vocab_size, device=device())
         if results:
@@ -197,7 +199,8 @@ class Engine(abc.ABC):
         def rate(labels_BT: None, counted_B: Tensor, logits_BsV: Tensor):
             return logits_BsV.new_zeros(()), _token_scores(logits_BsV, ids_BT[:, 1:].to(logits_BsV.device))
 
-        results = self._run(self.chunks, micro_batches, rate, counted, with_labels=False)
+        with regions.uncompiled():
+            results = self._run(self.chunks, micro_batches, rate, counted, with_labels=False)
         scores = results[0] if results else torch.empty(2, len(ids_BT), ids_BT.size(1) - 1, device=device())
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.jit import jit_fuser
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from bov_megatron.model.norm import rms_norm
+from bov_megatron.model.norm import add_and_normalise, rms_norm
 from bov_megatron.model.sources import SOURCE_CLASSES
+from bov_megatron.parallel.regions import region
 from bov_megatron.recipe.value_sources import VALUE_SOURCES
 
 
@@ -98,8 +98,7 @@ class ValueSourceAttention(Attention):
         value = self.value_source(projected, hidden_SBH, key_value_states.tensor, self._project_values)
         if self.keeps_values:
             key_value_states.tensor = value
-        query = rotate_and_normalise(query, rotary_pos_emb, self.model.qk_scale)
-        key = rotate_and_normalise(key, rotary_pos_emb, self.model.qk_scale)
+        query, key = rotate_and_normalise(query, key, rotary_pos_emb, self.model.qk_scale)
         if self.checkpoint_core_attention and self.training:
             mixed = tensor_parallel.checkpoint(self.core_attention, False, query, key, value, None)
         else:
@@ -128,8 +127,13 @@ class ValueSourceAttention(Attention):
         return groups.unflatten(-1, (-1, width))[:, :, own : own + 1].contiguous()
 
 
-@jit_fuser
-def rotate_and_normalise(x_SBND: Tensor, cos_sin: Tensor, scale: float) -> Tensor:
+@region
+def rotate_and_normalise(query_SBND: Tensor, key_SBGD: Tensor, cos_sin: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Query and key, each rotated and normalised."""
+    return _rotated_and_normalised(query_SBND, cos_sin, scale), _rotated_and_normalised(key_SBGD, cos_sin, scale)
+
+
+def _rotated_and_normalised(x_SBND: Tensor, cos_sin: Tensor, scale: float) -> Tensor:
     """Half-split rotary embedding, then RMSNorm per head, then `scale`.
 
     Rotates by `y1 = x1·cos + x2·sin`, `y2 = -x1·sin + x2·cos`, opposite to the usual Llama code.
@@ -150,12 +154,14 @@ def rotary_cos_sin(positions_S: Tensor, head_dim: int, base: float) -> Tensor:
 class ValueSourceLayer(TransformerLayer):
     """Megatron's transformer layer, which passes `context` to self-attention instead of cross-attention."""
 
-    def _forward_attention(self, hidden_states, attention_mask=None, context=None, rotary_pos_emb=None, **_):
+    def forward(
+        self, hidden_states: Tensor, attention_mask=None, context: Tensor | None = None, rotary_pos_emb=None, **_
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states `[S, B, H]` (a chunk of them under sequence parallelism), and the next layer's `context`."""
         carried = Carried(context)
-        output, _ = self.self_attention(
-            self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            key_value_states=carried,
-            rotary_pos_emb=rotary_pos_emb,
+        attended, _ = self.self_attention(
+            self.input_layernorm(hidden_states), key_value_states=carried, rotary_pos_emb=rotary_pos_emb
         )
+        hidden_states, normalised = add_and_normalise(hidden_states, attended)
+        output, _ = self.mlp(normalised)
         return hidden_states + output, carried.tensor

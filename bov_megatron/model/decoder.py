@@ -11,8 +11,6 @@ import contextlib
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
-from megatron.core.jit import jit_fuser
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from torch import Tensor
@@ -23,9 +21,11 @@ from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.model.bank.table import ValueTable
 from bov_megatron.model.linear import load_without_extra_state, without_extra_state
 from bov_megatron.model.naming import local_parameters
-from bov_megatron.model.norm import rms_norm
+from bov_megatron.model.norm import normalise
+from bov_megatron.model.output import OutputLayer
 from bov_megatron.model.spec import block_spec, transformer_config
 from bov_megatron.parallel.device import device, to_device
+from bov_megatron.parallel.regions import region
 from bov_megatron.recipe import Recipe
 from bov_megatron.recipe.fields import SMEAR_CHANNELS
 
@@ -42,8 +42,13 @@ class Smear(torch.nn.Module):
         self.scale = torch.nn.Parameter(torch.empty(1, dtype=dtype, device=device()))
 
     def forward(self, x_SBH: Tensor) -> Tensor:
-        gate = torch.sigmoid(F.linear(x_SBH[1:, :, :SMEAR_CHANNELS], self.gate))
-        return torch.cat((x_SBH[:1], x_SBH[1:] + self.scale * gate * x_SBH[:-1]))
+        return _smear(x_SBH, self.gate, self.scale)
+
+
+@region
+def _smear(x_SBH: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    opening = torch.sigmoid(F.linear(x_SBH[1:, :, :SMEAR_CHANNELS], gate))
+    return torch.cat((x_SBH[:1], x_SBH[1:] + scale * opening * x_SBH[:-1]))
 
 
 class BovModel(GPTModel):
@@ -76,6 +81,11 @@ class BovModel(GPTModel):
         self.recipe = recipe
         if pre_process:
             self.smear = Smear(config.params_dtype)
+        if post_process:
+            self.output_layer = OutputLayer(
+                config, recipe.model.vocab_size, self.vocab_size, recipe.model.logit_softcap, self.pg_collection.tp
+            )
+            self.setup_embeddings_and_output_layer()  # once more, for this output layer
         self.value_table = None
         if recipe.model.value.table == "shared" and recipe.model.value.facts.has_table:
             self.value_table = ValueTable(recipe.model, self.vocab_size, config.params_dtype, self.pg_collection.tp)
@@ -109,11 +119,7 @@ class BovModel(GPTModel):
             )
         if not self.post_process:
             return hidden
-        logits_SBV, _ = self.output_layer(hidden)
-        logits_SBV = self._hide_padding(soft_cap(logits_SBV, model.logit_softcap))
-        if labels_Bs is None:
-            return logits_SBV.transpose(0, 1).contiguous()
-        return self.compute_language_model_loss(labels_Bs, logits_SBV)
+        return self.output_layer(hidden, labels_Bs)
 
     def sharded_state_dict(self, *args, **options) -> dict:
         """Weights for megatron.core.dist_checkpointing, the same for all implementations of linear layers."""
@@ -126,7 +132,7 @@ class BovModel(GPTModel):
         held = context_parallel.stretches(ids_BS.size(1), group.rank(), group.size())
         before = [min(start, 1) for start, _ in held]
         ids = torch.cat([ids_BS[:, start - n : stop] for n, (start, stop) in zip(before, held, strict=True)], dim=1)
-        x = rms_norm(self.embedding(input_ids=ids, position_ids=None))
+        x = normalise(self.embedding(input_ids=ids, position_ids=None))
         parts = x.split([n + stop - start for n, (start, stop) in zip(before, held, strict=True)])
         x_sBH = torch.cat([self.smear(part)[n:] for n, part in zip(before, parts, strict=True)])
         if self.config.sequence_parallel:
@@ -146,39 +152,3 @@ class BovModel(GPTModel):
         if facts.has_table:
             return ids_Bs if self.value_table is None else self.value_table(ids_Bs)
         return x0 if facts.reads == "embedding" else None
-
-    def _hide_padding(self, logits_SBV: Tensor) -> Tensor:
-        """Set logits of padding rows to -inf, so that they get no probability and no gradient."""
-        first = parallel_state.get_tensor_model_parallel_rank() * logits_SBV.size(-1)
-        real = max(self.recipe.model.vocab_size - first, 0)
-        if real >= logits_SBV.size(-1):
-            return logits_SBV
-        padding = torch.arange(logits_SBV.size(-1), device=logits_SBV.device) >= real
-        return logits_SBV.masked_fill(padding, float("-inf"))
-
-
-def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    """`cap · tanh(logits / cap)` in fp32."""
-    return _SoftCap.apply(logits, cap)
-
-
-class _SoftCap(torch.autograd.Function):
-    """One backward pass over the logits, the largest tensor of a step, instead of autograd's three."""
-
-    @staticmethod
-    def forward(ctx, logits, cap):
-        capped, tanh = _capped_and_tanh(logits, cap)
-        ctx.save_for_backward(tanh)
-        ctx.dtype = logits.dtype
-        return capped
-
-    @staticmethod
-    def backward(ctx, grad):
-        (tanh,) = ctx.saved_tensors
-        return torch.ops.aten.tanh_backward(grad, tanh).to(ctx.dtype), None
-
-
-@jit_fuser
-def _capped_and_tanh(logits: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    tanh = (logits.float() / cap).tanh_()
-    return cap * tanh, tanh

@@ -6,10 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bov_megatron.parallel.regions import region
+
 
 def rms_norm(x: Tensor) -> Tensor:
     """`x` divided by its root mean square over the last dimension; eps is the dtype's machine epsilon."""
     return F.rms_norm(x, (x.size(-1),))
+
+
+normalise = region(rms_norm)
+
+
+@region
+def add_and_normalise(residual: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual stream with a block's output, and its `rms_norm`."""
+    total = residual + output
+    return total, rms_norm(total)
 
 
 class WeightlessRMSNorm(torch.nn.Module):
@@ -20,4 +32,4 @@ class WeightlessRMSNorm(torch.nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x)
+        return normalise(x)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.model.bank.table import ValueTable
-from bov_megatron.model.norm import rms_norm
+from bov_megatron.model.norm import normalise
 from bov_megatron.parallel.device import device
 from bov_megatron.recipe import ModelConfig
 from bov_megatron.recipe.parameters import GATE_CHANNELS
@@ -146,7 +146,7 @@ class EmbeddingProjection(ValueSource):
     """`gamma · W_V · rms(x0)`"""
 
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
-        return self.scaled(project(rms_norm(carried)))
+        return self.scaled(project(normalise(carried)))
 
 
 class FirstLayer(ValueSource):
@@ -167,7 +167,7 @@ class ProjectionPlusEmbedding(ValueSource):
     """`a · V + b · W_V · rms(x0)`"""
 
     def forward(self, projected_SBGD, hidden_SBH, carried, project):
-        return self.added(project(hidden_SBH), project(rms_norm(carried)))
+        return self.added(project(hidden_SBH), project(normalise(carried)))
 
 
 class ProjectionPlusBank(ValueSource):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 
 import torch
-from megatron.core.activations import squared_relu
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,6 +17,7 @@ from bov_megatron.model.core_attention import SdpaCoreAttention
 from bov_megatron.model.linear import fp8_settings, linear_layers
 from bov_megatron.model.norm import WeightlessRMSNorm
 from bov_megatron.parallel.device import has_gpu
+from bov_megatron.parallel.regions import region
 from bov_megatron.recipe import ParallelConfig, Recipe
 from bov_megatron.recipe.pipeline import megatron_layout
 
@@ -64,6 +63,12 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         persist_layer_norm=False,
         cuda_graph_scope=[],  # the default warns that it is deprecated
     )
+
+
+@region
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """`max(x, 0)²`, the feed-forward layer's activation."""
+    return torch.nn.functional.relu(x).square()
 
 
 def _recomputation(layout: ParallelConfig) -> dict:
@@ -112,8 +117,6 @@ def layer_spec(recipe: Recipe, layer: int) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=WeightlessRMSNorm,
             self_attention=attention,
-            pre_mlp_layernorm=WeightlessRMSNorm,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp=mlp,  # its norm is in ValueSourceLayer
         ),
     )

@@ -1,8 +1,8 @@
 """Patches for running Megatron-core without a GPU; on a machine with a GPU they are not applied.
 
 Megatron-core 0.16.1 allocates on `torch.cuda.current_device()`, saves and restores the CUDA random state around
-recomputation, compiles small functions, and synchronises the device between pipeline messages. The patches replace the
-device and the random state by the CPU's, and disable compilation and synchronisation.
+recomputation, and synchronises the device between pipeline messages. The patches replace the device and the random
+state by the CPU's, and disable synchronisation. (The functions that it compiles: see regions.py.)
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ def enable() -> None:
     if has_gpu():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when imported
-    torch._dynamo.config.disable = True  # jit_fuser compiles, which takes minutes on a CPU without any gain
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
     # Called when data-parallel ranks exchange a checkpoint's tensors.

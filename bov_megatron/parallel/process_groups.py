@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import distributed_c10d
 
-from bov_megatron.parallel import megatron_on_cpu
+from bov_megatron.parallel import megatron_on_cpu, regions
 from bov_megatron.parallel.device import backend, select_gpu
 from bov_megatron.recipe import Recipe, data_parallel_size
 
@@ -30,6 +30,7 @@ def initialize(
     """
     data_parallel_size(recipe, world_size)  # raises
     megatron_on_cpu.enable()
+    regions.enable(recipe.train.compile)
     # Megatron overlaps the gradient's all-reduce with a matmul and relies on the order of launches.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     select_gpu(local_rank)

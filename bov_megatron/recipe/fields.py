@@ -224,6 +224,9 @@ class TrainConfig:
     fp8: Literal["none", "tensorwise", "blockwise", "mxfp8"] = "none"
     """FP8 scaling of the blocks' matrix products: `none`, `tensorwise` (H100 and later), `blockwise` (128 values, H100)
     or `mxfp8` (32 values, B200). Needs `model.linear_layers: transformer_engine`."""
+    compile: bool | None = None
+    """Compile norms, rotary embedding, activation, smear, loss and the optimizer's elementwise part with torch.compile;
+    `null`: where there is a GPU. The first steps take a minute longer; a C compiler is needed."""
     deterministic: bool = False
     """Use deterministic kernels where torch has them."""
 

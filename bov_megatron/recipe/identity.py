@@ -11,7 +11,13 @@ from bov_megatron.recipe.fields import Recipe
 
 EXECUTION = (
     *("name", "output_dir", "parallel", "deepspeed", "checkpoint", "logging", "validation.interval"),
-    *("train.max_minutes", "train.micro_batch_size", "validation.micro_batch_size", "health.hang_minutes"),
+    *(
+        "train.max_minutes",
+        "train.micro_batch_size",
+        "train.compile",
+        "validation.micro_batch_size",
+        "health.hang_minutes",
+    ),
     *("validation.prompts", "validation.prompt_tokens"),
     *("data.remote", "data.num_workers", "data.prefetch_factor"),
     *("model.value.lookup", "model.value.table_partition", "model.value.table_memory"),

@@ -13,6 +13,8 @@ ZERO_BYTES = 3 * MAIN_BYTES
 """ZeRO's main weights, separate even from fp32 weights, and Adam's moments."""
 ZERO3_LIVE_ELEMENTS = 2**28
 """Weight elements that ZeRO 3 holds gathered at a time, unless a single module needs more."""
+LOSS_CHUNK_ELEMENTS = 2**24
+"""Logits that the loss holds in fp32 at a time on a GPU."""
 SPLIT_KINDS = frozenset({"matrix", "embedding", "output", "table"})
 """Kinds that tensor parallelism splits; the others are replicated on every rank."""
 
@@ -262,9 +264,9 @@ def _kv_width(recipe: Recipe) -> int:
 
 
 def _logits(recipe: Recipe) -> int:
-    """Bytes of the logits and of three fp32 tensors of their size: tanh, softmax, gradient."""
-    columns = recipe.padded_vocab_size() // recipe.parallel.tensor_model_parallel_size
-    return _tokens(recipe) * columns * (weight_bytes(recipe) + 3 * 4)
+    """Bytes of the logits, and of four fp32 tensors of a chunk of them."""
+    logits = _tokens(recipe) * recipe.padded_vocab_size() // recipe.parallel.tensor_model_parallel_size
+    return logits * weight_bytes(recipe) + 4 * MAIN_BYTES * min(logits, LOSS_CHUNK_ELEMENTS)
 
 
 def _carried(recipe: Recipe) -> int:

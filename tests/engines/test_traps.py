@@ -259,9 +259,14 @@ def batched_messages_when_interleaved():
 
 def padding_in_the_loss():
     """Rows of the vocabulary that are no tokens take part in the softmax; how many depends on the layout."""
-    from bov_megatron.model.decoder import BovModel
+    from bov_megatron.model.output import OutputLayer
 
-    BovModel._hide_padding = lambda self, logits: logits
+    make = OutputLayer.__init__
+
+    def without_padding(self, config, vocab_size, padded_vocab_size, *rest):
+        make(self, config, padded_vocab_size, padded_vocab_size, *rest)
+
+    OutputLayer.__init__ = without_padding
 
 
 def loss_logged_without_a_copy():
@@ -302,14 +307,13 @@ def table_taken_for_a_matrix():
 
 
 def query_and_key_orthogonalised_as_one():
-    from bov_megatron.optim import muon
     from bov_megatron.optim.muon_sharded import MuonMatrix
     from bov_megatron.parallel.parameter import LocalParameter
 
+    fuse = LocalParameter.fuse
     LocalParameter.piece_shapes = lambda self: [self.full_shape]
-    MuonMatrix.whole_update = lambda self, direction, steps, beta2: muon.normalize_variance(
-        muon.polar_express(direction, steps), self.second_moments[0], beta2
-    )
+    LocalParameter.fuse = lambda self, pieces: pieces[0] if len(pieces) == 1 else fuse(self, pieces)
+    MuonMatrix.pieces = lambda self, whole: [whole]
 
 
 def muon_on_a_shard():
