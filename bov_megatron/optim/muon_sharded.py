@@ -11,6 +11,7 @@ All ranks of a tensor-parallel group repeat the orthogonalisation. By FLOPs that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -42,21 +43,15 @@ class MuonMatrix:
         ]
         """Of each whole matrix, one per canonical name; the same on all tensor-parallel ranks."""
 
-    def direction(self, momentum: float) -> Tensor:
-        """Advance the momentum and return the local part of the direction to orthogonalise, in bf16."""
-        return muon.nesterov(self.shard.row_gradient(), self.momentum, momentum).bfloat16()
+    def pieces(self, whole: Tensor) -> list[Tensor]:
+        """The matrices to orthogonalise, one per second moment, of a whole parameter."""
+        return self.shard.local.unfuse(whole)
 
-    def whole_update(self, direction: Tensor, steps: int, beta2: float) -> Tensor:
-        """fp32 update of the whole, fused parameter, from the whole direction."""
-        pieces = zip(self.shard.local.unfuse(direction), self.second_moments, strict=True)
-        updates = [muon.normalize_variance(muon.polar_express(p, steps), moment, beta2) for p, moment in pieces]
-        return self.shard.local.fuse(updates)
-
-    def local_lr_factor(self, tensor_rank: int) -> float | Tensor:
-        """`muon.shape_factor` of each local row's matrix: a number, or `[rows, 1]` where fused matrices differ."""
+    def local_lr_factor(self, tensor_rank: int) -> Tensor:
+        """`muon.shape_factor` of each local row's matrix: 0-dim, or `[rows, 1]` where fused matrices differ."""
         factors = [muon.shape_factor(*shape) for shape in self.shard.local.piece_shapes()]
         if len(set(factors)) == 1:
-            return factors[0]
+            return torch.tensor(factors[0])
         per_group = torch.tensor(factors).repeat_interleave(torch.tensor(self.shard.local.fused_split))
         column = per_group.repeat(self.shard.local.full_shape[0] // len(per_group)).unsqueeze(1)
         return self.local_part(column, tensor_rank).to(self.momentum.device)
@@ -87,19 +82,32 @@ class ShardedMuon:
         self.newton_schulz_steps, self.beta2 = newton_schulz_steps, beta2
         self.matrices = [MuonMatrix(shard) for shard in owned]
         self.lr_factors = [matrix.local_lr_factor(self.tensor_rank) for matrix in self.matrices]
-        self.buckets = consecutive_buckets([matrix.momentum.numel() for matrix in self.matrices])
+        # Matrices of one shape are neighbours, so that a bucket has many to stack.
+        order = sorted(range(len(owned)), key=lambda i: owned[i].local.piece_shapes())
+        sizes = [self.matrices[i].momentum.numel() for i in order]
+        self.buckets = [[order[n] for n in bucket] for bucket in consecutive_buckets(sizes)]
 
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float, momentum: float) -> None:
         """Update the main weights of all owned matrices from their gradients."""
+        decay = torch.tensor(weight_decay)
         for bucket in self.buckets:
-            directions = [self.matrices[i].direction(momentum) for i in bucket]
-            dims = [self.matrices[i].shard.local.partition_dim for i in bucket]
-            for i, whole in zip(bucket, gather_partitioned(directions, dims, self.tensor_group), strict=True):
-                matrix = self.matrices[i]
-                update = matrix.whole_update(whole, self.newton_schulz_steps, self.beta2)
-                update = matrix.local_part(update, self.tensor_rank)
-                muon.cautious_update_(matrix.shard.main, update, lr * self.lr_factors[i], weight_decay)
+            matrices = [self.matrices[i] for i in bucket]
+            directions = self._directions(matrices, momentum)
+            pieces = [matrix.pieces(whole) for matrix, whole in zip(matrices, directions, strict=True)]
+            moments = [moment for matrix in matrices for moment in matrix.second_moments]
+            updates = iter(muon.updates(list(chain(*pieces)), moments, self.newton_schulz_steps, self.beta2))
+            for i, matrix in zip(bucket, matrices, strict=True):
+                whole = matrix.shard.local.fuse([next(updates) for _ in matrix.second_moments])
+                update = matrix.local_part(whole, self.tensor_rank)
+                muon.cautious_update_(matrix.shard.main, update, lr * self.lr_factors[i], decay)
+
+    def _directions(self, matrices: Sequence[MuonMatrix], momentum: float) -> list[Tensor]:
+        """Advance the momenta; the directions to orthogonalise of the whole parameters, in bf16."""
+        gradients = [matrix.shard.row_gradient() for matrix in matrices]
+        local = muon.nesterov(gradients, [matrix.momentum for matrix in matrices], momentum)
+        dims = [matrix.shard.local.partition_dim for matrix in matrices]
+        return gather_partitioned([direction.bfloat16() for direction in local], dims, self.tensor_group)
 
 
 def gather_partitioned(tensors: Sequence[Tensor], dims: Sequence[int], group: dist.ProcessGroup | None) -> list[Tensor]:
