@@ -17,6 +17,7 @@ from bov_megatron.parallel.device import device_name, has_gpu
 NAMES = {
     "step": "a whole training step: bank against projection, with Muon and with AdamW",
     "attention": "a whole training step: our core attention against Megatron's own local one",
+    "loss": "output layer and loss: ours against Megatron's cross-entropy, time and peak memory",
     "loader": "the data loader by itself, and its share of a training step",
     "lookup": "the value table's lookup over tensor-parallel ranks: its time, a step's, and bytes on natural text",
     "checkpoint": "how long a save stalls training: waiting for it, and written beside training",
@@ -32,15 +33,25 @@ EVIDENCE = ("losses", "gradient_norms", "value_norm", "gradient_norm", "bytes")
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
-def run(names: Sequence[str] = (), quick: bool = False, turns: int | None = None, threads: int | None = None) -> dict:
+def run(
+    names: Sequence[str] = (),
+    quick: bool = False,
+    turns: int | None = None,
+    threads: int | None = None,
+    against: str | None = None,
+    settings: Sequence[str] = (),
+) -> dict:
     """Run the benchmarks `names` (default: all that this machine can run); returns plain JSON values.
 
     Args:
         quick: tiny models and a single turn, to see that everything runs; its times mean nothing.
         turns: how often to time each variant.
         threads: torch's, on a CPU; default: OMP_NUM_THREADS, else one per core.
+        against: a commit; `step`, alone, then compares this tree with it.
+        settings: with `against`, recipe fields `section.field=value` (values in JSON) for this tree alone.
 
-    Raises ValueError for an unknown name, or for `recipes` without a GPU.
+    Raises ValueError for an unknown name or commit, for `against` with another benchmark than `step`, or for `recipes`
+    without a GPU.
     """
     gpu = has_gpu()
     left_out = {*(() if gpu else ("recipes",)), *(() if quick else ("coverage",))}
@@ -50,25 +61,36 @@ def run(names: Sequence[str] = (), quick: bool = False, turns: int | None = None
             raise ValueError(f"unknown benchmark '{name}'; known: {', '.join(NAMES)}")
         if name == "recipes" and not gpu:
             raise ValueError("the benchmark 'recipes' needs a GPU and torch finds none; leave it out")
+    if against and names != ["step"]:
+        raise ValueError(f"--against {against} compares the benchmark 'step'; name it, and no other")
+    if settings and not against:
+        raise ValueError(f"--set {settings[0]} is for this tree's side of --against COMMIT; give a commit")
     if turns is not None and turns < 1:
         raise ValueError(f"--turns {turns}: must be at least 1")
     turns = turns or (QUICK_TURNS if quick else TURNS)
     torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count())
     results = {"machine": machine(), "quick": quick, "turns": turns}
+    if against:
+        from benchmarks.against import bench_against
     for name in names:
         print(f"{name}: {NAMES[name]} …", file=sys.stderr, flush=True)
-        results[name] = _plain(_run_one(name, turns, quick, results))
+        if against:
+            results[name] = _plain(bench_against(against, turns, quick, settings))
+        else:
+            results[name] = _plain(_run_one(name, turns, quick, results))
     return results
 
 
 def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
     # Not at the top: --help and a wrong name shouldn't wait for Megatron's import.
-    from benchmarks import checkpoint, core, coverage, loader, lookup, plot, studies, training_step
+    from benchmarks import checkpoint, core, coverage, loader, lookup, loss, plot, studies, training_step
 
     if name == "step":
         return training_step.bench_step(turns, quick)
     if name == "attention":
         return training_step.bench_attention(turns, quick)
+    if name == "loss":
+        return loss.bench_loss(turns, quick)
     if name == "lookup":
         return lookup.bench_lookup(turns, quick, torch.get_num_threads())
     if name == "checkpoint":

@@ -2,6 +2,7 @@
 
     python tools/bench.py                        everything this machine can run
     OMP_NUM_THREADS=2 python tools/bench.py step attention --turns 15 --json bench.json
+    python tools/bench.py step --against COMMIT --set train.compile=true
     python tools/bench.py --quick                a few seconds, to see that it runs; its times mean nothing
 
 Variants take turns, and what counts is their ratio within a turn: other programs disturb it little. Uses the GPU where
@@ -34,13 +35,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny models and one turn")
     parser.add_argument("--turns", type=int, help=f"how often each variant is timed (default {TURNS}; 1 with --quick)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: OMP_NUM_THREADS, else one per core)")
+    parser.add_argument("--against", metavar="COMMIT", help="with `step`: this tree's step against that of a commit")
+    parser.add_argument(
+        "--set", metavar="FIELD=VALUE", action="append", default=[], help="with --against: a recipe field of this tree"
+    )
     options = parser.parse_args(arguments)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
     quiet_megatron_imports()
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the ranks of `lookup`, which start anew
     try:
-        results = run(options.names, options.quick, options.turns, options.threads)
+        results = run(options.names, options.quick, options.turns, options.threads, options.against, options.set)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

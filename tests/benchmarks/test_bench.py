@@ -117,7 +117,7 @@ def test_the_machine_is_described(results):
     [
         (
             ["lokup"],
-            "unknown benchmark 'lokup'; known: step, attention, loader, lookup, checkpoint, core, plot, studies",
+            "unknown benchmark 'lokup'; known: step, attention, loss, loader, lookup, checkpoint, core, plot, studies",
         ),
         (["--turns", "0"], "--turns 0: must be at least 1"),
         (["recipes"], "needs a GPU"),
