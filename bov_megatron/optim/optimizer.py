@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bov_megatron.optim import schedules, sharded_state
 from bov_megatron.optim.adamw import MOMENTS, allocate_state, make_adamw, set_schedule
 from bov_megatron.optim.gradients import clip_gradients, global_gradient_norm
-from bov_megatron.optim.groups import group_settings
+from bov_megatron.optim.groups import GroupSettings, group_settings
 from bov_megatron.optim.muon_sharded import ShardedMuon, orthogonalisation_cost
 from bov_megatron.optim.parameter_shard import ParameterShard
 from bov_megatron.optim.sharding import (
@@ -78,7 +78,8 @@ class BovOptimizer:
         self.moments_since = 0
         """`step_count` at which all moments were zero: later than 0 after loading a checkpoint of weights alone."""
         trained = [local for local in parameters if local.parameter.requires_grad]
-        assignments = self._assign_rows(trained, sharded=recipe.parallel.use_distributed_optimizer)
+        ranks = group_size(self.groups.data)
+        assignments = assign_rows(trained, self.settings, ranks, sharded=recipe.parallel.use_distributed_optimizer)
         rank = group_rank(self.groups.data)
         self.parameters = [ParameterShard(*pair, rank) for pair in zip(trained, assignments, strict=True)]
         self.overlap_gather = recipe.parallel.overlap_param_gather
@@ -109,22 +110,6 @@ class BovOptimizer:
             group,
             positions=[p.local.forward_position for p in parameters] if self.overlap_gather and not on_host else None,
         )
-
-    def _assign_rows(self, parameters: Sequence[LocalParameter], sharded: bool) -> list[RowAssignment]:
-        """Which data-parallel rank updates which rows of each parameter; the same on every rank."""
-        ranks = group_size(self.groups.data)
-        matrices = [local for local in parameters if self.settings[local.kind].algorithm == "muon"]
-        owners = dict(zip(matrices, balance([orthogonalisation_cost(local) for local in matrices], ranks), strict=True))
-        assignments = []
-        for local in parameters:
-            rows, small = local.shape[0], local not in owners and local.shape.numel() < SMALL_TENSOR_ELEMENTS
-            if not sharded or ranks == 1 or small:
-                assignments.append(replicate_rows(rows, ranks))
-            elif local in owners:
-                assignments.append(own_rows(rows, owners[local], ranks))
-            else:
-                assignments.append(split_rows(rows, ranks))
-        return assignments
 
     def gradient_norm(self) -> Tensor:
         """See `global_gradient_norm`; collective."""
@@ -202,10 +187,11 @@ class BovOptimizer:
         return tensors
 
     def second_moments(self) -> list[tuple[ParameterShard, str, Tensor]]:
-        """Muon's second moments on this rank as (parameter, canonical name, `[n]` tensor)."""
+        """Muon's second moments that this rank has, as (parameter, canonical name, `[n]` tensor)."""
         return [
             (matrix.shard, canonical, tensor)
             for matrix in self.muon.matrices
+            if matrix.second_moments
             for canonical, tensor in zip(matrix.shard.local.names, matrix.second_moments, strict=True)
         ]
 
@@ -217,3 +203,21 @@ class BovOptimizer:
         """Load what `dist_checkpointing.load` returned for the result of `sharded_state_dict`."""
         self.finish_gather()
         sharded_state.restore(self, state_dict)
+
+
+def assign_rows(
+    parameters: Sequence[LocalParameter], settings: dict[str, GroupSettings], ranks: int, sharded: bool
+) -> list[RowAssignment]:
+    """Which of `ranks` data-parallel ranks updates which rows of each parameter; the same on every rank."""
+    matrices = [local for local in parameters if settings[local.kind].algorithm == "muon"]
+    owners = dict(zip(matrices, balance([orthogonalisation_cost(local) for local in matrices], ranks), strict=True))
+    assignments = []
+    for local in parameters:
+        rows, small = local.shape[0], local not in owners and local.shape.numel() < SMALL_TENSOR_ELEMENTS
+        if not sharded or ranks == 1 or small:
+            assignments.append(replicate_rows(rows, ranks))
+        elif local in owners:
+            assignments.append(own_rows(rows, owners[local], ranks))
+        else:
+            assignments.append(split_rows(rows, ranks))
+    return assignments

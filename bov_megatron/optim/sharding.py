@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from bov_megatron.parallel.redistribution import equal_parts
+
 SMALL_TENSOR_ELEMENTS = 16384
 """Tensors smaller than this are updated by all ranks: sharding their state is not worth a collective."""
 
@@ -73,9 +75,7 @@ def own_rows(rows: int, owner: int, ranks: int) -> RowAssignment:
 
 def split_rows(rows: int, ranks: int) -> RowAssignment:
     """Equal shares in rank order; where rows do not divide, the last ones are smaller or empty."""
-    share = -(-rows // ranks)
-    bounds = [min(rows, share * rank) for rank in range(ranks + 1)]
-    return RowAssignment(tuple(zip(bounds[:-1], bounds[1:], strict=True)), replicated=ranks == 1)
+    return RowAssignment(tuple(equal_parts(rows, ranks)), replicated=ranks == 1)
 
 
 def balance(costs: Sequence[float], ranks: int) -> list[int]:

@@ -1,12 +1,11 @@
 """The DeepSpeed engine against Megatron's: the same numbers, and the same refusal to make a bad step."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from bov_megatron.recipe import Recipe, memory, recipe_from_dict
+from bov_megatron.recipe import memory, recipe_from_dict
 from bov_megatron.recipe.parameters import parameter_specs
 from bov_megatron.recipe.pipeline import layers_of_chunks
 from tests.support.deepspeed_ranks import (
@@ -183,25 +182,3 @@ def imports(rank, world_size):
 
 def test_imported_only_when_asked_for():
     assert run_ranks(imports, 1) == [False]
-
-
-def reordered(rank, world_size, have, need):
-    from bov_megatron.engines.deepspeed.state import exchange
-    from bov_megatron.parallel import process_groups
-
-    process_groups.initialize(replace(Recipe(), train=replace(Recipe().train, global_batch_size=3)), rank, world_size)
-    whole = torch.arange(100)
-    mine = exchange(whole[slice(*have[rank])], have, need, torch.distributed.group.WORLD)
-    return mine.equal(whole[slice(*need[rank])])
-
-
-@pytest.mark.parametrize(
-    ("have", "need"),
-    [
-        ([(0, 34), (34, 68), (68, 100)], [(0, 50), (50, 100), (100, 100)]),
-        ([(0, 0), (0, 100), (100, 100)], [(0, 40), (40, 80), (80, 100)]),
-        ([(0, 40), (40, 80), (80, 100)], [(0, 0), (0, 7), (7, 100)]),
-    ],
-)
-def test_exchange(have, need):
-    assert all(run_ranks(reordered, 3, have, need))

@@ -2,8 +2,8 @@
 
 A data-parallel rank has a range of each parameter's elements, a "stretch". ZeRO 1 and 2 flatten a group of parameters
 and cut it, so a stretch is anything from nothing to the whole parameter; ZeRO 3 cuts every parameter into equal parts.
-Checkpoints store rows (see optim.sharded_state). `exchange` converts between the two, one parameter at a time: ranks
-send each other only the elements that are needed, so that no rank holds more than its share.
+Checkpoints store rows (see optim.sharded_state). `Redistribution` converts between the two, one parameter at a time, so
+that no rank holds more than its share.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from torch import Tensor
 from bov_megatron.optim.sharding import RowAssignment, group_rank, group_size, split_rows
 from bov_megatron.parallel.device import device
 from bov_megatron.parallel.parameter import LocalParameter
-
-Ranges = Sequence[tuple[int, int]]
-"""Per data-parallel rank, its elements `[start, stop)` of a flattened tensor, ascending by rank."""
+from bov_megatron.parallel.redistribution import Ranges, Redistribution
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,13 @@ class ZeroParameter:
     def to_rows(self, read: Callable[[Stretch], Tensor], dtype: torch.dtype) -> Tensor:
         """This rank's rows, in host memory, assembled from `read(stretch)` of all ranks; collective."""
         mine = torch.empty(0, dtype=dtype) if self.stretch is None else read(self.stretch)
-        rows = exchange(mine.to(device(), dtype), self.ranges, self.row_ranges, self.group)
+        rows = Redistribution(self.ranges, self.row_ranges, self.group)(mine.to(device(), dtype))
         return rows.view(-1, *self.shape[1:]).cpu()
 
     def from_rows(self, rows: Tensor | None, read: Callable[[Stretch], Tensor], dtype: torch.dtype) -> None:
         """The inverse: write this rank's elements, from all ranks' rows, into the view `read(stretch)`; collective."""
         mine = torch.empty(0, dtype=dtype) if rows is None else rows.reshape(-1)
-        elements = exchange(mine.to(device(), dtype), self.row_ranges, self.ranges, self.group)
+        elements = Redistribution(self.row_ranges, self.ranges, self.group)(mine.to(device(), dtype))
         if self.stretch is not None:
             read(self.stretch).copy_(elements)
 
@@ -92,7 +90,7 @@ def gather_ranges(parameters: Sequence[ZeroParameter], group: dist.ProcessGroup 
 
 def _ascending(ranges: list[list[int]], total: int, name: str) -> Ranges:
     """The ranges with empty ones moved into order. Raises RuntimeError where they don't split the tensor in the order
-    of ranks, which `exchange` requires."""
+    of ranks, which `Redistribution` requires."""
     result, reached = [], 0
     for start, stop in ranges:
         if start == stop:
@@ -104,22 +102,3 @@ def _ascending(ranges: list[list[int]], total: int, name: str) -> Ranges:
     if reached != total:
         raise RuntimeError(f"{name}: DeepSpeed's stretches {ranges} end at {reached} of {total} elements")
     return result
-
-
-def exchange(mine: Tensor, have: Ranges, need: Ranges, group: dist.ProcessGroup) -> Tensor:
-    """This rank's `need[rank]` of a flattened tensor of which each rank holds `have[rank]`; collective.
-
-    Args:
-        mine: this rank's elements, on the group's device.
-        have, need: both ascending by rank, so that pieces received in the order of ranks are in order.
-    """
-    rank = group_rank(group)
-    sizes_sent = [_overlap(have[rank], wanted) for wanted in need]
-    sizes_received = [_overlap(held, need[rank]) for held in have]
-    received = mine.new_empty(sum(sizes_received))
-    dist.all_to_all_single(received, mine.contiguous(), sizes_received, sizes_sent, group=group)
-    return received
-
-
-def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:
-    return max(0, min(a[1], b[1]) - max(a[0], b[0]))
