@@ -145,10 +145,11 @@ def rows_of(shard: Shard, tensor: Tensor, model_tensor: Any, key: str) -> Any:
 
 
 def _second_moment(optimizer: Stateful, shard: Shard, canonical: str, tensor: Tensor) -> ShardedTensor:
-    """A second moment; every tensor-parallel rank of the data-parallel ranks that own the matrix has all of it."""
+    """A second moment: one rank has it, or all ranks that have the whole matrix."""
     data_replica = group_rank(optimizer.groups.data) if shard.assignment.replicated else 0
+    tensor_replica = group_rank(optimizer.groups.tensor) if shard.local.tensor_parallel_size == 1 else 0
     return ShardedTensor.from_rank_offsets(
         f"{PREFIX}.second_moment.{canonical}",
         tensor,
-        replica_id=(0, group_rank(optimizer.groups.tensor), data_replica),
+        replica_id=(0, tensor_replica, data_replica),
     )

@@ -317,10 +317,7 @@ def query_and_key_orthogonalised_as_one():
 
 
 def muon_on_a_shard():
-    from bov_megatron.optim import muon_sharded
-
     describe_to_the_optimizer(lambda local: dataclasses.replace(local, tensor_parallel_size=1))
-    muon_sharded.gather_partitioned = lambda tensors, dims, group: list(tensors)
 
 
 def one_step_tensor_for_all():

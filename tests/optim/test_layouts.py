@@ -6,10 +6,14 @@ import math
 import pytest
 import torch
 
-from bov_megatron.optim.muon_sharded import consecutive_buckets
+from bov_megatron.optim.groups import group_settings
+from bov_megatron.optim.muon_sharded import assign_workers, consecutive_buckets, orthogonalisation_cost
+from bov_megatron.optim.optimizer import assign_rows
 from bov_megatron.optim.sharding import balance
 from bov_megatron.optim.weight_gatherer import WeightGatherer
+from bov_megatron.recipe import load_recipe
 from tests.support.distributed import run_ranks
+from tests.support.fake_world import fake_parameters
 from tests.support.sharded_model import advance, assemble, local_result, recipe, single_process, start_rank, weights
 
 STEPS = 4
@@ -24,7 +28,8 @@ def rank_weights(rank, world_size, recipe):
     model, optimizer = start_rank(rank, world_size, recipe)
     norms = advance(model, optimizer, STEPS)
     rows = {p.local.qualified_name: p.rows for p in optimizer.parameters}
-    return local_result(model) | {"norms": norms, "rows": rows}
+    updated = [canonical for _, canonical, _ in optimizer.second_moments()]
+    return local_result(model) | {"norms": norms, "rows": rows, "updated": updated}
 
 
 def run(recipe, world_size):
@@ -74,6 +79,9 @@ def test_layout_equals_one_process(layout):
     weights, results = run(recipe(**layout), world)
     wanted, norms = expected(bf16, **optimizer)
     assert results[0]["norms"] == pytest.approx(norms, rel=1e-6)
+    if tensor > 1 and "name" not in layout and layout.get("sharded", True):  # a matrix that is split is updated once
+        updated = [name for result in results for name in result["updated"] if "replicated" not in name]
+        assert len(updated) == len(set(updated)) == 3 + 1 + 1 + 2 + 2  # qkv, out, gate, qk, up and down
     # The norm is summed in another order, so clipped gradients may differ in their last bit.
     assert worst(weights, wanted) <= (1e-6 if "clip_grad" in layout else 0)
     if "clip_grad" in layout:
@@ -85,6 +93,40 @@ def test_balance_spreads_cost():
     owners = balance(costs, 3)
     loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(3)]
     assert max(loads) == 8 and sum(loads) == sum(costs)
+
+
+def work(rank, world_size, tensor, worlds):
+    """Of each data-parallel size: the multiplications of every rank, over data- and tensor-parallel ranks."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    split = [f"parallel.tensor_model_parallel_size={tensor}", f"parallel.sequence_parallel={str(tensor > 1).lower()}"]
+    recipe = load_recipe("recipes/780m_bov.yaml", split)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        parameters = fake_parameters(recipe)
+    matrices = [local for local in parameters if local.kind == "matrix"]
+    costs = [orthogonalisation_cost(local) for local in matrices]
+    found = {}
+    for data in worlds:
+        assignments = assign_rows(matrices, group_settings(recipe), data, sharded=True)
+        loads = [[0.0] * tensor for _ in range(data)]
+        for number, load in enumerate(loads):
+            owned = [i for i, a in enumerate(assignments) if a.ranges[number][1] > 0]
+            workers = assign_workers([matrices[i] for i in owned], tensor)
+            for i, worker in zip(owned, workers, strict=True):
+                load[worker or 0] += costs[i]
+        found[data] = [work for load in loads for work in load]
+    return costs, found
+
+
+@pytest.mark.parametrize("tensor", [1, 8])
+def test_work_is_balanced_in_worlds_of_any_size(tensor):
+    ((costs, found),) = run_ranks(work, 1, tensor, (16, 64, 512, 4096))
+    for data, loads in found.items():
+        ranks = data * tensor
+        assert sum(loads) == sum(costs), "every matrix is updated once"
+        assert max(loads) <= sum(costs) / ranks + max(costs)
+        if ranks >= len(costs):  # a matrix is not divided: further ranks have nothing to do
+            assert max(loads) == max(costs)
 
 
 def rank_in_small_buckets(rank, world_size, recipe):
