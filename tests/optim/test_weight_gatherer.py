@@ -54,8 +54,8 @@ def measured(rank, world_size, path, overrides, worlds, bucket_elements):
     ("recipe", "overrides", "worlds", "bucket_elements"),
     [
         ("780m_bov", ONE_RANK, (2, 16, 64, 512, 4096), None),
-        ("135m_bov", ["train.precision=fp32"], (2, 4096), 2_000_000),
-        ("135m_bov", ["optimizer.name=adamw"], (2, 4096), None),
+        ("135m_bov", ["train.precision=fp32"], (2, 512), 16_000_000),
+        ("135m_bov", ["optimizer.name=adamw"], (2, 512), None),
     ],
     ids=str,
 )
