@@ -1,1 +1,1 @@
-"""What `tools/bench.py` measures: whole training steps, core attention, the data loader, table lookups."""
+"""What `tools/bench.py` measures: whole training steps, core attention, the data loader, table lookups, generation."""

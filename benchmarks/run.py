@@ -22,13 +22,15 @@ NAMES = {
     "lookup": "the value table's lookup over tensor-parallel ranks: its time, a step's, and bytes on natural text",
     "checkpoint": "how long a save stalls training: waiting for it, and written beside training",
     "core": "CORE's examples per second, against one example per forward pass",
+    "generate": "generation by exported models: bank against projection, tokens/s and memory, with a picture",
     "plot": "drawing twenty runs of 100,000 steps",
     "studies": "how long status and results of a study of 2,000 cells take",
     "coverage": "how often the intervals of `study fit` hold the truth (an hour; only by name, or with --quick)",
     "recipes": "tokens/s, MFU and peak memory of the published recipes (GPU only)",
 }
 TURNS, QUICK_TURNS = 9, 1
-EVIDENCE = ("losses", "gradient_norms", "value_norm", "gradient_norm", "bytes")
+PICTURE = Path("bench/generate.png")
+EVIDENCE = ("losses", "gradient_norms", "value_norm", "gradient_norm", "bytes", "continuations", "bytes_by_context")
 """In the JSON only; most show that variants agree or differ as they should."""
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -40,6 +42,7 @@ def run(
     threads: int | None = None,
     against: str | None = None,
     settings: Sequence[str] = (),
+    picture: Path = PICTURE,
 ) -> dict:
     """Run the benchmarks `names` (default: all that this machine can run); returns plain JSON values.
 
@@ -49,6 +52,7 @@ def run(
         threads: torch's, on a CPU; default: OMP_NUM_THREADS, else one per core.
         against: a commit; `step`, alone, then compares this tree with it.
         settings: with `against`, recipe fields `section.field=value` (values in JSON) for this tree alone.
+        picture: what `generate` draws.
 
     Raises ValueError for an unknown name or commit, for `against` with another benchmark than `step`, or for `recipes`
     without a GPU.
@@ -77,13 +81,13 @@ def run(
         if against:
             results[name] = _plain(bench_against(against, turns, quick, settings))
         else:
-            results[name] = _plain(_run_one(name, turns, quick, results))
+            results[name] = _plain(_run_one(name, turns, quick, results, picture))
     return results
 
 
-def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
+def _run_one(name: str, turns: int, quick: bool, results: dict, picture: Path) -> dict:
     # Not at the top: --help and a wrong name shouldn't wait for Megatron's import.
-    from benchmarks import checkpoint, core, coverage, loader, lookup, loss, plot, studies, training_step
+    from benchmarks import checkpoint, core, coverage, generate, loader, lookup, loss, plot, studies, training_step
 
     if name == "step":
         return training_step.bench_step(turns, quick)
@@ -97,6 +101,8 @@ def _run_one(name: str, turns: int, quick: bool, results: dict) -> dict:
         return checkpoint.bench_checkpoint(turns, quick)
     if name == "core":
         return core.bench_core(turns, quick)
+    if name == "generate":
+        return generate.bench_generate(turns, quick, picture)
     if name == "plot":
         return plot.bench_plot(turns, quick)
     if name == "coverage":

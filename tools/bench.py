@@ -1,4 +1,4 @@
-"""Measure this machine: training step, core attention, data loader, table lookups, checkpoints.
+"""Measure this machine: training step, core attention, data loader, table lookups, checkpoints, generation.
 
     python tools/bench.py                        everything this machine can run
     OMP_NUM_THREADS=2 python tools/bench.py step attention --turns 15 --json bench.json
@@ -23,7 +23,7 @@ from bov_megatron.lifecycle.program import run_program
 
 def main(arguments: list[str] | None = None) -> int:
     # Not at the top: torch takes seconds, in which Ctrl-C is to be heard.
-    from benchmarks.run import NAMES, TURNS, format_results, run
+    from benchmarks.run import NAMES, PICTURE, TURNS, format_results, run
     from bov_megatron.compat import quiet_megatron_imports
 
     listing = "".join(f"\n  {name:<11}{text}" for name, text in NAMES.items())
@@ -39,13 +39,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--set", metavar="FIELD=VALUE", action="append", default=[], help="with --against: a recipe field of this tree"
     )
+    parser.add_argument("--picture", metavar="FILE", type=Path, default=PICTURE, help="PNG that `generate` draws "
+                        "(default %(default)s)")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
     quiet_megatron_imports()
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the ranks of `lookup`, which start anew
     try:
-        results = run(options.names, options.quick, options.turns, options.threads, options.against, options.set)
+        results = run(
+            options.names,
+            options.quick,
+            options.turns,
+            options.threads,
+            options.against,
+            options.set,
+            options.picture,
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.generate_plot import saved_share
 from benchmarks.timing import Timings, speed_ratio, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -15,8 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "new" / "bench.json"
+    files = ["--json", str(path), "--picture", str(path.with_suffix(".png"))]
     done = subprocess.run(
-        [sys.executable, "tools/bench.py", "--quick", "--threads", "1", "--json", str(path)],
+        [sys.executable, "tools/bench.py", "--quick", "--threads", "1", *files],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -96,6 +98,31 @@ def test_checkpoint_stalls_are_reported(results):
         check_spread(found["variants"][way]["stall_seconds"])
 
 
+def test_generation_counts_the_memory_of_values(results):
+    """Three layers of width 64 in fp32, two sequences, vocabulary 512; the bank is in the last layer."""
+    found = results["generate"]
+    variants, in_file = found["variants"], found["variants"]["bank, tables in their file"]
+    row = 64 * 4
+    assert variants["projection"]["cache_bytes_per_token"] == 6 * row + 4
+    assert variants["bank"]["cache_bytes_per_token"] == in_file["cache_bytes_per_token"] == 5 * row + 4
+    assert variants["bank"]["table_bytes_on_the_device"] == in_file["table_bytes_in_the_file"] == 512 * row
+    assert variants["projection"]["table_bytes_on_the_device"] == in_file["table_bytes_on_the_device"] == 0
+    assert found["bank_saves_memory_from_tokens"] == {"measured": 256, "V / B": 256}
+    sizes = [
+        (bank, found["bytes_by_context"]["projection"][length])
+        for length, bank in found["bytes_by_context"]["bank"].items()
+    ]
+    assert [bank > projection for bank, projection in sizes] == [True, True, False, False]
+    assert variants["bank"]["continuations"] == in_file["continuations"] != variants["projection"]["continuations"]
+    check_spread(found["decode: bank / projection"]["wall"])
+    assert Path(found["picture"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_share_is_zero_at_the_vocabulary_and_tends_to_a_third():
+    assert saved_share(32_768, 32_768) == 0 and saved_share(4_096, 32_768, sequences=8) == 0
+    assert saved_share(2**20, 32_768) == pytest.approx(0.3229, abs=1e-4)
+
+
 def test_the_time_of_a_picture_is_reported(results):
     assert results["plot"]["runs"] == 20
     check_spread(results["plot"]["seconds"])
@@ -117,7 +144,7 @@ def test_the_machine_is_described(results):
     [
         (
             ["lokup"],
-            "unknown benchmark 'lokup'; known: step, attention, loss, loader, lookup, checkpoint, core, plot, studies",
+            "unknown benchmark 'lokup'; known: step, attention, loss, loader, lookup, checkpoint, core, generate, plot",
         ),
         (["--turns", "0"], "--turns 0: must be at least 1"),
         (["recipes"], "needs a GPU"),
