@@ -126,7 +126,7 @@ def test_the_smallest_layout():
         return smallest_layout(recipe, world_size, GPUS["H100"])
 
     assert smallest(12).overrides == (), "nothing to change"
-    assert smallest(24).overrides == ("train.micro_batch_size=8",), "a smaller micro-batch before more ranks"
+    assert smallest(28).overrides == ("train.micro_batch_size=8",), "a smaller micro-batch before more ranks"
     large = smallest(64)
     assert large.tensor_model_parallel_size == large.world_size == 4
     assert "parallel.sequence_parallel=true" in large.overrides
