@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+import torch._inductor.config
 
 from bov_megatron.errors import RecipeError
 from bov_megatron.parallel.device import has_gpu
@@ -34,17 +35,20 @@ def enable(compile: bool | None) -> None:
     """Compile regions from now on, or don't; None compiles on a GPU. Raises RecipeError without a compiler."""
     global _enabled
     _enabled = has_gpu() if compile is None else compile
-    if _enabled and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "gcc", "clang"))):
-        raise RecipeError(
-            f"train.compile={str(compile).lower()}: compiling needs a C++ compiler, and there is no g++, gcc or clang "
-            "in PATH (nor CXX); install one, or set train.compile=false"
-        )
-    # Torch's default is 32 processes for each rank.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4" if has_gpu() else "1")
-    torch._dynamo.config.recompile_limit = VARIANTS
     if not has_gpu():
         # Functions that Megatron compiles by itself would take minutes on a CPU without any gain.
         torch._dynamo.config.disable = not _enabled
+    if not _enabled:
+        return
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "gcc", "clang"))):
+        raise RecipeError(
+            f"train.compile={'null' if compile is None else 'true'}: compiling needs a C++ compiler, and there is no "
+            "g++, gcc or clang in PATH (nor CXX); install one, or set train.compile=false"
+        )
+    torch._dynamo.config.recompile_limit = VARIANTS
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        # Torch's default is a process for each core, up to 32, and that for each rank.
+        torch._inductor.config.compile_threads = 4 if has_gpu() else 1
 
 
 def region(function: Function) -> Function:

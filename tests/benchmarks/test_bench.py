@@ -46,6 +46,13 @@ def test_step_trains_two_different_models_with_two_different_optimizers(results)
     assert losses["muon", "bank"][0] == losses["adamw", "bank"][0]
 
 
+def test_both_losses_agree_and_ours_takes_less_memory(results):
+    ours, megatrons = (results["loss"]["variants"][name] for name in ("ours", "megatron"))
+    assert ours["losses"] == pytest.approx(megatrons["losses"], rel=1e-6)
+    assert megatrons["peak_bytes"] > 3 * ours["peak_bytes"] > 0
+    check_spread(results["loss"]["ours / megatron"]["wall"])
+
+
 @pytest.mark.parametrize("source", ["bank", "projection"])
 def test_both_attentions_compute_the_same(results, source):
     variants = results["attention"][source]["variants"]
@@ -148,6 +155,9 @@ def test_the_machine_is_described(results):
         ),
         (["--turns", "0"], "--turns 0: must be at least 1"),
         (["recipes"], "needs a GPU"),
+        (["step", "--against", "nowhere"], "--against nowhere: git knows no such commit"),
+        (["loader", "--against", "HEAD"], "compares the benchmark 'step'; name it, and no other"),
+        (["step", "--set", "train.compile=true"], "give a commit"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys, monkeypatch):
@@ -158,6 +168,18 @@ def test_bad_arguments(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_commit_is_compared_by_its_own_code():
+    from benchmarks.against import bench_against
+
+    found = bench_against("HEAD", 1, quick=True, settings=["train.seed=5"])
+    for source in ("bank", "projection"):
+        now, head = (found[source]["variants"][tree] for tree in ("now", "HEAD"))
+        assert len(now["losses"]) == len(head["losses"]) == 4
+        assert now["losses"][0] != head["losses"][0], "the field is set for this tree alone"
+        assert now["losses"][0] == pytest.approx(head["losses"][0], rel=0.1)
+        assert now["update_milliseconds"].median > 0
 
 
 def test_turns_alternate_and_discarded_ones_do_not_count():

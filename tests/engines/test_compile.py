@@ -1,9 +1,12 @@
 """`train.compile`: the same losses and gradients, whole graphs, and none compiled after the third step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bov_megatron.recipe import ValueConfig, recipe_from_dict
+from tests.support.deepspeed_ranks import adamw_recipe, batch_of, build, zero
 from tests.support.distributed import run_ranks
 from tests.support.parity import (
     batch,
@@ -103,6 +106,29 @@ def inductor_rank(rank, world_size):
     assert not torch.equal(both[0], logits)
     assert sum(torch._dynamo.utils.counters["stats"].values()) > 0, "nothing was compiled"
     return differences
+
+
+def zero_rank(rank, world_size, *recipe_dicts):
+    """Per recipe, losses of three steps with DeepSpeed, and how many graphs had been compiled by then."""
+    from torch._dynamo.utils import counters
+
+    from bov_megatron.parallel import regions
+
+    regions.BACKEND = "aot_eager"
+    results = []
+    for recipe in map(recipe_from_dict, recipe_dicts):
+        engine = build(recipe)
+        losses = [engine.train_step(my_micro_batches(recipe, batch_of(step))).loss for step in range(3)]
+        results.append((losses, counters["stats"]["unique_graphs"]))
+    return results
+
+
+def test_weights_that_zero_3_gathers_are_those_of_the_regions():
+    recipe = zero(adamw_recipe(recompute="full"), 3)
+    pair = [replace(recipe, train=replace(recipe.train, compile=compile)).to_dict() for compile in (False, True)]
+    (expected, none), (found, graphs) = run_ranks(zero_rank, 2, *pair)[0]
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert none == 0 < graphs
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
