@@ -22,7 +22,7 @@ def results(tmp_path_factory):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "QUICK" in done.stdout and "bank / projection" in done.stdout
