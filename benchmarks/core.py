@@ -23,17 +23,26 @@ KINDS = {
 """About as long as HellaSwag's, COPA's, Winogrande's and LAMBADA's examples."""
 EXAMPLES, QUICK_EXAMPLES = 32, 2
 BATCH_SIZE = 32
+VOCABULARY = 8192
+
+
+WIDTHS = (128, 256)
+"""Of the smoke recipe, and one that keeps two CPU cores busy with an example alone."""
 
 
 def bench_core(turns: int, quick: bool) -> dict:
-    """A random model of six layers and random tokens, `EXAMPLES` of each kind."""
+    """Random models of six layers and random tokens, `EXAMPLES` of each kind; by width."""
+    return {f"width {width}": _bench_model(width, turns, quick) for width in WIDTHS[: 1 if quick else None]}
+
+
+def _bench_model(width: int, turns: int, quick: bool) -> dict:
     from bov_megatron.exchange.export import hf_config
     from bov_megatron.exchange.hf.modeling_bov import BovForCausalLM
     from bov_megatron.parallel.device import device
     from bov_megatron.recipe import ModelConfig
 
     config = hf_config(
-        ModelConfig(num_layers=6, hidden_size=256, num_attention_heads=4, vocab_size=8192, sequence_length=1024)
+        ModelConfig(num_layers=6, hidden_size=width, num_attention_heads=4, vocab_size=VOCABULARY, sequence_length=1024)
     )
     torch.manual_seed(0)
     scorer = TransformersScorer(BovForCausalLM(config).to(device()))
@@ -68,7 +77,9 @@ def _one_by_one(model, asked: Sequence[Question]) -> None:
 
 def _question(index: int, shared: int, options: int, added: int) -> Question:
     chance = torch.Generator().manual_seed(index)
-    prefix = torch.randint(8192, (shared,), generator=chance).tolist()
-    made = [Option(prefix + torch.randint(8192, (added,), generator=chance).tolist(), shared) for _ in range(options)]
+    prefix = torch.randint(VOCABULARY, (shared,), generator=chance).tolist()
+    made = [
+        Option(prefix + torch.randint(VOCABULARY, (added,), generator=chance).tolist(), shared) for _ in range(options)
+    ]
     task = Task("benchmark", "multiple_choice", Path(), 0, " ", 0.0)
     return Question(task, index, made, 0)

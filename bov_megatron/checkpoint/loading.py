@@ -5,18 +5,22 @@ A checkpoint whose files differ from its manifest is reported and set aside, and
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import socket
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from bov_megatron.checkpoint import compatibility, manifest, writing
@@ -28,6 +32,10 @@ from bov_megatron.lifecycle.run_folder import CHECKPOINTS, DAMAGED, latest_check
 from bov_megatron.lifecycle.terminal import warn
 from bov_megatron.optim.sharded_state import main_weights
 from bov_megatron.parallel.agreement import gather_items, on_all_ranks, on_first_rank
+from bov_megatron.parallel.parameter import LocalParameter
+
+READ_BYTES = 256 << 20
+"""Each read opens the checkpoint's index anew, which takes longer than a small tensor."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,40 @@ def load(engine: Engine, path: Path, contents: bool = False) -> Loaded:
         loaded["optimizer"] = _new_optimizer_state(engine, optimizer_state, path, stored["step"])
     engine.load_state(loaded["model"], loaded.get("optimizer"))
     return Loaded(stored["step"], stored["recipe"], stored["extra"])
+
+
+def read_weights(engine: Engine, path: Path) -> Iterator[tuple[LocalParameter, Tensor]]:
+    """This rank's parameters and what a checkpoint holds of them, some READ_BYTES at a time; collective.
+
+    The engine's own weights stay as they are, and may be without memory (parallel.device.WithoutMemory). Raises
+    CheckpointError and RecipeError as `load` does.
+    """
+    if damage := verify(path, contents=True):
+        raise _damaged(path, damage[0])
+    compatibility.check_same_model(read_run(path)["recipe"], engine.recipe, path)
+    chunks = sharded_state(engine)["model"]
+    for number, chunk in enumerate(engine.chunks):
+        for batch in _batches(chunk.local_parameters):
+            wanted = {}
+            for local in batch:
+                sharded = chunks[str(number)][local.qualified_name]
+                empty = torch.empty(sharded.local_shape, dtype=sharded.dtype)
+                wanted[local.qualified_name] = dataclasses.replace(sharded, data=empty)
+            found = _load_tensors({"model": {str(number): wanted}}, path)["model"][str(number)]
+            for local in batch:
+                yield local, found.pop(local.qualified_name)
+
+
+def _batches(parameters: Sequence[LocalParameter]) -> Iterator[list[LocalParameter]]:
+    """Some of READ_BYTES together, or one that is larger."""
+    batch: list[LocalParameter] = []
+    for local in parameters:
+        if batch and sum(other.parameter.nbytes for other in [*batch, local]) > READ_BYTES:
+            yield batch
+            batch = []
+        batch.append(local)
+    if batch:
+        yield batch
 
 
 def _load_tensors(state: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,7 +24,7 @@ from bov_megatron.exchange.parity import Parity, compare_logits
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.model.naming import full_from_gathered
 from bov_megatron.parallel import process_groups
-from bov_megatron.parallel.device import device
+from bov_megatron.parallel.device import WithoutMemory, device
 from bov_megatron.parallel.launch import World
 from bov_megatron.recipe import ParallelConfig, Recipe, recipe_from_dict
 from bov_megatron.recipe.checks import check_recipe
@@ -59,7 +59,8 @@ def to_hf(
     check_parity: bool = True,
     overwrite: bool = False,
 ) -> Conversion:
-    """Export a run's checkpoint as a Hugging Face model; loads the whole model in this process.
+    """Export a run's checkpoint as a Hugging Face model. Holds the weights of one file of the export at a time; to
+    compare logits, the whole model twice, in fp32.
 
     Args:
         run_dir: run folder (the newest checkpoint, or that of `step`), or one checkpoint's folder.
@@ -75,11 +76,17 @@ def to_hf(
     stored = checkpoint.read_run(path)
     dtype = dtype or _computed_in(stored["recipe"])
     tokenizer_dir = tokenizer_dir or _tokenizer_of(run_folder.run_dir_of(path))
-    with open_checkpoint(path) as engine:
-        parity: list[tuple[Parity, Parity | None]] = []
+    parity: list[tuple[Parity, Parity | None]] = []
+
+    def compare(folder: Path) -> None:
+        if check_parity:
+            with open_checkpoint(path) as engine:
+                parity.append(_parity(engine, folder, dtype, tables))
+
+    with contextlib.closing(stored_tensors(path)) as tensors:
         out_dir = export(
-            canonical_tensors(engine),
-            engine.recipe.model,
+            tensors,
+            _recipe_to_open(path).model,
             tokenizer_dir,
             out_dir,
             dtype=dtype,
@@ -87,7 +94,7 @@ def to_hf(
             recipe=stored["recipe"],
             trained=training_record(path, stored),
             overwrite=overwrite,
-            check=lambda folder: parity.append(_parity(engine, folder, dtype, tables)) if check_parity else None,
+            check=compare,
         )
     agreement, cost_of_tables = parity[0] if parity else (None, None)
     return Conversion(out_dir, path, stored["step"], agreement, cost_of_tables, tokenizer_dir is not None)
@@ -106,9 +113,8 @@ def in_memory(path: Path, dtype: torch.dtype | None = None, bank_device: str | N
     from bov_megatron.exchange.hf.modeling_bov import BovForCausalLM
 
     dtype = dtype or _computed_in(checkpoint.read_run(path)["recipe"])
-    with open_checkpoint(path) as engine:
-        weights = {name: tensor.to("cpu", dtype, copy=True) for name, tensor in canonical_tensors(engine)}
-        config = hf_config(engine.recipe.model, bank_device=bank_device)
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in stored_tensors(path)}
+    config = hf_config(_recipe_to_open(path).model, bank_device=bank_device)
     with torch.device("meta"):
         model = BovForCausalLM(config)
     model.load_state_dict(weights, assign=True)
@@ -135,33 +141,53 @@ def open_checkpoint(
 
     Raises CheckpointError, or RecipeError for a layout that the model can't have.
     """
+    with new_engine(_recipe_to_open(path, layout, precision), world) as engine:
+        checkpoint.load(engine, path, contents=True)
+        yield engine
+
+
+def _recipe_to_open(
+    path: Path, layout: ParallelConfig | None = None, precision: Literal["fp32", "bf16"] | None = "fp32"
+) -> Recipe:
+    """A checkpoint's recipe with another layout and precision, as `open_checkpoint` takes them."""
     recipe = recipe_from_dict(compatibility.without_retired_values(checkpoint.read_run(path)["recipe"]))
     train = recipe.train if precision is None else dataclasses.replace(recipe.train, precision=precision, fp8="none")
     recipe = dataclasses.replace(recipe, parallel=layout or ParallelConfig(), train=train)
     check_recipe(recipe)
-    with new_engine(recipe, world) as engine:
-        checkpoint.load(engine, path, contents=True)
-        yield engine
+    return recipe
+
+
+def stored_tensors(path: Path) -> Generator[tuple[str, Tensor], None, None]:
+    """A checkpoint's weights in fp32 by canonical name, unfused and unpadded, some at a time; in process groups of its
+    own until the last one. Raises CheckpointError."""
+    recipe = _recipe_to_open(path)
+    value = dataclasses.replace(recipe.model.value, table_memory="device")
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, value=value))
+    with _process_groups(recipe):
+        with WithoutMemory():
+            engine = build_engine(recipe, with_optimizer=False)
+        for local, tensor in checkpoint.read_weights(engine, path):
+            yield from full_from_gathered(local, tensor).items()
 
 
 @contextlib.contextmanager
 def new_engine(recipe: Recipe, world: World | None = None) -> Iterator[Engine]:
     """An engine without optimizer, with initial weights, in process groups of its own; `world` as above."""
+    with _process_groups(recipe, world):
+        yield build_engine(recipe, with_optimizer=False)
+
+
+@contextlib.contextmanager
+def _process_groups(recipe: Recipe, world: World | None = None) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         if world is None:
             process_groups.initialize(recipe, 0, 1, init_method=f"file://{folder}/rendezvous")
         else:
             process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
         try:
-            yield build_engine(recipe, with_optimizer=False)
+            yield
         finally:
             process_groups.shutdown()
-
-
-def canonical_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights of an unsharded engine, unfused and unpadded, one at a time."""
-    for local in engine.model.local_parameters:
-        yield from full_from_gathered(local, local.parameter.detach()).items()
 
 
 @torch.no_grad()

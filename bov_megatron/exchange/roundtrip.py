@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bov_megatron.errors import ConversionError
-from bov_megatron.exchange.convert import canonical_tensors, open_checkpoint, to_hf
+from bov_megatron.exchange.convert import stored_tensors, to_hf
 from bov_megatron.exchange.from_hf import ExportedWeights, from_hf
 from bov_megatron.exchange.parity import Parity
 
@@ -40,12 +40,11 @@ def roundtrip(run_dir: Path, *, step: int | None = None) -> Roundtrip:
 def _compare(checkpoint: Path, exported: ExportedWeights) -> tuple[int, int]:
     """Numbers of tensors and elements compared."""
     different, tensors, elements = [], 0, 0
-    with open_checkpoint(checkpoint) as engine:
-        for name, tensor in canonical_tensors(engine):
-            # As integers: 0 and -0 are equal numbers, and a nan differs from itself.
-            ours, theirs = (t.contiguous().cpu().view(torch.int32) for t in (tensor, exported(name)))
-            different += [] if torch.equal(ours, theirs) else [name]
-            tensors, elements = tensors + 1, elements + tensor.numel()
+    for name, tensor in stored_tensors(checkpoint):
+        # As integers: 0 and -0 are equal numbers, and a nan differs from itself.
+        ours, theirs = (t.contiguous().view(torch.int32) for t in (tensor, exported(name)))
+        different += [] if torch.equal(ours, theirs) else [name]
+        tensors, elements = tensors + 1, elements + tensor.numel()
     if different:
         raise ConversionError(f"{checkpoint} and its export differ in {len(different)} tensors: {', '.join(different)}")
     return tensors, elements

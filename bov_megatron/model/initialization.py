@@ -28,10 +28,11 @@ BLOCK_ROWS = 1024
 
 @torch.no_grad()
 def initialize_weights(model: BovModel) -> None:
-    """Set this rank's parameters in place; drawn on the CPU in fp32, then cast."""
+    """Set this rank's parameters in place, but for those without memory; drawn on the CPU in fp32, then cast."""
     group = model.pg_collection.tp
     for local in model.local_parameters:
-        local.parameter.copy_(_initial_local(local, model.recipe, group.rank(), group.size()))
+        if not local.parameter.is_meta:
+            local.parameter.copy_(_initial_local(local, model.recipe, group.rank(), group.size()))
 
 
 def _initial_local(local: LocalParameter, recipe: Recipe, tp_rank: int, tp_size: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 def has_gpu() -> bool:
@@ -32,6 +33,17 @@ def select_gpu(local_rank: int) -> None:
     if has_gpu():
         # Modulo, because Slurm may show each task only its own GPU.
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
+
+
+class WithoutMemory(TorchFunctionMode):
+    """Within it, `torch.empty` gives tensors of shapes alone, on the meta device, whichever device the caller names.
+
+    A model built within it has all its parameters, and no weights. `torch.device("meta")` leaves alone what names its
+    device, as Megatron does on a GPU.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:

@@ -59,15 +59,14 @@ def logits_at_a_layout(rank, world_size, folder, layouts):
 
 def export_and_return(rank, world_size, folder, names):
     """Weights of the run made of each model's export, by canonical name."""
-    from bov_megatron.exchange.convert import canonical_tensors, open_checkpoint, to_hf
+    from bov_megatron.exchange.convert import stored_tensors, to_hf
     from bov_megatron.exchange.from_hf import from_hf
 
     weights = {}
     for name in names:
         to_hf(folder / name / "run", folder / name / "export", check_parity=False)
         back = from_hf(folder / name / "export", folder / name / "back")
-        with open_checkpoint(back.checkpoint) as engine:
-            weights[name] = {key: tensor.clone() for key, tensor in canonical_tensors(engine)}
+        weights[name] = dict(stored_tensors(back.checkpoint))
     return weights
 
 
@@ -158,15 +157,13 @@ COEFFICIENTS = {"alpha_v": "projection_coefficient", "beta_v": "source_coefficie
 
 def import_others(rank, world_size, folder):
     """(section model.value, precision, weights of the checkpoint) of each of OTHERS."""
-    from bov_megatron.exchange.convert import canonical_tensors, open_checkpoint
+    from bov_megatron.exchange.convert import stored_tensors
     from bov_megatron.exchange.from_nanochat import from_nanochat
 
     found = {}
     for name in OTHERS:
         run = from_nanochat(folder / name, folder / f"{name}-run")
-        with open_checkpoint(run.checkpoint) as engine:
-            weights = {key: tensor.clone() for key, tensor in canonical_tensors(engine)}
-        found[name] = run.recipe.model.value, run.recipe.train.precision, weights
+        found[name] = run.recipe.model.value, run.recipe.train.precision, dict(stored_tensors(run.checkpoint))
     return found
 
 
