@@ -43,7 +43,11 @@ def _add_to_hf(commands) -> None:
     to_hf.add_argument("--tables", choices=("bf16", "int8"), help="stored value tables, int8 with a scale per row "
                        "(default: like the other weights)")  # fmt: skip
     to_hf.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one kept with the run)")
-    to_hf.add_argument("--skip-parity", action="store_true", help="do not compare logits")
+    to_hf.add_argument(
+        "--skip-parity",
+        action="store_true",
+        help="do not compare logits, which takes the whole model twice in memory, in fp32",
+    )
     to_hf.add_argument("--overwrite", action="store_true", help="replace OUT if it holds anything")
     to_hf.set_defaults(run=_to_hf)
 

@@ -83,3 +83,44 @@ def test_bad_input(runs, tmp_path):
     (tmp_path / "full" / "mine").touch()
     ((_, error),) = run_ranks(convert_rank, 1, str(runs / "tp2-pp2"), str(tmp_path / "full"), {})
     assert "is not empty" in error and "--overwrite" in error
+
+
+MODEL_BYTES, FILE_BYTES = 300 << 20, 32 << 20
+
+
+def measure_conversion(rank: int, world_size: int, folder: str) -> int:
+    """Most bytes that a conversion adds to this process, of a checkpoint of more than MODEL_BYTES."""
+    import resource
+
+    import psutil
+    import torch
+
+    from bov_megatron import checkpoint
+    from bov_megatron.checkpoint import loading
+    from bov_megatron.exchange import convert
+    from bov_megatron.exchange.export import export
+    from bov_megatron.recipe import ModelConfig, ParallelConfig, Recipe, TrainConfig
+    from bov_megatron.recipe.parameters import parameter_specs
+
+    del rank, world_size
+    loading.READ_BYTES = 16 << 20
+    model = ModelConfig(num_layers=24, hidden_size=512, num_attention_heads=8, vocab_size=8192, sequence_length=128)
+    assert 4 * sum(spec.size for spec in parameter_specs(model)) > MODEL_BYTES
+    recipe = Recipe(model=model, train=TrainConfig(precision="fp32", steps=1), parallel=ParallelConfig())
+    run = Path(folder) / "run"
+    if not run.exists():
+        with convert.new_engine(recipe) as engine:
+            checkpoint.save(engine, run, 1, keep_last=1, extra={})
+        return 0
+    [path] = (run / "checkpoints").iterdir()
+    before = psutil.Process().memory_info().rss
+    with torch.no_grad():
+        export(convert.stored_tensors(path), model, None, Path(folder) / "out", max_shard_bytes=FILE_BYTES)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def test_memory_is_that_of_a_file_of_the_export(tmp_path):
+    run_ranks(measure_conversion, 1, str(tmp_path))
+    (added,) = run_ranks(measure_conversion, 1, str(tmp_path))
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 5
+    assert added < MODEL_BYTES * 2 / 3, f"{added / 2**20:.0f} MiB"
