@@ -78,6 +78,19 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export PYTHONUNBUFFERED=1
+# Slurm before 23.02 doesn't tell jobs when they end; without a time limit there is nothing to tell.
+if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+    job_end=$(squeue --noheader --job="$this_job" --format=%e || true)
+    SLURM_JOB_END_TIME=$(date -d "${job_end:-unknown}" +%s 2>/dev/null || true)
+    export SLURM_JOB_END_TIME
+fi
+# Less memory lost between blocks of changing sizes.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
+# Data workers and checkpoint writers are forked, which InfiniBand and EFA must be told.
+export RDMAV_FORK_SAFE=${RDMAV_FORK_SAFE:-1} FI_EFA_FORK_SAFE=${FI_EFA_FORK_SAFE:-1}
+# Flight recorder: each rank's last collectives, written where one times out.
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PWD/logs/collectives-$SLURM_JOB_ID-rank}
 # Explicit, because with sbatch --export=NONE, some sites' default, ranks would see none of these variables.
 srun=(srun --export=ALL)
 if [[ -n ${BOV_SRUN_ARGS:-} ]]; then

@@ -28,16 +28,22 @@ class StopReason(enum.IntEnum):
 
     NONE = 0
     TIME_LIMIT = 1
-    SIGUSR1 = 2
-    SIGINT = 3
+    JOB_END = 2
+    """Slurm's time limit, less what saving takes."""
+    SIGUSR1 = 3
+    SIGINT = 4
     """Ctrl-C."""
-    SIGTERM = 4
-    LEASE_LOST = 5
+    SIGTERM = 5
+    LEASE_LOST = 6
     """Another start has taken the run folder, e.g. while this one was suspended: save nothing."""
 
     def describe(self) -> str:
         """To follow "stopped by" in a message."""
-        return {StopReason.TIME_LIMIT: "train.max_minutes", StopReason.SIGINT: "Ctrl-C"}.get(self, self.name)
+        return {
+            StopReason.TIME_LIMIT: "train.max_minutes",
+            StopReason.JOB_END: "the job's time limit",
+            StopReason.SIGINT: "Ctrl-C",
+        }.get(self, self.name)
 
 
 class StopSignals(Listener):
@@ -88,18 +94,31 @@ class StopSignals(Listener):
             end(errors.CTRL_C)
 
 
+_SLACK_SECONDS = 15.0
+"""For leaving, and since schedulers end jobs some seconds earlier or later than they say."""
+
+
 class StopRequest:
-    """Call it for this rank's reason to stop.
+    """Call it after every step for this rank's reason to stop.
 
     Args:
         signals: recorded signals.
         max_minutes: time limit, counted from now; None means no limit.
+        job_end: Unix time at which the scheduler ends the job; None where it is not known.
     """
 
-    def __init__(self, signals: StopSignals, max_minutes: float | None):
+    def __init__(self, signals: StopSignals, max_minutes: float | None, job_end: float | None = None):
         self.signals = signals
         self.lease: Lease | None = None
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.job_end = None if job_end is None else time.monotonic() + job_end - time.time()
+        self.save_seconds = 0.0
+        """Of the longest save so far."""
+        self._steps, self._called = [0.0, 0.0], time.monotonic()
+
+    def note_save(self, seconds: float) -> None:
+        """How long a save took. Scripts ask for SIGUSR1 a fixed time before the job's end, which may not be enough."""
+        self.save_seconds = max(self.save_seconds, seconds)
 
     def watch(self, lease: Lease) -> None:
         """Also stop when `lease` is lost."""
@@ -108,8 +127,17 @@ class StopRequest:
     def __call__(self) -> StopReason:
         if self.lease is not None and self.lease.lost:
             return StopReason.LEASE_LOST
+        if self._job_ends():
+            return max(self.signals.reason, StopReason.JOB_END)
         late = self.deadline is not None and time.monotonic() >= self.deadline
         return max(self.signals.reason, StopReason.TIME_LIMIT if late else StopReason.NONE)
+
+    def _job_ends(self) -> bool:
+        """Whether another step would leave less than two saves' time. A step takes as long as the shorter one of the
+        last two: the other may have begun with the start of the run, or have had a save in it."""
+        now = time.monotonic()
+        self._steps, self._called = [self._steps[1], now - self._called], now
+        return self.job_end is not None and self.job_end - now < min(self._steps) + 2 * self.save_seconds + _SLACK_SECONDS
 
 
 class CtrlC(Listener):

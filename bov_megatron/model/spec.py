@@ -46,6 +46,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         # In an interleaved pipeline, batched messages of two stages are mixed up: gradients are silently wrong.
         overlap_p2p_comm=layout.virtual_stages is not None,
         batch_p2p_comm=layout.virtual_stages is None,
+        batch_p2p_sync=False,  # works around a defect of old releases of torch, by waiting for the whole device
         context_parallel_size=layout.context_parallel_size,
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,

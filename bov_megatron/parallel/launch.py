@@ -57,6 +57,12 @@ def detect_world(environ: Mapping[str, str] = os.environ) -> World:
     return world
 
 
+def job_end(environ: Mapping[str, str] = os.environ) -> float | None:
+    """Unix time at which Slurm ends this job; None where there is no job, or Slurm doesn't say."""
+    text = environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdigit() else None
+
+
 def export_world(world: World, environ: MutableMapping[str, str] = os.environ) -> None:
     """Set the variables that torchrun would, for torch, Megatron-core and child processes."""
     environ["RANK"] = str(world.rank)

@@ -31,8 +31,9 @@ def initialize(
     data_parallel_size(recipe, world_size)  # raises
     megatron_on_cpu.enable()
     regions.enable(recipe.train.compile)
-    # Megatron overlaps the gradient's all-reduce with a matmul and relies on the order of launches.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if recipe.parallel.tensor_model_parallel_size > 1:
+        # Megatron overlaps the gradient's all-reduce with a matmul and relies on the order of launches.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     select_gpu(local_rank)
     if not dist.is_initialized():
         dist.init_process_group(

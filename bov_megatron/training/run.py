@@ -28,7 +28,7 @@ from bov_megatron.lifecycle.lease import Lease
 from bov_megatron.lifecycle.starts import StartRecord
 from bov_megatron.lifecycle.terminal import say
 from bov_megatron.lifecycle.watchdog import Watchdog
-from bov_megatron.parallel import process_groups
+from bov_megatron.parallel import launch, process_groups
 from bov_megatron.parallel.agreement import on_all_ranks, on_first_rank
 from bov_megatron.parallel.device import device
 from bov_megatron.parallel.launch import World
@@ -55,7 +55,7 @@ def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
 
     Raises BovError: the same on every rank, or a ThisRankError.
     """
-    stop_request = StopRequest(signals, recipe.train.max_minutes)
+    stop_request = StopRequest(signals, recipe.train.max_minutes, launch.job_end())
     process_groups.initialize(recipe, world.rank, world.world_size, world.local_rank)
     if reason := _agree_to_stop(stop_request()):  # before all that takes long
         return _leave(reason)
@@ -199,7 +199,12 @@ def _trainer(recipe: Recipe, start: StoredRun | None, stop_request: StopRequest,
                 Wandb(recipe.run_dir, recipe.logging.wandb, recipe.logging.wandb_project),
                 TensorBoard(recipe.run_dir, recipe.logging.tensorboard),
                 MetricsFile(recipe.run_dir, recipe.logging.interval),
-                Checkpoints(recipe.run_dir, recipe.checkpoint, from_step_0=recipe.health.on_spike == "rollback"),
+                Checkpoints(
+                    recipe.run_dir,
+                    recipe.checkpoint,
+                    from_step_0=recipe.health.on_spike == "rollback",
+                    on_saved=stop_request.note_save,
+                ),
             ],
             bytes_per_token=_padded(bytes_per_token, recipe.model.vocab_size),
             start_step=start.step if start else 0,

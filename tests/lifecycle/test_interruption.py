@@ -175,6 +175,22 @@ def test_ranks_of_torchrun_end_with_it_after_a_signal(tmp_path):
         rank.wait(30)
 
 
+def test_the_end_of_the_job_leaves_time_for_a_save():
+    with StopSignals() as signals:
+        request = StopRequest(signals, None, job_end=time.time() + 80)
+        assert request() is StopReason.NONE
+        request.note_save(25)
+        assert request() is StopReason.NONE
+        request.note_save(33)
+        request.note_save(2)
+        assert request() is StopReason.JOB_END
+        request = StopRequest(signals, None, job_end=time.time() + 17.5)
+        time.sleep(1)  # the start and the first step
+        assert request() is StopReason.NONE
+        time.sleep(1)
+        assert request() is StopReason.JOB_END
+
+
 def test_handlers_from_before_are_restored():
     former = {number: signal.getsignal(number) for number in StopSignals.REASONS}
     with StopSignals() as signals:

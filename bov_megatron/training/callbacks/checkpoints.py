@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,10 +28,18 @@ class Checkpoints(Callback):
 
     Args:
         from_step_0: save the initial weights too, so that there always is a checkpoint to go back to.
+        on_saved: called with the seconds from the beginning of a save to its end.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, from_step_0: bool = False):
-        self.run_dir, self.config, self.from_step_0 = run_dir, config, from_step_0
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        from_step_0: bool = False,
+        on_saved: Callable[[float], None] = lambda seconds: None,
+    ):
+        self.run_dir, self.config, self.from_step_0, self.on_saved = run_dir, config, from_step_0, on_saved
+        self.began = 0.0
         self.pending: checkpoint.PendingSave | None = None
         self.failure: str | None = None
 
@@ -69,7 +79,7 @@ class Checkpoints(Callback):
         raise TrainingError(f"{self.failure}; {kept}. Start again to repeat the steps after it")
 
     def _begin(self, trainer, last: bool) -> None:
-        config = self.config
+        config, self.began = self.config, time.monotonic()
         try:
             self.pending = checkpoint.begin_save(
                 trainer.engine,
@@ -88,6 +98,7 @@ class Checkpoints(Callback):
         try:
             pending.finish()
             self.failure = None
+            self.on_saved(time.monotonic() - self.began)
         except checkpoint.SaveError as error:
             self._note(pending.step, error, last)
 
