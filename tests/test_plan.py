@@ -16,6 +16,7 @@ from bov_megatron.recipe.parameters import parameter_specs
 from bov_megatron.recipe.quantities import flops_per_token, parameter_counts, reference_scaling, total_steps
 
 ROOT = Path(__file__).resolve().parent.parent
+TP2 = "parallel.tensor_model_parallel_size=2"
 RECIPES = ROOT / "recipes"
 
 # arXiv 2606.02780, as its reference implementation counts them:
@@ -119,7 +120,9 @@ def test_memory_by_hand():
 
 def test_memory_follows_the_layout():
     def memory(*overrides, world_size=16):
-        return plan(load_recipe(RECIPES / "780m_bov.yaml", overrides), world_size)
+        return plan(
+            load_recipe(RECIPES / "780m_bov.yaml", [TP2, "parallel.sequence_parallel=true", *overrides]), world_size
+        )
 
     whole = memory()
     assert whole.memory_per_rank_bytes < 80e9, "the recipe is meant for 80 GB devices"
@@ -177,7 +180,7 @@ def test_command_explains_bad_input():
     command = [sys.executable, str(ROOT / "tools/plan.py"), str(RECIPES / "780m_bov.yaml")]
     result = subprocess.run([*command, "model.hiden_size=8"], capture_output=True, text=True)
     assert result.returncode == 2 and "did you mean 'model.hidden_size'" in result.stderr
-    result = subprocess.run([*command, "--world-size", "3", "train.steps=5"], capture_output=True, text=True)
+    result = subprocess.run([*command, "--world-size", "3", TP2], capture_output=True, text=True)
     assert result.returncode == 2 and "world size 3 is not a multiple of 2" in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -137,9 +137,8 @@ class StopRequest:
         last two: the other may have begun with the start of the run, or have had a save in it."""
         now = time.monotonic()
         self._steps, self._called = [self._steps[1], now - self._called], now
-        return (
-            self.job_end is not None and self.job_end - now < min(self._steps) + 2 * self.save_seconds + _SLACK_SECONDS
-        )
+        needed = min(self._steps) + 2 * self.save_seconds + _SLACK_SECONDS
+        return self.job_end is not None and self.job_end - now < needed
 
 
 class CtrlC(Listener):

@@ -365,11 +365,11 @@ def test_possible_recipes_near_the_impossible_ones():
 
 
 def test_world_size():
-    recipe = load_recipe(RECIPES / "780m_bov.yaml", [PP2])  # 2 × 2 ranks a copy, 512 = 16 × 32
+    recipe = load_recipe(RECIPES / "780m_bov.yaml", [TP2, PP2])  # 2 × 2 ranks a copy, 512 = 16 × 32
     assert [data_parallel_size(recipe, world) for world in (4, 16, 128)] == [1, 4, 32]
     with pytest.raises(RecipeError, match=r"world size 6 is not a multiple of 4 \(tensor 2 × pipeline 2 × context 1\)"):
         data_parallel_size(recipe, 6)
-    interleaved = load_recipe(RECIPES / "780m_bov.yaml", [PP2, VPP2])
+    interleaved = load_recipe(RECIPES / "780m_bov.yaml", [TP2, PP2, VPP2])
     assert data_parallel_size(interleaved, 64) == 16
     with pytest.raises(RecipeError, match="takes micro-batches in groups of .*=2, but a step has 1 on each data-paral"):
         data_parallel_size(interleaved, 128)
