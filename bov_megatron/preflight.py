@@ -206,6 +206,15 @@ def _data(done: Preflight, stored: _Stored) -> Iterator[Finding | str]:
     if recipe.validation.prompts:
         Prompts(recipe, data_sets[0].tokenizer_folder)
         yield f"{len(recipe.validation.prompts)} prompts fit"
+    if recipe.evaluation.lists_anything:
+        from bov_megatron.evaluation.jobs import check_can_submit
+        from bov_megatron.evaluation.suite import Suite
+
+        where = ""
+        if recipe.evaluation.where == "slurm":
+            check_can_submit()
+            where = " by Slurm jobs"
+        yield f"to evaluate{where}: {Suite(recipe, data_sets[0].tokenizer_folder).describe()}"
 
 
 def _data_set(data_set: DataSet, samples_read: float) -> Iterator[Finding | str]:

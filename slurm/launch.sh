@@ -1,6 +1,7 @@
 #!/bin/bash
 # Run one training job on the nodes of this Slurm allocation: launch.sh RECIPE [section.field=value ...]
-# or, as one task, several runs that share its node: launch.sh --together TASKS LINE, for cells of a study (study.sh).
+# or, as one task, several runs that share its node: launch.sh --together TASKS LINE, for cells of a study (study.sh);
+# or score a checkpoint: launch.sh --evaluate RUN STEP [option of bov evaluate ...] (evaluate.sh).
 #
 # Called by the scripts beside it; docs/use/slurm.md lists the variables it reads. One task is one
 # rank; bov_megatron/parallel/launch.py derives rank and world size from Slurm's variables.
@@ -56,6 +57,12 @@ if [[ $1 == --together ]]; then # `submit` has checked these
     check=(true)
     train=("$python" tools/study.py task "$2" "$3")
     again=("${train[@]}")
+elif [[ $1 == --evaluate ]]; then
+    what=(checkpoint "step $3 of $2")
+    check=(true)
+    train=("$python" tools/evaluate.py "$2" --step "$3" --record "${@:4}")
+    again=(false)
+    BOV_REQUEUE=0 # it would begin anew
 else
     run=("${BOV_RECIPE:-$1}" "${@:2}")
     [[ -f ${run[0]} ]] || die "recipe ${run[0]} does not exist${BOV_RECIPE:+ (from BOV_RECIPE)}"

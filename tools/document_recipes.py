@@ -34,6 +34,8 @@ SECTION_ORDER = (
     "data",
     "data.streams[]",
     "validation",
+    "evaluation",
+    "evaluation.held_out[]",
 )
 SECTION_ORDER += ("checkpoint", "health", "logging")
 

@@ -39,6 +39,7 @@ EFFECTS = {
     "validation.micro_batch_size": "memory and speed only",
     "validation.prompts": _FROM_HERE,
     "validation.prompt_tokens": _FROM_HERE,
+    "evaluation": _FROM_HERE,
     "checkpoint": _FROM_HERE,
     "health": _FROM_HERE,
     "logging": _FROM_HERE,

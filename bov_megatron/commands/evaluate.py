@@ -4,6 +4,7 @@
   bov evaluate EXPORT --tasks hellaswag arc_easy --limit 200        lm-eval's own tasks
   bov evaluate EXPORT --tasks held_out --tasks-dir my_tasks --offline
   bov evaluate EXPORT --packed DATA/val         bits per byte on packed held-out samples, as in training
+  bov evaluate RUN --step 1000 --record         what RUN's recipe lists under `evaluation`, into RUN/evaluations/
   bov evaluate --compare A.jsonl B.jsonl        differences of two CORE evaluations, example by example
 
 Where every task is found in --tasks-dir (or is the path of a YAML file), lm-eval's own tasks are not indexed, which
@@ -46,6 +47,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=[], help="names, or paths of YAML files; commas separate too")
     parser.add_argument("--tasks-dir", help="folder searched (with its subfolders) for local YAML tasks")
     parser.add_argument("--packed", metavar="MDS", help="score the packed samples of this folder of MDS shards as well")
+    parser.add_argument("--record", action="store_true", help="score what the run's recipe lists under `evaluation`, "
+                        "and write it to RUN/evaluations/")  # fmt: skip
     parser.add_argument("--limit", type=float, help="examples per task (below 1: a share), or packed samples")
     parser.add_argument("--num-fewshot", type=int, help="examples in lm-eval's prompts; default: what the task says")
     parser.add_argument("--batch-size", type=int, help="sequences per forward pass (default 8; of CORE 32)")
@@ -72,8 +75,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error("--compare reads two files of examples: leave out TARGET, --core, --tasks and --packed")
     elif options.target is None:
         parser.error("give TARGET: an export, a run folder or a checkpoint")
+    elif options.record:
+        given = (
+            *("core", "tasks", "packed", "limit", "num_fewshot", "no_bos", "tasks_dir", "batch_size"),
+            *("device", "bank_device"),
+        )
+        _refuse_given(parser, options, given, "does not go with --record, which takes from the recipe what to score")
     elif not options.tasks and not options.packed and not options.core:
-        parser.error("give --core, --tasks or --packed: there is nothing to evaluate")
+        parser.error("give --core, --tasks, --packed or --record: there is nothing to evaluate")
     elif options.core and (options.tasks or options.packed):
         parser.error("--core is evaluated alone: leave out --tasks and --packed, or call twice")
     if options.compare or options.core:
@@ -114,11 +123,25 @@ def main(arguments: list[str] | None = None) -> int:
         from bov_megatron.evaluation.layout import detect_layout
 
         layout = detect_layout(options.tensor_parallel, options.pipeline_parallel)
-        report = _evaluate_core(options, layout) if options.core else _evaluate(options, layout)
+        if options.record:
+            report = _record(options, layout)
+        else:
+            report = _evaluate_core(options, layout) if options.core else _evaluate(options, layout)
     if options.json and report:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
+
+
+def _record(options: argparse.Namespace, layout: Layout) -> dict[str, Any]:
+    from bov_megatron.evaluation.record import record
+    from bov_megatron.evaluation.target import find_target
+
+    line = record(find_target(options.target, options.step), layout, options.dtype)
+    if layout.world.rank == 0:
+        for name, value in line.items():
+            print(f"{name:60} {value:.6f}" if isinstance(value, float) else f"{name:60} {value:,}")
+    return line if layout.world.rank == 0 else {}
 
 
 def _evaluate(options: argparse.Namespace, layout: Layout) -> dict[str, Any] | None:

@@ -156,8 +156,7 @@ class Engine(abc.ABC):
         """Logits of the token that follows the first `lengths_B` ids of each row, from a forward pass over all T.
 
         Args:
-            ids_BT: the same on all ranks; what follows the counted ids is ignored. T must divide as the model's
-                sequence does: by twice the context-parallel size, and by the tensor-parallel size.
+            ids_BT: the same on all ranks of a model replica; what follows the counted ids is ignored.
             lengths_B: at least 1.
 
         Returns fp32 `[B, vocab_size]`, the same on all ranks of a model replica; collective.
@@ -165,11 +164,11 @@ class Engine(abc.ABC):
         self.finish_gather()
         for chunk in self.chunks:
             chunk.eval()
-        padded = torch.nn.functional.pad(ids_BT, (0, 1))  # micro-batches have T + 1 ids
+        padded = self._padded(torch.nn.functional.pad(ids_BT, (0, 1)))  # micro-batches have T + 1 ids
         micro_batches, counted = self._fill_groups([padded], [torch.ones(len(ids_BT), dtype=torch.bool)])
 
         def pick(labels_BT: None, counted_B: Tensor, logits_BsV: Tensor):
-            return logits_BsV.new_zeros(()), _logits_at(logits_BsV, lengths_B - 1, ids_BT.size(1))
+            return logits_BsV.new_zeros(()), _logits_at(logits_BsV, lengths_B - 1, padded.size(1) - 1)
 
         with regions.uncompiled():
             results = self._run(self.chunks, micro_batches, pick, counted, with_labels=False)
@@ -187,17 +186,19 @@ class Engine(abc.ABC):
         """Nats of every token but the first of each row, and whether it is the most probable one.
 
         Args:
-            ids_BT: the same on all ranks of a model replica; without context parallelism.
+            ids_BT: the same on all ranks of a model replica.
 
         Returns fp32 and bool, `[B, T-1]` on the CPU, the same on all ranks of a model replica; collective over them.
         """
         self.finish_gather()
         for chunk in self.chunks:
             chunk.eval()
-        micro_batches, counted = self._fill_groups([ids_BT], [torch.ones(len(ids_BT), dtype=torch.bool)])
+        padded = self._padded(ids_BT)
+        micro_batches, counted = self._fill_groups([padded], [torch.ones(len(ids_BT), dtype=torch.bool)])
 
         def rate(labels_BT: None, counted_B: Tensor, logits_BsV: Tensor):
-            return logits_BsV.new_zeros(()), _token_scores(logits_BsV, ids_BT[:, 1:].to(logits_BsV.device))
+            scores = _token_scores(logits_BsV, padded[:, 1:].to(logits_BsV.device))
+            return logits_BsV.new_zeros(()), scores[..., : ids_BT.size(1) - 1].contiguous()
 
         with regions.uncompiled():
             results = self._run(self.chunks, micro_batches, rate, counted, with_labels=False)
@@ -230,6 +231,16 @@ class Engine(abc.ABC):
             chunk.load_state_dict(model_state[str(number)])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(optimizer_state)
+
+    def _padded(self, ids_BT: Tensor) -> Tensor:
+        """A micro-batch of any length as one that the layout takes: inputs are split among tensor- and context-parallel
+        ranks, and FP8 needs multiples of 16. Causal attention makes what is appended harmless."""
+        recipe, layout, inputs = self.recipe, self.recipe.parallel, ids_BT.size(1) - 1
+        if layout.context_parallel_size == 1 and not layout.sequence_parallel and recipe.train.fp8 == "none":
+            return ids_BT
+        multiple = 32 * layout.context_parallel_size * layout.tensor_model_parallel_size
+        length = min(math.ceil(inputs / multiple) * multiple, recipe.model.sequence_length)
+        return torch.nn.functional.pad(ids_BT, (0, length - inputs))
 
     def _fill_groups(self, micro_batches: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[list, list]:
         """Micro-batches and `counted`, padded to a number that the schedule accepts."""
@@ -278,9 +289,22 @@ def _logits_at(logits_BsV: Tensor, positions_B: Tensor, length: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _token_scores(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+def _token_scores(logits_BsV: Tensor, ids_BT: Tensor) -> Tensor:
     """Nats of each token and whether it is the most probable one (the lowest id among equals), `[2, B, T]`, from this
-    rank's part of the vocabulary; collective over the tensor-parallel ranks of a stage."""
+    rank's part of sequence and vocabulary; collective over the context- and tensor-parallel ranks of a stage."""
+    context = parallel_state.get_context_parallel_group()
+    held_s = context_parallel.positions(ids_BT.size(1), context, ids_BT.device)
+    scores_2Bs = _held_token_scores(logits_BsV, ids_BT[:, held_s])
+    if context.size() == 1:
+        return scores_2Bs
+    scores_2BT = scores_2Bs.new_zeros(2, *ids_BT.shape)
+    scores_2BT[..., held_s] = scores_2Bs
+    dist.all_reduce(scores_2BT, group=context)
+    return scores_2BT
+
+
+def _held_token_scores(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """`_token_scores` of the positions that this rank holds."""
     group = parallel_state.get_tensor_model_parallel_group()
     width = logits_BTV.size(-1)
     highest_BT, best_BT = logits_BTV.max(dim=-1)

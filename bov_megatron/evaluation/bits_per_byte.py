@@ -10,11 +10,11 @@ most one window, writes them as an lm-eval task, and returns them as samples.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,11 @@ from bov_megatron.parallel.device import device
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from bov_megatron.engines.base import Engine
+    from bov_megatron.data.loader import ValidationBatch
+    from bov_megatron.engines.base import Engine, ScoreResult
+
+HELD_OUT_CHUNK = 16
+"""Micro-batches per call of the engine: enough to fill a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def score_samples(
     sizes = torch.as_tensor(np.asarray(bytes_per_token, dtype=np.int64)).to(model.device)
     nats, size, tokens = 0.0, 0, 0
     samples = iter(samples)
-    while batch := list(islice(samples, batch_size)):
+    while batch := list(itertools.islice(samples, batch_size)):
         ids = torch.as_tensor(np.stack(batch).astype(np.int64)).to(model.device)
         highest, vocab_size = int(ids.max()), model.config.vocab_size
         if highest >= min(len(sizes), vocab_size):
@@ -81,6 +85,32 @@ def score_samples(
     if size == 0:
         raise EvaluationError("there is no text to score: no samples, or only special tokens")
     return BitsPerByte(nats, size, tokens)
+
+
+def score_held_out(
+    engine: Engine,
+    loader: Iterable[ValidationBatch],
+    bytes_per_token: torch.Tensor,
+    must_stop: Callable[[], bool] = lambda: False,
+) -> ScoreResult | None:
+    """The same of a data set's held-out split, on a model in any layout; collective over all ranks of the engine.
+
+    Args:
+        loader: this data-parallel rank's micro-batches; every rank has equally many.
+        bytes_per_token: on the device.
+        must_stop: asked by all ranks together between chunks; the answer is the same on all.
+
+    Returns the same on every rank: None where it was stopped.
+    """
+    from bov_megatron.engines.base import ScoreResult
+
+    total = ScoreResult(0.0, 0, 0)
+    batches = iter(loader)
+    while chunk := list(itertools.islice(batches, HELD_OUT_CHUNK)):
+        if must_stop():
+            return None
+        total += engine.score([batch.tokens for batch in chunk], bytes_per_token, [batch.mask for batch in chunk])
+    return total
 
 
 def score_samples_on_engine(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,20 @@ from bov_megatron.evaluation.core.scorers import EngineScorer
 DEFAULT_NEW_TOKENS = 256
 
 
+def generation_options(options: dict[str, Any], context: int) -> dict[str, Any]:
+    """A task's settings for generating, completed. Raises EvaluationError for those that an engine can't follow."""
+    options = normalize_gen_kwargs(options, DEFAULT_NEW_TOKENS)
+    if options.get("do_sample") or options.get("temperature"):
+        raise EvaluationError("a task samples its answers, which an engine can't; evaluate an export instead")
+    limit = options["max_gen_toks"]
+    if limit >= context:
+        raise EvaluationError(
+            f"a task wants up to {limit} new tokens, and the model takes {context} in all; pass a task with a smaller "
+            "max_gen_toks"
+        )
+    return options
+
+
 class EngineLM(TemplateLM):
     """Every rank asks for all requests and gets all results; the data-parallel ranks share the work.
 
@@ -31,11 +45,20 @@ class EngineLM(TemplateLM):
     Args:
         batch_size: sequences in a forward pass of a model replica.
         bos: start prompts with `<|bos|>`.
+        between: called by all ranks together between forward passes; may raise, on all of them, to end the evaluation.
     """
 
-    def __init__(self, engine: Engine, encoder: Encoder, batch_size: int, bos: bool):
+    def __init__(
+        self,
+        engine: Engine,
+        encoder: Encoder,
+        batch_size: int,
+        bos: bool,
+        between: Callable[[], object] = lambda: None,
+    ):
         super().__init__()
         self.engine, self.encoder, self.batch_size, self.bos = engine, encoder, batch_size, bos
+        self._between = between
         self.context = engine.recipe.model.sequence_length
         self._scorer = EngineScorer(engine)
 
@@ -81,15 +104,8 @@ class EngineLM(TemplateLM):
         prompts, limits, stops = [], [], []
         for request in requests:
             text, options = request.args
-            options = normalize_gen_kwargs(options, DEFAULT_NEW_TOKENS)
-            if options.get("do_sample") or options.get("temperature"):
-                raise EvaluationError("a task samples its answers, which an engine can't; evaluate an export instead")
+            options = generation_options(options, self.context)
             limit = options["max_gen_toks"]
-            if limit >= self.context:
-                raise EvaluationError(
-                    f"a task wants up to {limit} new tokens, and the model takes {self.context} in all; pass a task "
-                    "with a smaller max_gen_toks"
-                )
             ids = [self.prefix_token_id] * self.bos + self.tok_encode(text)
             prompts.append(ids[-(self.context - limit) :] or [self.prefix_token_id])
             limits.append(limit)
@@ -130,7 +146,13 @@ class EngineLM(TemplateLM):
         order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
         all_batches = [order[begin : begin + self.batch_size] for begin in range(0, len(order), self.batch_size)]
         group = parallel_state.get_data_parallel_group()
-        own = {tuple(batch): compute(batch) for batch in all_batches[group.rank() :: group.size()]}
+        own = {}
+        for begin in range(0, len(all_batches), group.size()):
+            self._between()
+            together = all_batches[begin : begin + group.size()]
+            # A rank without a batch does another's: under ZeRO 3, all ranks gather the weights of a forward pass.
+            batch = together[min(group.rank(), len(together) - 1)]
+            own[tuple(batch)] = compute(batch)
         gathered: list[dict] = [{}] * group.size()
         dist.all_gather_object(gathered, own, group=group)
         results: list = [None] * len(lengths)

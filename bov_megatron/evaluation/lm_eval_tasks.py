@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,51 +24,84 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def run_tasks(
-    lm: LM,
-    tasks: Sequence[str],
-    *,
-    tasks_dir: str | Path | None = None,
-    limit: float | None = None,
-    num_fewshot: int | None = None,
-) -> dict:
-    """Evaluate a model; returns lm-eval's results as `summarize` gives them; nothing on any but a node's first rank.
+@dataclass(frozen=True)
+class OptionNames:
+    """What the caller calls its options, for messages."""
+
+    tasks: str = "--tasks "
+    tasks_dir: str = "--tasks-dir "
+
+
+@dataclass(frozen=True)
+class LoadedTasks:
+    """Tasks and groups with their data."""
+
+    manager: TaskManager
+    tasks: list[Task | Group]
+
+    def generating(self) -> dict[str, dict]:
+        """The tasks whose answers are generated, and how."""
+        single = [
+            task for loaded in self.tasks for task in (loaded.get_all_tasks() if hasattr(loaded, "add") else [loaded])
+        ]
+        return {
+            task.task_name: dict(task.config.generation_kwargs or {})
+            for task in single
+            if task.OUTPUT_TYPE == "generate_until"
+        }
+
+    def run(self, lm: LM, limit: float | None = None, num_fewshot: int | None = None) -> dict:
+        """Evaluate a model; returns lm-eval's results as `summarize` gives them; nothing on any but a node's first
+        rank.
+
+        Args:
+            limit: examples per task; below 1, a share of them.
+        """
+        from lm_eval import simple_evaluate
+
+        results = simple_evaluate(
+            model=lm,
+            tasks=list(self.tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=self.manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+        return summarize(results) if results else {}
+
+
+def load_tasks(
+    tasks: Sequence[str], tasks_dir: str | Path | None = None, options: OptionNames | None = None
+) -> LoadedTasks:
+    """Find tasks and read their data.
 
     Args:
         tasks: names of tasks, groups or tags, or paths of YAML files.
         tasks_dir: folder of local YAML tasks. lm-eval's own tasks, which take half a minute to index, are only searched
             for names not found here.
-        limit: examples per task; below 1, a share of them.
 
     Raises EvaluationError for unknown tasks, and for tasks whose data set cannot be had.
     """
-    manager, names = find_tasks(tasks, tasks_dir)
-    loaded = [task for name in names for task in load_task(manager, name)]
-    from lm_eval import simple_evaluate
-
-    results = simple_evaluate(
-        model=lm,
-        tasks=loaded,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=manager,
-        log_samples=False,
-        bootstrap_iters=1000,
-    )
-    return summarize(results) if results else {}
+    options = options or OptionNames()
+    manager, names = find_tasks(tasks, tasks_dir, options)
+    return LoadedTasks(manager, [task for name in names for task in load_task(manager, name, options)])
 
 
-def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None) -> tuple[TaskManager, list[str]]:
+def find_tasks(
+    tasks: Sequence[str], tasks_dir: str | Path | None, options: OptionNames | None = None
+) -> tuple[TaskManager, list[str]]:
     """A task manager that knows `tasks`, and their names in it."""
     from lm_eval.tasks import TaskManager
 
+    said = options or OptionNames()
     if not tasks:
-        raise EvaluationError("--tasks names no task")
+        raise EvaluationError(f"{said.tasks}names no task")
     if tasks_dir is not None and not Path(tasks_dir).is_dir():
-        raise EvaluationError(f"--tasks-dir {tasks_dir} is not a folder")
+        raise EvaluationError(f"{said.tasks_dir}{tasks_dir} is not a folder")
     for task in tasks:
         if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
-            raise EvaluationError(f"--tasks {task}: no such file")
+            raise EvaluationError(f"{said.tasks}{task}: no such file")
     names = [str(Path(task).resolve()) if Path(task).is_file() else task for task in tasks]
     include = None if tasks_dir is None else str(Path(tasks_dir).resolve())
     manager = TaskManager(include_path=include, include_defaults=False)
@@ -79,7 +113,7 @@ def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None) -> tuple[Task
     if unknown:
         close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=5)
         hint = f"did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists lm-eval's own"
-        raise EvaluationError(f"--tasks {unknown[0]}: neither a local task nor one of lm-eval's; {hint}")
+        raise EvaluationError(f"{said.tasks}{unknown[0]}: neither a local task nor one of lm-eval's; {hint}")
     return manager, names
 
 
@@ -87,7 +121,7 @@ def _unknown(names: Sequence[str], manager: TaskManager) -> list[str]:
     return [name for name in names if not Path(name).is_file() and not manager.match_tasks([name])]
 
 
-def load_task(manager: TaskManager, name: str) -> list[Task | Group]:
+def load_task(manager: TaskManager, name: str, options: OptionNames) -> list[Task | Group]:
     """The task, group or tag `name` with its data; a tag gives several tasks. Raises EvaluationError."""
     try:
         loaded = manager.load([name])
@@ -95,9 +129,9 @@ def load_task(manager: TaskManager, name: str) -> list[Task | Group]:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         remedy = (
             "if its data set is on the Hugging Face hub, this needs network, or a cache filled by an earlier run; "
-            "without, give tasks over local files with --tasks-dir"
+            f"without, give tasks over local files with {options.tasks_dir.rstrip(' =')}"
         )
-        raise EvaluationError(f"--tasks {name} could not be loaded ({reason}); {remedy}") from None
+        raise EvaluationError(f"{options.tasks}{name} could not be loaded ({reason}); {remedy}") from None
     members = {member for group in loaded["groups"].values() for member in group.child_names}
     every = {**loaded["tasks"], **loaded["groups"]}
     return [task for key, task in every.items() if key not in members]

@@ -38,7 +38,7 @@ def evaluate(
         bank_device: as in `Target.load`.
 
     Returns `{"model", "scores": {task: {metric: value}}, "samples": {task: count}, …}`, ready for JSON; the packed
-    samples appear as the task `packed`. Other arguments as in `lm_eval_tasks.run_tasks`. Raises EvaluationError.
+    samples appear as the task `packed`. Other arguments as in lm_eval_tasks. Raises EvaluationError.
     """
     if packed is not None and limit is not None and limit != int(limit):
         raise EvaluationError(f"--limit {limit} with --packed: packed samples need a whole number")
@@ -49,7 +49,7 @@ def evaluate(
     with quiet_libraries(), shared or nullcontext() as engine:
         model = None if engine else target.load(device, dtype, bank_device)
         if tasks:
-            from bov_megatron.evaluation.lm_eval_tasks import as_lm_eval_model, run_tasks
+            from bov_megatron.evaluation.lm_eval_tasks import as_lm_eval_model, load_tasks
 
             if engine:
                 from bov_megatron.evaluation.lm_eval_engine import EngineLM
@@ -57,7 +57,7 @@ def evaluate(
                 lm = EngineLM(engine, target.encoder(), batch_size, bos)
             else:
                 lm = as_lm_eval_model(model, target.tokenizer, batch_size=batch_size, bos=bos)
-            report |= run_tasks(lm, tasks, tasks_dir=tasks_dir, limit=limit, num_fewshot=num_fewshot)
+            report |= load_tasks(tasks, tasks_dir).run(lm, limit, num_fewshot)
         if packed is not None:
             samples = list(read_packed_samples(packed, None if limit is None else int(limit)))
             sizes = load_bytes_per_token(target.tokenizer)

@@ -8,6 +8,7 @@ RUN/checkpoints/step_00000400.1f3a.saving/   being written or removed; never rea
 RUN/checkpoints/step_00000600.damaged/   not what its manifest says; set aside, never deleted
 RUN/lease.json                           which process trains the run now
 RUN/restarts.json                        starts in a row that brought no new checkpoint
+RUN/evaluations/step_00000200.json       scores of a checkpoint, written by an evaluation of its own
 RUN/stacks/rank_00003.txt                where a rank was when the run hung
 RUN/tensorboard/                         the metrics for TensorBoard
 RUN/wandb_id                             the run's name at Weights & Biases
@@ -24,7 +25,7 @@ from bov_megatron.errors import CheckpointError
 RECIPE, TOKENIZER, STARTS, METRICS = "recipe.yaml", "tokenizer", "starts.jsonl", "metrics.jsonl"
 CHECKPOINTS, SAVING, DAMAGED = "checkpoints", ".saving", ".damaged"
 LEASE, RESTARTS, STACKS, WANDB_ID = "lease.json", "restarts.json", "stacks", "wandb_id"
-TENSORBOARD, ORIGIN = "tensorboard", "origin.json"
+TENSORBOARD, ORIGIN, EVALUATIONS = "tensorboard", "origin.json", "evaluations"
 _STEP = re.compile(r"step_(\d{8})")
 
 
@@ -64,6 +65,16 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
     if step is not None and step not in found:
         raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
     return found[max(found) if step is None else step]
+
+
+def evaluation_path(run_dir: Path, step: int) -> Path:
+    """Scores of the checkpoint of `step`, if it was evaluated on its own."""
+    return run_dir / EVALUATIONS / f"step_{step:08d}.json"
+
+
+def list_evaluations(run_dir: Path) -> list[Path]:
+    """Scores of checkpoints that were evaluated on their own, oldest step first."""
+    return sorted((run_dir / EVALUATIONS).glob("step_*.json"))
 
 
 def run_dir_of(checkpoint: Path) -> Path:

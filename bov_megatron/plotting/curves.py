@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +40,21 @@ class Run:
     """The one of its last start; None where it cannot be read."""
     x: np.ndarray
     """Of every line, on the axis that was asked for."""
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    """Scores of checkpoints that were evaluated on their own, by step."""
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """x and values of the lines that have `key`; training steps whose number was not finite are left out."""
+        """x and values of the lines and evaluations that have `key`; training steps whose number was not finite are
+        left out."""
         values = self.columns.numbers[key]
         known = np.isfinite(values)
-        return self.x[known], values[known]
+        x, values = self.x[known], values[known]
+        alone = [line for line in self.evaluations if key in line]
+        if not alone:
+            return x, values
+        x = np.append(x, np.interp([line["step"] for line in alone], self.columns.numbers["step"], self.x))
+        order = np.argsort(x, kind="stable")
+        return x[order], np.append(values, [line[key] for line in alone])[order]
 
     def last(self, key: str) -> float | None:
         _, values = self.curve(key)
@@ -69,13 +79,25 @@ def read_runs(folders: Sequence[Path], x_axis: str = "steps") -> list[Run]:
 
     `x_axis` is one of X_AXES. Raises RunFolderError, and RecipeError where FLOPs cannot be counted.
     """
-    keys = [*KEYS, *(RATES if len(folders) == 1 else RATES[:1]), *(["step_seconds"] if x_axis == "hours" else [])]
-    columns = read_many(folders, keys)
     recipes = [read_recipe(folder) for folder in folders]
+    keys = [*KEYS, *(RATES if len(folders) == 1 else RATES[:1]), *(["step_seconds"] if x_axis == "hours" else [])]
+    keys += dict.fromkeys(key for recipe in recipes if recipe for key in evaluation_keys(recipe))
+    columns = read_many(folders, keys)
     return [
-        Run(label, folder, table, recipe, _x(table, x_axis, recipe, folder))
+        Run(label, folder, table, recipe, _x(table, x_axis, recipe, folder), _read_evaluations(folder))
         for label, folder, table, recipe in zip(labels(folders), folders, columns, recipes, strict=True)
     ]
+
+
+def evaluation_keys(recipe: Recipe) -> list[str]:
+    """Fields of the scores that are drawn of an evaluation: bits per byte of held-out sets, and CORE."""
+    e = recipe.evaluation
+    held_out = [f"evaluation/bits_per_byte/{held_out.name}" for held_out in e.held_out]
+    return [*held_out, *(["evaluation/core_subset" if e.core_tasks else "evaluation/core"] if e.core else [])]
+
+
+def _read_evaluations(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(path.read_text()) for path in run_folder.list_evaluations(folder)]
 
 
 def labels(folders: Sequence[Path]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bov_megatron.plotting.curves import RATES, X_AXES, Run, envelope, smooth
+from bov_megatron.plotting.curves import RATES, X_AXES, Run, envelope, evaluation_keys, smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,9 +45,11 @@ class Panel:
     """Whether values are few enough to mark each."""
 
 
+BITS = "bits per byte"
+CORE = {"core": "CORE", "core_subset": "Tasks of CORE"}
 PANELS = (
     Panel("loss", "Training loss", "nats per token", is_labelled=True),
-    Panel("validation_bits_per_byte", "Validation", "bits per byte", is_labelled=True, is_sparse=True),
+    Panel("validation_bits_per_byte", "Validation", BITS, is_labelled=True, is_sparse=True),
     Panel("gradient_norm", "Gradient norm", "L2, before clipping", is_log=True, from_zero=True),
     Panel("learning_rate", "Learning rate", "per step", from_zero=True),
     Panel("tokens_per_second", "Throughput", "tokens per second", from_zero=True),
@@ -60,7 +62,7 @@ def draw(runs: Sequence[Run], x_axis: str = "steps", title: str | None = None) -
     import matplotlib
     from matplotlib.figure import Figure
 
-    panels = [panel for panel in PANELS if any(_has(run, panel) for run in runs)]
+    panels = [panel for panel in (*PANELS, *_evaluation_panels(runs)) if any(_has(run, panel) for run in runs)]
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     legend = 0.0 if len(runs) == 1 else 0.25 + 0.2 * -(-len(runs) // _legend_columns(runs, columns))
@@ -101,9 +103,19 @@ def _has(run: Run, panel: Panel) -> bool:
     return any(len(run.curve(key)[0]) for key in _keys(run, panel))
 
 
+def _evaluation_panels(runs: Sequence[Run]) -> list[Panel]:
+    """One for each score that any run's recipe asks for."""
+    panels = []
+    for key in dict.fromkeys(key for run in runs if run.recipe for key in evaluation_keys(run.recipe)):
+        name = key.rpartition("/")[2]
+        title, unit = (f"Held-out {name}", BITS) if "bits_per_byte" in key else (CORE[name], "mean centred accuracy")
+        panels.append(Panel(key, title, unit, is_labelled=True, is_sparse=True))
+    return panels
+
+
 def _keys(run: Run, panel: Panel) -> list[str]:
     if panel.key != "learning_rate":
-        return [panel.key]
+        return [panel.key] if panel.key in run.columns.numbers else []
     return [key for key in RATES if key in run.columns.numbers]
 
 
@@ -151,7 +163,7 @@ def _draw_panel(axis: Axes, panel: Panel, runs: Sequence[Run], x_axis: str) -> N
         axis.set_ylim(0, 1.12 * high or 1)
     if panel.key in ("tokens_per_second", "learning_rate"):
         axis.yaxis.set_major_formatter(short)
-    if panel.key in ("loss", "validation_bits_per_byte"):
+    if panel.key == "loss" or panel.unit == BITS:
         _limit(axis, panel, runs)
     if panel.key == "loss":
         for number, run in enumerate(runs):
@@ -170,7 +182,7 @@ def _draw_curve(
     if panel.is_sparse and len(x) <= 60:
         axis.plot(x, values, marker="o", markersize=3.2, linewidth=1.4, gid=name, **look)
         return float(x[-1]), float(values[-1])
-    if panel.key in ("learning_rate", "validation_bits_per_byte"):  # no noise to average
+    if panel.key == "learning_rate" or panel.is_sparse:  # no noise to average
         thin = envelope(x, values)
         axis.plot(thin.x, thin.mean, linewidth=1.4, gid=name, **look)
         return float(x[-1]), float(values[-1])

@@ -10,7 +10,15 @@ import string
 import typing
 
 from bov_megatron.errors import RecipeError
-from bov_megatron.recipe.fields import DataConfig, ModelConfig, OptimizerConfig, Recipe, TrainConfig
+from bov_megatron.recipe.fields import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    TrainConfig,
+)
 from bov_megatron.recipe.layout_checks import check_layout
 from bov_megatron.recipe.limits import AtLeast, divides, field_limits
 from bov_megatron.recipe.quantities import flops_per_token, total_steps
@@ -30,6 +38,9 @@ def check_recipe(recipe: Recipe) -> None:
     _check_data(recipe.data, recipe.train.global_batch_size)
     sequence = AtLeast(recipe.model.sequence_length, "one sequence is the least to score")
     sequence.check("validation.tokens", recipe.validation.tokens)
+    sequence.check("evaluation.tokens", recipe.evaluation.tokens)
+    _check_evaluation(recipe.evaluation)
+    _check_evaluation_jobs(recipe.evaluation, recipe.checkpoint)
     _check_duration(recipe)
 
 
@@ -169,6 +180,48 @@ def _check_data(d: DataConfig, global_batch_size: int) -> None:
         ("data.num_canonical_nodes", d.num_canonical_nodes),
         "each part of the data set gives a batch equally many samples",
     )
+
+
+def _check_evaluation(e: EvaluationConfig) -> None:
+    names = [held_out.name for held_out in e.held_out]
+    for i, held_out in enumerate(e.held_out):
+        where = f"evaluation.held_out[{i}]"
+        if not held_out.path:
+            raise RecipeError(f"{where}.path is empty: name a folder written by tools/prepare_data.py")
+        if not held_out.name or "/" in held_out.name or names.index(held_out.name) != i:
+            raise RecipeError(f"{where}.name={held_out.name!r}: must be a name of its own, without /")
+    if e.core_tasks and e.core is None:
+        raise RecipeError(f"evaluation.core_tasks={e.core_tasks}: set evaluation.core, the folder of their bundle")
+    if e.tasks_dir is not None and not e.tasks:
+        raise RecipeError(f"evaluation.tasks_dir={e.tasks_dir!r}: list in evaluation.tasks what to score of it")
+    if e.every and not e.lists_anything:
+        raise RecipeError(
+            f"evaluation.every={e.every}, but there is nothing to evaluate: set evaluation.held_out, evaluation.tasks "
+            "or evaluation.core, or leave it out"
+        )
+
+
+def _check_evaluation_jobs(e: EvaluationConfig, c: CheckpointConfig) -> None:
+    """A job may wait for hours, so its checkpoint must be one that is kept."""
+    if e.where == "training":
+        if e.sbatch:
+            raise RecipeError(f"evaluation.sbatch={e.sbatch} is of jobs: set evaluation.where=slurm, or leave it out")
+        return
+    if not e.lists_anything:
+        raise RecipeError(
+            "evaluation.where=slurm, but there is nothing to evaluate: set evaluation.held_out, evaluation.tasks or "
+            "evaluation.core"
+        )
+    if e.every and (not c.interval or e.every % c.interval):
+        raise RecipeError(
+            f"evaluation.every={e.every} with evaluation.where=slurm: jobs evaluate checkpoints, which there are every "
+            f"checkpoint.interval={c.interval} steps; use a multiple of it"
+        )
+    if e.every and (not c.keep_every or e.every % c.keep_every):
+        raise RecipeError(
+            f"evaluation.every={e.every} with evaluation.where=slurm: a checkpoint may be deleted before its job runs; "
+            f"keep it with checkpoint.keep_every={e.every} (found {c.keep_every})"
+        )
 
 
 def _check_duration(recipe: Recipe) -> None:

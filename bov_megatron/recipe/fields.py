@@ -352,6 +352,62 @@ class ValidationConfig:
 
 
 @dataclass
+class HeldOutConfig:
+    """One held-out data set, such as the text of one domain, scored in bits per byte."""
+
+    name: str = ""
+    """What its score is called in the metrics: `evaluation/bits_per_byte/NAME`."""
+    path: str = ""
+    """Folder written by tools/prepare_data.py, with a held-out split, or the local cache of `remote`."""
+    remote: str | None = None
+    """Location of the data if not on this machine, e.g. s3://bucket/prefix."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Scores of the model in training beside those of `validation`. Nothing is evaluated unless `held_out`, `tasks` or
+    `core` says what."""
+
+    every: Count = 0
+    """Steps between evaluations; 0 means only at the end."""
+    where: Literal["training", "slurm"] = "training"
+    """`training`: between steps, on the run's own ranks. `slurm`: in a Slurm job of its own (slurm/evaluate.sh), which
+    the run submits once the checkpoint of the step is complete."""
+    sbatch: list[str] = field(default_factory=list)
+    """With `where: slurm`, options of sbatch before the script, such as `--partition=small`."""
+    time_share: Annotated[float, AboveZero(), Within(1.0)] = 0.1
+    """The largest share of the time that evaluations may take: after one of s seconds, those that are due within
+    s / time_share seconds of its beginning are left out. The one after the last step never is. Jobs take none."""
+    held_out: list[HeldOutConfig] = field(default_factory=list)
+    """Data sets whose held-out splits are scored in bits per byte, each by itself."""
+    tokens: Annotated[int, AtLeast(1)] = 4_194_304
+    """Maximum number of held-out tokens to score of each data set."""
+    tasks: list[str] = field(default_factory=list)
+    """lm-eval tasks: names, or paths of YAML files."""
+    tasks_dir: str | None = None
+    """Folder of local YAML tasks, searched for `tasks` first."""
+    num_fewshot: Count | None = None
+    """Examples in the prompts of `tasks`; `null` means what the task says."""
+    core: str | None = None
+    """Folder of DCLM's evaluation bundle, whose CORE tasks are scored."""
+    core_tasks: list[str] = field(default_factory=list)
+    """The tasks of `core` to score; none listed means all."""
+    limit: Size | None = None
+    """Examples of each task of `tasks` and `core`; `null` means all."""
+    batch_size: Size = 8
+    """Sequences per forward pass of a model replica in `tasks` and `core`."""
+
+    @property
+    def lists_anything(self) -> bool:
+        return bool(self.held_out or self.tasks or self.core)
+
+    @property
+    def on_these_ranks(self) -> bool:
+        """Whether the run's own ranks evaluate."""
+        return self.lists_anything and self.where == "training"
+
+
+@dataclass
 class CheckpointConfig:
     """When to save, and what to keep."""
 
@@ -428,6 +484,7 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

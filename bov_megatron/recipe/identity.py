@@ -18,7 +18,7 @@ EXECUTION = (
         "validation.micro_batch_size",
         "health.hang_minutes",
     ),
-    *("validation.prompts", "validation.prompt_tokens"),
+    *("validation.prompts", "validation.prompt_tokens", "evaluation"),
     *("data.remote", "data.num_workers", "data.prefetch_factor"),
     *("model.value.lookup", "model.value.table_partition", "model.value.table_memory"),
 )

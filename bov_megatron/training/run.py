@@ -22,6 +22,8 @@ from bov_megatron.data.shards import check_fingerprints, fingerprints
 from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import DataError, ThisRankError
+from bov_megatron.evaluation.jobs import check_can_submit
+from bov_megatron.evaluation.suite import Suite
 from bov_megatron.lifecycle import exit_status, run_folder
 from bov_megatron.lifecycle.interruption import StopReason, StopRequest, StopSignals
 from bov_megatron.lifecycle.lease import Lease
@@ -36,6 +38,8 @@ from bov_megatron.recipe import Recipe
 from bov_megatron.recipe.identity import recipe_digest
 from bov_megatron.recipe.quantities import total_steps
 from bov_megatron.training.callbacks.checkpoints import Checkpoints
+from bov_megatron.training.callbacks.evaluation import Evaluation
+from bov_megatron.training.callbacks.evaluation_jobs import EvaluationJobs
 from bov_megatron.training.callbacks.metrics_file import MetricsFile
 from bov_megatron.training.callbacks.progress import Progress
 from bov_megatron.training.callbacks.samples import Samples
@@ -136,16 +140,17 @@ class StoredRun:
     recipe: dict
     extra: dict
 
-    @property
-    def validation_owed(self) -> bool:
-        """Whether the run was interrupted in the validation after `step`."""
-        # Checkpoints saved before version 0.1 hold the line of that step instead.
-        return bool(self.extra.get("validation_owed") or self.extra.get("unfinished"))
+    def owed(self, recipe: Recipe) -> set[str]:
+        """What was due after `step` when the run was interrupted, and is still asked for; see trainer.OWABLE."""
+        # Earlier checkpoints know of validation alone; those saved before version 0.1 hold the line of that step.
+        early = self.extra.get("validation_owed") or self.extra.get("unfinished")
+        owed = set(self.extra.get("owed", ["validation"] if early else []))
+        return owed if recipe.evaluation.on_these_ranks else owed - {"evaluation"}
 
     def is_end_of(self, recipe: Recipe) -> bool:
         """Whether nothing of `recipe` is left to do."""
         steps = total_steps(recipe)
-        return self.step > steps or (self.step == steps and not self.validation_owed)
+        return self.step > steps or (self.step == steps and not self.owed(recipe))
 
     def describe_end(self, recipe: Recipe) -> str:
         steps = total_steps(recipe)
@@ -185,6 +190,14 @@ def _trainer(recipe: Recipe, start: StoredRun | None, stop_request: StopRequest,
     train_loader, validation_loader = on_all_ranks(lambda: _open_data(recipe, start, health))
     bytes_per_token = on_all_ranks(validation_loader.bytes_per_token)
     samples = on_all_ranks(lambda: _samples(recipe, validation_loader))
+    evaluation = on_all_ranks(lambda: _evaluation(recipe, validation_loader))
+    jobs = EvaluationJobs(recipe, total_steps(recipe)) if recipe.evaluation.where == "slurm" else None
+
+    def saved(step: int, seconds: float) -> None:
+        stop_request.note_save(seconds)
+        if jobs:
+            jobs.checkpoint_saved(step)
+
     with train_loader:
         _announce(recipe, start, train_loader)
         yield Trainer(
@@ -193,6 +206,7 @@ def _trainer(recipe: Recipe, start: StoredRun | None, stop_request: StopRequest,
             [
                 Validation(validation_loader, recipe.validation.interval),
                 *([samples] if samples else []),
+                *([evaluation] if evaluation else []),
                 ValueStatistics(recipe.logging.table_interval),
                 SlowestRank(recipe.logging.interval),
                 Progress(recipe.logging.print_interval),
@@ -203,8 +217,9 @@ def _trainer(recipe: Recipe, start: StoredRun | None, stop_request: StopRequest,
                     recipe.run_dir,
                     recipe.checkpoint,
                     from_step_0=recipe.health.on_spike == "rollback",
-                    on_saved=stop_request.note_save,
+                    on_saved=saved,
                 ),
+                *([jobs] if jobs else []),
             ],
             bytes_per_token=_padded(bytes_per_token, recipe.model.vocab_size),
             start_step=start.step if start else 0,
@@ -216,7 +231,7 @@ def _trainer(recipe: Recipe, start: StoredRun | None, stop_request: StopRequest,
             reload=functools.partial(_load_newest, engine),
             stop_request=stop_request,
             alive=watchdog.alive,
-            validation_owed=start is not None and start.validation_owed,
+            owed=start.owed(recipe) if start else (),
         )
 
 
@@ -250,7 +265,20 @@ def _open_data(recipe: Recipe, start: StoredRun | None, health: Health) -> tuple
 def _samples(recipe: Recipe, loader: ValidationLoader) -> Samples | None:
     if not recipe.validation.prompts:
         return None
-    return Samples(recipe, Prompts(recipe, loader.tokenizer_folder))
+    return Samples(Prompts(recipe, loader.tokenizer_folder))
+
+
+def _evaluation(recipe: Recipe, loader: ValidationLoader) -> Evaluation | None:
+    """What evaluates on this run's ranks. Where jobs do, the first rank checks that they will find everything."""
+    if not recipe.evaluation.lists_anything:
+        return None
+    if recipe.evaluation.where == "slurm":
+        if dist.get_rank() == 0:
+            check_can_submit()
+            Suite(recipe, loader.tokenizer_folder)
+        return None
+    place = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
+    return Evaluation(Suite(recipe, loader.tokenizer_folder, *place), recipe.evaluation)
 
 
 def _announce(recipe: Recipe, start: StoredRun | None, loader: TrainLoader) -> None:

@@ -5,10 +5,9 @@ Health judges each step and decides on rollbacks; everything else around a step 
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +17,16 @@ from bov_megatron.checkpoint import Loaded
 from bov_megatron.data.loader import TrainBatch
 from bov_megatron.engines.base import Engine, ScoreResult
 from bov_megatron.errors import BovError, TrainingError
+from bov_megatron.evaluation.bits_per_byte import score_held_out
 from bov_megatron.lifecycle.interruption import StopReason
 from bov_megatron.parallel.device import device
 from bov_megatron.recipe.quantities import total_steps
 from bov_megatron.training.health import Health, Verdict
 from bov_megatron.training.throughput import Throughput
 
-VALIDATION_CHUNK = 16
-"""Micro-batches per call of the engine: enough to fill a pipeline."""
+OWABLE = {"validation": "validation_bits_per_byte", "evaluation": "evaluation_seconds"}
+"""What an interruption may cut short, to be made up for by the next start, and a field that its lines of metrics have.
+"""
 
 
 class Callback:
@@ -45,7 +46,7 @@ class Callback:
 
     def after_line(self, trainer: Trainer, line: dict[str, Any]) -> None:
         """After a line of metrics that belongs to no step: the run has rolled back to `trainer.step`
-        (Health.roll_back), or has caught up on a validation."""
+        (Health.roll_back), or has made up for what was owed."""
 
     def finish(self, trainer: Trainer) -> None:
         """After the last step, or the last before an early stop; not called when training raises."""
@@ -65,7 +66,7 @@ class Trainer:
         reload: loads the newest valid checkpoint into `engine` and returns it, or None where there is none.
         alive: called after each step, chunk of validation or checkpoint, to show that the rank does not hang.
         stop_request: this rank's reason to stop early; if any rank has one, all stop.
-        validation_owed: whether the last step was due for validation, but the run was interrupted before it.
+        owed: what the last step was due for when the run was interrupted: names of OWABLE.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Trainer:
         reload: Callable[[], Loaded | None] = lambda: None,
         stop_request: Callable[[], StopReason] = lambda: StopReason.NONE,
         alive: Callable[[], None] = lambda: None,
-        validation_owed: bool = False,
+        owed: Collection[str] = (),
     ):
         self.engine, self.loader, self.callbacks, self.health = engine, loader, callbacks, health
         self.recipe = engine.recipe
@@ -91,7 +92,7 @@ class Trainer:
         self.data_seconds = 0.0
         """Time that this rank waited for `batch`."""
         self.stop_reason = StopReason.NONE
-        self.validation_owed = validation_owed
+        self.owed = set(owed)
         self.total_steps = total_steps(self.recipe)
         self.throughput = Throughput(self.recipe, dist.get_world_size())
         self._checkpoint_extra, self._reload = checkpoint_extra or {}, reload
@@ -104,13 +105,13 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        """Whether all steps and the validation after the last one are done."""
-        return self.step == self.total_steps and not self.validation_owed
+        """Whether all steps are done, and what was due after the last one."""
+        return self.step == self.total_steps and not self.owed
 
     @property
     def checkpoint_extra(self) -> dict[str, Any]:
         """What a checkpoint stores now besides weights and optimizer state."""
-        return {**self._checkpoint_extra, "validation_owed": self.validation_owed, "health": self.health.state()}
+        return {**self._checkpoint_extra, "owed": sorted(self.owed), "health": self.health.state()}
 
     def fit(self) -> None:
         """Train to the last step, or until any rank has a reason to stop. Raises TrainingError."""
@@ -221,15 +222,7 @@ class Trainer:
 
     def validate(self, loader) -> ScoreResult | None:
         """Score of the held-out split, or None where the run stops early; the same on every rank."""
-        total = ScoreResult(0.0, 0, 0)
-        batches = iter(loader)
-        while chunk := list(itertools.islice(batches, VALIDATION_CHUNK)):
-            if self.must_stop():
-                return None
-            total += self.engine.score(
-                [batch.tokens for batch in chunk], self.bytes_per_token, [batch.mask for batch in chunk]
-            )
-        return total
+        return score_held_out(self.engine, loader, self.bytes_per_token, self.must_stop)
 
 
 def _finite(number: float) -> float | None:

@@ -73,7 +73,7 @@ def test_metrics_wait_for_space(small_disk, monkeypatch, capsys):
     monkeypatch.setattr(metrics_file.dist, "get_rank", lambda: 0)
 
     class Trainer:
-        step, validation_owed, health = 4, False, SimpleNamespace(rollbacks=[])
+        step, owed, health = 4, (), SimpleNamespace(rollbacks=[])
 
         def is_due(self, interval):
             return True

@@ -10,7 +10,7 @@ from bov_megatron.commands import main
 from bov_megatron.data.tokenizer import load_bytes_per_token, load_encoder
 from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.bits_per_byte import score_samples, write_rolling_task
-from bov_megatron.evaluation.lm_eval_tasks import as_lm_eval_model, find_tasks, run_tasks
+from bov_megatron.evaluation.lm_eval_tasks import as_lm_eval_model, find_tasks, load_tasks
 from tests.evaluation.conftest import SEQUENCE_LENGTH
 from tests.evaluation.test_bits_per_byte import held_out_documents
 
@@ -83,7 +83,7 @@ def test_local_tasks_agree_with_the_plain_model(exported, tasks_dir):
     folder, model = exported
     encoder = load_encoder(folder)
     names = ["local_choice", "local_ending", "local_generation"]
-    found = run_tasks(as_lm_eval_model(model, folder, batch_size=4, bos=True), names, tasks_dir=tasks_dir)["scores"]
+    found = load_tasks(names, tasks_dir).run(as_lm_eval_model(model, folder, batch_size=4, bos=True))["scores"]
 
     right = 0
     for row in CHOICES:

@@ -23,9 +23,9 @@ def stopped_rank(rank, world_size, arguments, where, at_call):
     micro-batches. Returns status, stderr and the number of calls."""
     from bov_megatron import train as command
     from bov_megatron.engines.megatron import MegatronEngine
-    from bov_megatron.training import trainer
+    from bov_megatron.evaluation import bits_per_byte
 
-    trainer.VALIDATION_CHUNK = 1
+    bits_per_byte.HELD_OUT_CHUNK = 1
     calls = []
 
     def signalling(self, *positional, **named):

@@ -156,6 +156,29 @@ def test_a_picture_has_every_run_and_names_it(three_runs):
     assert loss.get_ylim()[1] < 4
 
 
+def test_evaluations_are_drawn_wherever_they_were_made(tmp_path):
+    """Those of training, and those that jobs left in the run folder, as one curve in the order of steps."""
+    import yaml
+
+    from bov_megatron.recipe import load_recipe
+
+    code = "evaluation/bits_per_byte/code"
+    changes = ["evaluation.held_out=[{name: code, path: x}, {name: unseen, path: y}]", "evaluation.core=z"]
+    lines = [step_line(step, **({code: step / 10} if step in (2, 6) else {})) for step in range(1, 9)]
+    folder = write(tmp_path / "run", lines)
+    recipe = load_recipe(ROOT / "recipes/smoke.yaml", changes)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    (folder / "evaluations").mkdir()
+    for step in (4, 8):
+        found = {"step": step, code: step / 10, "evaluation/core": 0.25}
+        (folder / "evaluations" / f"step_{step:08d}.json").write_text(json.dumps(found))
+    (run,) = read_runs([folder], "tokens")
+    x, values = run.curve(code)
+    assert values.tolist() == [0.2, 0.4, 0.6, 0.8] and x.tolist() == [4096 * step for step in (2, 4, 6, 8)]
+    titles = [axis.get_title(loc="left") for axis in draw([run]).axes]
+    assert [title for title in titles if title.startswith(("Held-out", "CORE"))] == ["Held-out code", "CORE"]
+
+
 def test_twenty_runs_can_be_told_apart(three_runs):
     looks = {(style(number)["color"], str(style(number)["linestyle"])) for number in range(20)}
     assert len(looks) == 20 <= len(COLOURS) * len(FORMS)

@@ -12,7 +12,7 @@ from tests.support.distributed import run_ranks
 SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
 TIMINGS = (
     *("step_seconds", "tokens_per_second", "mean_tokens_per_second", "mfu", "mean_mfu"),
-    *("validation_seconds", "samples_seconds", "data_seconds", "data_rank"),
+    *("validation_seconds", "samples_seconds", "evaluation_seconds", "data_seconds", "data_rank"),
     *("slowest_rank", "slowest_rank_seconds", "fastest_rank_seconds"),
 )
 

@@ -191,7 +191,7 @@ def test_lines_that_a_full_disk_has_not_taken_are_dropped_too(tmp_path, monkeypa
 
     monkeypatch.setattr(metrics_file.dist, "get_rank", lambda: 0)
     health = SimpleNamespace(rollbacks=[{}])
-    trainer = SimpleNamespace(step=0, validation_owed=False, health=health, is_due=lambda interval: True)
+    trainer = SimpleNamespace(step=0, owed=set(), health=health, is_due=lambda interval: True)
     file = metrics_file.MetricsFile(tmp_path, 1)
     file.start(trainer)
     earlier = {"step": 3, "rollback": {"number": 1}}

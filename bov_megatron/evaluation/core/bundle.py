@@ -118,14 +118,15 @@ class Bundle:
         )
 
 
-def read_bundle(folder: Path) -> Bundle:
-    """The bundle in `folder`, whose files all exist. Raises EvaluationError for another layout or a half bundle."""
+def read_bundle(folder: Path, option: str = "--core ") -> Bundle:
+    """The bundle in `folder`, whose files all exist. Raises EvaluationError for another layout or a half bundle; the
+    message begins with what the caller calls the option."""
     listing, metadata = folder / "core.yaml", folder / "eval_meta_data.csv"
     for path in (listing, metadata, folder / "eval_data"):
         if not path.exists():
-            raise EvaluationError(f"--core {folder}: {path.name} is missing; {WHERE_FROM}")
+            raise EvaluationError(f"{option}{folder}: {path.name} is missing; {WHERE_FROM}")
     percent = _baselines(metadata)
-    tasks = tuple(_task(entry, folder, percent) for entry in _entries(listing))
+    tasks = tuple(_task(entry, folder, percent, option) for entry in _entries(listing))
     labels = [task.label for task in tasks]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise EvaluationError(f"{listing}: {', '.join(sorted(twice))} stands in it twice")
@@ -154,7 +155,7 @@ def _entries(listing: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _task(entry: dict[str, Any], folder: Path, percent: dict[str, float]) -> Task:
+def _task(entry: dict[str, Any], folder: Path, percent: dict[str, float], option: str) -> Task:
     listing = folder / "core.yaml"
     try:
         label, kind = str(entry["label"]), entry["icl_task_type"]
@@ -167,7 +168,7 @@ def _task(entry: dict[str, Any], folder: Path, percent: dict[str, float]) -> Tas
     if kind not in KINDS:
         raise EvaluationError(f"{listing}: {label}: icl_task_type {kind!r} is none of {', '.join(KINDS)}")
     if not path.is_file():
-        raise EvaluationError(f"--core {folder}: {path.relative_to(folder)} of task {label} is missing; {WHERE_FROM}")
+        raise EvaluationError(f"{option}{folder}: {path.relative_to(folder)} of task {label} is missing; {WHERE_FROM}")
     if label not in percent:
         raise EvaluationError(
             f"{folder / 'eval_meta_data.csv'}: no row for {label}, so what guessing scores is unknown"

@@ -57,7 +57,7 @@ def score_bundle(
     an interruption goes on there, on any number of processes; batches are the same then, and so are results.
 
     Args:
-        examples: JSONL to be written; see `_line` for its fields.
+        examples: JSONL to be written; see `example` for its fields.
         model: names what is scored; with another one, lines that lie there are refused.
         context: longest sequence, in tokens.
         limit: items per task.
@@ -81,7 +81,7 @@ def score_bundle(
             for batch in batches(list(questions(task, items, indices, encoder, context)), batch_size):
                 if not all((question.task.label, question.index) in done for question in batch):
                     scores = scorer.score(batch)
-                    _write(out, [_line(q, s, sizes, normalisation) for q, s in zip(batch, scores, strict=True)])
+                    _write(out, [example(q, s, sizes, normalisation) for q, s in zip(batch, scores, strict=True)])
                 on_progress(len(batch))
     place.wait()
     if not place.keeps or place.data_rank > 0:
@@ -123,7 +123,10 @@ def batches(asked: Sequence[Question], batch_size: int) -> Iterator[list[Questio
         yield batch
 
 
-def _line(question: Question, scores: Sequence[OptionScore], sizes: np.ndarray, normalisation: str) -> dict[str, Any]:
+def example(
+    question: Question, scores: Sequence[OptionScore], sizes: np.ndarray, normalisation: Normalisation
+) -> dict[str, Any]:
+    """What is known of an item once its options are scored; `sizes` are the bytes of each token id."""
     tokens = [len(option.scored) for option in question.options]
     lengths = [int(sizes[option.scored].sum()) for option in question.options]
     divisors = lengths if normalisation == "bytes" else tokens
@@ -195,7 +198,7 @@ def summarize(lines: Sequence[dict[str, Any]], bundle: Bundle, normalisation: No
     right: dict[str, list[bool]] = {task.label: [] for task in bundle.tasks}
     for line in lines:
         right[line["task"]].append(line["correct"])
-    tasks = {task.label: _scores(task, right[task.label]) for task in bundle.tasks}
+    tasks = {task.label: task_scores(task, sum(right[task.label]), len(right[task.label])) for task in bundle.tasks}
     report: dict[str, Any] = {
         **mean_scores(tasks),
         "normalisation": normalisation,
@@ -205,13 +208,17 @@ def summarize(lines: Sequence[dict[str, Any]], bundle: Bundle, normalisation: No
     }
     for name in BASELINES:
         if name != bundle.baselines:
-            other = {task.label: _scores(task, right[task.label]) for task in bundle.under_baselines(name)}
+            other = {
+                task.label: task_scores(task, sum(right[task.label]), len(right[task.label]))
+                for task in bundle.under_baselines(name)
+            }
             report["core_by_baselines"][name] = mean_scores(other)["core"]
     return report
 
 
-def _scores(task: Task, right: Sequence[bool]) -> dict[str, Any]:
-    accuracy, count = sum(right) / len(right), len(right)
+def task_scores(task: Task, right: int, count: int) -> dict[str, Any]:
+    """Scores of a task, of whose `count` items `right` were answered right."""
+    accuracy = right / count
     error = math.sqrt(accuracy * (1 - accuracy) / (count - 1)) if count > 1 else math.nan
     return {
         "accuracy": accuracy, "centered": task.centered(accuracy), "standard_error": error,

@@ -28,7 +28,7 @@ class Checkpoints(Callback):
 
     Args:
         from_step_0: save the initial weights too, so that there always is a checkpoint to go back to.
-        on_saved: called with the seconds from the beginning of a save to its end.
+        on_saved: called on every rank with the step of a checkpoint that is complete, and the seconds that it took.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Checkpoints(Callback):
         run_dir: Path,
         config: CheckpointConfig,
         from_step_0: bool = False,
-        on_saved: Callable[[float], None] = lambda seconds: None,
+        on_saved: Callable[[int, float], object] = lambda step, seconds: None,
     ):
         self.run_dir, self.config, self.from_step_0, self.on_saved = run_dir, config, from_step_0, on_saved
         self.began = 0.0
@@ -60,7 +60,7 @@ class Checkpoints(Callback):
             self._finish(self.pending, last=False)
 
     def after_line(self, trainer, line):
-        # A checkpoint contains the samples that rollbacks leave out, and whether a validation is owed: at the end, no
+        # A checkpoint contains the samples that rollbacks leave out, and what is owed: at the end, no
         # later one will.
         last = trainer.stopping or trainer.step == trainer.total_steps
         if last or "rollback" in line:
@@ -98,7 +98,7 @@ class Checkpoints(Callback):
         try:
             pending.finish()
             self.failure = None
-            self.on_saved(time.monotonic() - self.began)
+            self.on_saved(pending.step, time.monotonic() - self.began)
         except checkpoint.SaveError as error:
             self._note(pending.step, error, last)
 

@@ -13,17 +13,17 @@ import torch.distributed as dist
 
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.lifecycle.terminal import warn
-from bov_megatron.training.trainer import Callback
+from bov_megatron.training.trainer import OWABLE, Callback
 
 
 class MetricsFile(Callback):
-    """One JSON object a step in RUN/metrics.jsonl, and one for each rollback or validation made up for.
+    """One JSON object a step in RUN/metrics.jsonl, and one for each rollback, validation or evaluation made up for.
 
     A run that resumes or rolls back first drops the lines after its checkpoint. On a full disk, lines are kept in
     memory until they can be written, with one warning.
     """
 
-    ALWAYS = frozenset({"validation_bits_per_byte", "sample_ids"})
+    ALWAYS = frozenset({*OWABLE.values(), "sample_ids"})
     """Lines with one of these are written at any interval."""
 
     def __init__(self, run_dir: Path, interval: int):
@@ -87,10 +87,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_kept(trainer, line: dict[str, Any]) -> bool:
-    """Whether a line is part of the history of the trainer's weights: a step, rollback or validation before them."""
+    """Whether a line is part of the history of the trainer's weights: a step before them, or what belongs to one."""
     if "rollback" in line:
         return line["rollback"]["number"] <= len(trainer.health.rollbacks)
-    late_validation = "validation_bits_per_byte" in line and "loss" not in line
-    if late_validation and trainer.validation_owed:  # the checkpoint is older than this validation: it is repeated
+    made_up_for = "loss" not in line and any(OWABLE[owed] in line for owed in trainer.owed)
+    if made_up_for:  # the checkpoint is older than this line: it is repeated
         return line["step"] < trainer.step
     return line["step"] <= trainer.step

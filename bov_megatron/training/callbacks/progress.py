@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
+from bov_megatron.evaluation.suite import PREFIX
 from bov_megatron.lifecycle.terminal import say
 from bov_megatron.training.trainer import Callback
 
@@ -67,6 +68,10 @@ class Progress(Callback):
     def _print_validation(self, line: dict[str, Any]) -> None:
         if "validation_bits_per_byte" in line:
             say(f"step {line['step']}: validation {line['validation_bits_per_byte']:.4f} bits per byte")
+        if "evaluation_seconds" in line:
+            scores = {name: value for name, value in line.items() if name.startswith(PREFIX) and "stderr" not in name}
+            listing = ", ".join(f"{name.removeprefix(PREFIX)} {value:.4f}" for name, value in scores.items())
+            say(f"step {line['step']}: {listing} ({line['evaluation_seconds']:.0f} s)")
         for sample in line.get("samples", []):
             prompt, text = (json.dumps(sample[part], ensure_ascii=False) for part in ("prompt", "text"))
             say(f"step {line['step']}: {prompt} → {text}")

@@ -7,7 +7,6 @@ with as many sequences as there are prompts, or less where all continuations end
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from bov_megatron.data.prompts import Prompts
-from bov_megatron.recipe import Recipe
 from bov_megatron.training.trainer import Callback
 
 
@@ -23,13 +21,9 @@ class Samples(Callback):
     """Adds `samples`, a list of `prompt` and `text`, and `samples_seconds` to lines with a validation. A run that must
     stop leaves them out."""
 
-    def __init__(self, recipe: Recipe, prompts: Prompts):
+    def __init__(self, prompts: Prompts):
         self.prompts = prompts
-        parallel = recipe.parallel
-        # Divides among tensor- and context-parallel ranks, also in FP8, which needs multiples of 16.
-        multiple = 32 * parallel.context_parallel_size * parallel.tensor_model_parallel_size
-        longest = max(map(len, prompts.ids)) + prompts.new_tokens
-        self.length = min(math.ceil(longest / multiple) * multiple, recipe.model.sequence_length)
+        self.length = max(map(len, prompts.ids)) + prompts.new_tokens
 
     def after_step(self, trainer, record):
         if "validation_bits_per_byte" in record:

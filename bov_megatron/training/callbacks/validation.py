@@ -20,10 +20,10 @@ class Validation(Callback):
         self.loader, self.interval = loader, interval
 
     def before_first_step(self, trainer):
-        if trainer.validation_owed and not trainer.stopping:
+        if "validation" in trainer.owed and not trainer.stopping:
             line = {"step": trainer.step, "tokens": trainer.step * trainer.recipe.batch_tokens}
             self._validate(trainer, line)
-            if not trainer.validation_owed:
+            if "validation" not in trainer.owed:
                 trainer.log(line)
 
     def after_step(self, trainer, record):
@@ -33,8 +33,10 @@ class Validation(Callback):
     def _validate(self, trainer, record: dict[str, Any]) -> None:
         started = time.perf_counter()
         score = trainer.validate(self.loader)
-        trainer.validation_owed = score is None
-        if score is not None:
+        if score is None:
+            trainer.owed.add("validation")
+        else:
+            trainer.owed.discard("validation")
             record["validation_bits_per_byte"] = score.bits_per_byte
             record["validation_loss"] = score.loss
             record["validation_seconds"] = time.perf_counter() - started
