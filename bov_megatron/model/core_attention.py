@@ -16,7 +16,6 @@ from torch import Tensor
 
 from bov_megatron.model.context_parallel import gather_sequence, stretches
 from bov_megatron.parallel.device import has_gpu
-from bov_megatron.parallel.regions import region
 
 
 class SdpaCoreAttention(torch.nn.Module):
@@ -86,17 +85,10 @@ def windowed_sdpa(
     Args:
         first_query: position of the first query; keys start at position 0.
     """
+    grouped = query_BNSD.size(1) != key_BGSD.size(1)
     # Half a window: measured on a CPU, faster than a whole window or a quarter.
     block = min(max(window // 2, 1), query_BNSD.size(2))
     mask = _band(block, window, query_BNSD.dtype, query_BNSD.device)
-    return _in_blocks(query_BNSD, key_BGSD, value_BGSD, mask, block, first_query)
-
-
-@region  # compiled, it sums the gradients of overlapping views at once
-def _in_blocks(
-    query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, mask: Tensor, block: int, first_query: int
-) -> Tensor:
-    grouped, window = query_BNSD.size(1) != key_BGSD.size(1), mask.size(1) - block
     mixed = []
     starts = range(first_query, first_query + query_BNSD.size(2), block)
     for start, queries in zip(starts, query_BNSD.split(block, dim=2), strict=True):
