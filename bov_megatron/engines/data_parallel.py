@@ -14,13 +14,16 @@ BUCKET_ELEMENTS = None
 """Gradient elements reduced together during the backward pass; None is Megatron's default, at least 40 million."""
 
 
-def wrap(chunks: Sequence[BovModel], overlap_grad_reduce: bool, finalize: Callable) -> list[DataParallel]:
+def wrap(
+    chunks: Sequence[BovModel], overlap_grad_reduce: bool, reduce_scatter: bool, finalize: Callable
+) -> list[DataParallel]:
     """Wrap the model chunks of this pipeline stage, and set the functions by which Megatron's schedules reduce their
     gradients.
 
     Args:
         overlap_grad_reduce: reduce a bucket as soon as it has the gradients of the step's last micro-batch; on later
             pipeline stages, where a bucket is a whole chunk, when the schedule starts it on all stages.
+        reduce_scatter: leave only an equal part of each bucket's sum on a rank (see gradient_owners.py).
         finalize: called after the last backward pass with the arguments of Megatron's `finalize_model_grads`.
     """
 
@@ -28,7 +31,10 @@ def wrap(chunks: Sequence[BovModel], overlap_grad_reduce: bool, finalize: Callab
     for number, chunk in enumerate(chunks):
         # A new config for each chunk: Megatron writes the bucket size into it.
         settings = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=overlap_grad_reduce, bucket_size=BUCKET_ELEMENTS
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=overlap_grad_reduce,
+            use_distributed_optimizer=reduce_scatter,
+            bucket_size=BUCKET_ELEMENTS,
         )
         wrapped.append(DataParallel(settings, chunk, disable_bucketing=number > 0))
     config = chunks[0].config  # the one that schedules read

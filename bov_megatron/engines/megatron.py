@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from bov_megatron.engines import data_parallel
 from bov_megatron.engines.base import Engine
+from bov_megatron.engines.gradient_owners import GradientOwners
 from bov_megatron.model import context_parallel
 from bov_megatron.model.bank import lookup_ahead
 from bov_megatron.model.bank.host_tables import HostGradients
 from bov_megatron.optim.optimizer import BovOptimizer, UpdateResult
-from bov_megatron.parallel.device import to_device
+from bov_megatron.parallel.device import device, to_device
 from bov_megatron.parallel.timer import DeviceTimer
 from bov_megatron.recipe import Recipe
 from bov_megatron.recipe.quantities import total_steps
@@ -40,14 +42,20 @@ class MegatronEngine(Engine):
     def __init__(self, recipe: Recipe, with_optimizer: bool = True):
         super().__init__(recipe)
         self.wrapped = []
+        self.gradient_owners: GradientOwners | None = None
+        """None where gradients are all-reduced: every rank updates all rows."""
         self.host_gradients = HostGradients(self.local_parameters())
         self._gradient_timer = DeviceTimer()
         if with_optimizer:
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            scatter = recipe.parallel.use_distributed_optimizer and group.size() > 1
             with self.host_gradients.hidden_from_megatron():
                 self.wrapped = data_parallel.wrap(
-                    self.chunks, recipe.parallel.overlap_grad_reduce, self._finalize_gradients
+                    self.chunks, recipe.parallel.overlap_grad_reduce, scatter, self._finalize_gradients
                 )
             self.optimizer = BovOptimizer(self.local_parameters(), recipe, total_steps(recipe), self.chunks)
+            if scatter:
+                self.gradient_owners = GradientOwners(self.wrapped, self.optimizer.parameters, group)
 
     def finish_gather(self) -> None:
         """See Engine; with `parallel.overlap_param_gather`, weights arrive during the next forward pass."""
@@ -62,7 +70,7 @@ class MegatronEngine(Engine):
         return self._gradient_timer.seconds()
 
     def forward_backward(self, micro_batches: Sequence[Tensor]) -> Tensor:
-        """See Engine; gradients are left in `main_grad`."""
+        """See Engine; gradients are left in `main_grad`, of the rows that this rank updates."""
         self._gradient_timer.start()
         for wrapped in self.wrapped:
             wrapped.train()
@@ -81,8 +89,12 @@ class MegatronEngine(Engine):
         )
 
     def table_sums(self, table: Any, rows: int) -> tuple[float, int]:
-        """See Engine; every data-parallel rank has the whole table, so nothing is communicated."""
-        touched = (table.main_grad[:rows] != 0).any(dim=1).sum()
+        """See Engine; every data-parallel rank has the whole table, and its own rows' gradients."""
+        (shard,) = (p for p in self.optimizer.parameters if p.local.parameter is table)
+        own = shard.row_gradient()[: max(0, rows - shard.rows[0])]
+        touched = (own != 0).any(dim=1).sum().to(device())
+        if not shard.assignment.replicated:
+            dist.all_reduce(touched, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         return float(table.detach()[:rows].double().square().sum()), int(touched)
 
     def gradient_norm(self) -> Tensor:
@@ -98,6 +110,8 @@ class MegatronEngine(Engine):
         """Reduce gradients after the last backward pass: Megatron's, and those of tables in host memory."""
         self._gradient_timer.stop()
         finalize_model_grads(*arguments, **options)
+        if self.gradient_owners is not None:
+            self.gradient_owners.send()
         self.host_gradients.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
 
     def _fill_groups(self, micro_batches: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[list, list]:

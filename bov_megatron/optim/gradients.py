@@ -17,25 +17,27 @@ from bov_megatron.optim.sharding import OptimizerProcessGroups, group_rank, grou
 def global_gradient_norm(parameters: Sequence[ParameterShard], groups: OptimizerProcessGroups) -> Tensor:
     """L2 norm over every element of the model once, `nan` if any gradient is not finite; collective.
 
-    Weights that tensor-parallel ranks replicate count on the first rank only. Returns a 0-dim fp64 tensor on the
-    gradients' device, without waiting for it; bitwise the same on every rank, so that all ranks decide alike.
+    A rank counts the rows that it updates. Copies count once: on the first tensor- or data-parallel rank. Returns a
+    0-dim fp64 tensor on the gradients' device, without waiting for it; the same on every rank, as one reduction over
+    all gives it, so that all ranks decide alike.
     """
-    first = group_rank(groups.tensor) == 0
-    counted = [p.gradient() for p in parameters if first or p.local.partition_dim >= 0]
-    replicas = [p.gradient() for p in parameters if not (first or p.local.partition_dim >= 0)]
+    counted: list[Tensor] = []
+    copies: list[Tensor] = []
+    for p in parameters:
+        first_tensor = group_rank(groups.tensor) == 0 or p.local.partition_dim >= 0
+        first_data = group_rank(groups.data) == 0 or not p.assignment.replicated
+        gradient = p.row_gradient()
+        if p.has_rows:
+            (counted if first_tensor and first_data else copies).append(gradient)
     # Norms of host tables move to the device of the others.
     devices = [p.local.parameter.device for p in parameters if not p.local.on_host]
     device = devices[0] if devices else torch.device("cpu")
     squares = torch.nn.utils.get_total_norm(counted).to(device, torch.float64).square()
-    if replicas:  # they add 0, or nan if this rank's copy is not finite
-        squares += 0 * torch.nn.utils.get_total_norm(replicas).to(device, torch.float64)
-    if group_size(groups.model) > 1:
-        dist.all_reduce(squares, group=groups.model)
-    finite = squares.isfinite()
-    maxima = torch.stack([torch.where(finite, squares, 0.0), (~finite).double()])
-    if group_size(groups.data) > 1:  # also removes rounding differences between the sums of data-parallel ranks
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=groups.data)
-    return torch.where(maxima[1] > 0, math.nan, maxima[0].sqrt())
+    if copies:  # they add 0, or nan if this rank's copy is not finite
+        squares += 0 * torch.nn.utils.get_total_norm(copies).to(device, torch.float64)
+    if group_size(groups.data) * group_size(groups.model) > 1:
+        dist.all_reduce(squares)  # the model's and the data-parallel ranks are all ranks
+    return torch.where(squares.isfinite(), squares.sqrt(), math.nan)
 
 
 @torch.no_grad()

@@ -51,8 +51,8 @@ class UpdateResult:
 class BovOptimizer:
     """Muon + AdamW (arXiv 2606.02780, "Optimisation"), or AdamW alone, by `recipe.optimizer.name`.
 
-    Gradients are Megatron's `main_grad`, already reduced over data- and context-parallel ranks (DistributedDataParallel
-    with `use_distributed_optimizer=False`), or `grad` where there is none. fp32 parameters are updated in place; bf16
+    Gradients are Megatron's `main_grad`, or `grad` where there is none, already reduced over data- and context-parallel
+    ranks; only the rows that this rank updates are read. fp32 parameters are updated in place; bf16
     ones have separate fp32 main weights. Frozen parameters are ignored.
 
     Construct it after the model has its initial weights, or call `reload_model_params` once they are set.

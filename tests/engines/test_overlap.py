@@ -106,7 +106,7 @@ def take_step(engine, step: int, seen: dict) -> None:
     assert result.updated
     assert bool(engine.optimizer.gatherer._under_way) == engine.recipe.parallel.overlap_param_gather
     seen[f"{step} loss"] = result.loss
-    seen[f"{step} gradients"] = [p.main_grad.clone() for wrapped in engine.wrapped for p in wrapped.parameters()]
+    seen[f"{step} gradients"] = [p.row_gradient().clone() for p in engine.optimizer.parameters]
 
 
 def same(one, other) -> bool:

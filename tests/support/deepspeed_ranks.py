@@ -11,7 +11,14 @@ import torch
 import torch.distributed as dist
 
 from bov_megatron.recipe import DeepSpeedConfig, OptimizerConfig, Recipe, ValueConfig, recipe_from_dict
-from tests.support.parity import gather_full, my_micro_batches, random_weights, small_model, small_recipe
+from tests.support.parity import (
+    gather_full,
+    gather_gradients,
+    my_micro_batches,
+    random_weights,
+    small_model,
+    small_recipe,
+)
 
 VOCAB = 301
 """Odd, and without padding rows to speak of: stretches begin and end inside the rows of tables."""
@@ -84,7 +91,7 @@ def step(engine, number: int):
 def gradients(engine) -> dict[str, torch.Tensor]:
     """Mean gradients of the global batch, whole, by canonical name; between backward and step."""
     if engine.recipe.engine == "megatron":
-        return gather_full(engine, lambda parameter: parameter.main_grad)
+        return gather_gradients(engine)
     return _gather_stretches(engine, lambda p: engine.optimizer.gradient(p, p.stretch))
 
 

@@ -1,4 +1,5 @@
-"""Worlds of any size, in which this process is one rank, nothing is sent and tensors have no memory."""
+"""Worlds of any size, in which this process is one rank, nothing is sent and tensors have no memory; and a count of
+what is sent in real ones."""
 
 from __future__ import annotations
 
@@ -81,4 +82,10 @@ class Traffic(TorchDispatchMode):
             size = output.element_size()
             others = output.numel() - received[rank]
             return Message("all_to_all", size * (input.numel() - sent[rank]), size * others, output.nbytes)
+        if name == "reduce_scatter_tensor_coalesced_":
+            parts, whole = sum(part.nbytes for part in output), sum(part.nbytes for part in input)
+            return Message("reduce_scatter", whole - parts, whole - parts, whole)
+        if name == "allreduce_":  # as a reduce-scatter and an all-gather
+            size = sum(part.nbytes for part in output)
+            return Message("all_reduce", 2 * size * (ranks - 1) // ranks, 2 * size * (ranks - 1) // ranks, size)
         raise NotImplementedError(f"count the bytes of c10d.{name}")

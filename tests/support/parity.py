@@ -64,12 +64,15 @@ def train_rank(
     rank: int, world_size: int, recipe_dict: dict, steps: int
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """One rank of `train_on_layout`."""
-    from bov_megatron.engines import data_parallel
+    from bov_megatron.engines import data_parallel, gradient_owners
     from bov_megatron.engines.megatron import MegatronEngine
+    from bov_megatron.optim import optimizer
     from bov_megatron.parallel import process_groups
 
     recipe = recipe_from_dict(recipe_dict)
     process_groups.initialize(recipe, rank, world_size)
+    optimizer.SMALL_TENSOR_ELEMENTS = 256  # tables and embedding are split by rows
+    gradient_owners.MESSAGE_ELEMENTS = 1000  # gradients travel in several messages, as those of a large model do
     data_parallel.BUCKET_ELEMENTS = 1  # where reduction overlaps, every gradient is reduced by itself
     engine = MegatronEngine(recipe)
     load_weights(engine, random_weights(recipe.model))
@@ -104,7 +107,15 @@ def load_weights(engine, weights: dict[str, torch.Tensor]) -> None:
 
 def gather_gradients(engine) -> dict[str, torch.Tensor]:
     """This pipeline stage's gradients, whole, by canonical name; equal on all its tensor-parallel ranks."""
-    return gather_full(engine, lambda parameter: parameter.main_grad)
+    from bov_megatron.optim.weight_gatherer import WeightGatherer
+
+    shards = engine.optimizer.parameters
+    whole = [p.gradient().clone() for p in shards]  # each rank has those of its own rows
+    WeightGatherer(whole, [p.assignment for p in shards], engine.optimizer.groups.data).gather(
+        [p.row_gradient() for p in shards]
+    )
+    by_parameter = {id(p.local.parameter): gradient for p, gradient in zip(shards, whole, strict=True)}
+    return gather_full(engine, lambda parameter: by_parameter[id(parameter)])
 
 
 def gather_full(engine, read) -> dict[str, torch.Tensor]:
