@@ -31,9 +31,12 @@ SEES = {
     "preflight": ("recipe", "parallel", "lifecycle", "checkpoint", "data", "evaluation", "plan", "plotting"),
     "train": ("recipe", "parallel", "lifecycle", "training", "plan", "preflight"),
     "studies": ("recipe", "lifecycle", "plan"),
+    "inspection": (
+        *("recipe", "model", "optim", "lifecycle", "checkpoint", "data", "evaluation", "plotting", "studies"),
+    ),
     "commands": (
         *("recipe", "lifecycle", "checkpoint", "data", "exchange", "evaluation", "plan", "plotting", "train"),
-        "studies",
+        *("studies", "inspection"),
     ),
 }
 MODULES = {

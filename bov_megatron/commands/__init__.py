@@ -26,6 +26,7 @@ COMMANDS = {
     ),
     "checkpoint": ("bov_megatron.commands.checkpoint", "list, inspect or verify the checkpoints of a run"),
     "plot": ("bov_megatron.commands.plot", "draw runs from their metrics, or watch them in the terminal"),
+    "inspect_run": ("bov_megatron.commands.inspect_run", "what a run's tables and attention have become, on one page"),
     "convert": ("bov_megatron.commands.convert", "to Hugging Face's format and back, and from nanochat"),
     "generate": ("bov_megatron.commands.generate", "continue texts with a checkpoint or an export"),
     "evaluate": (

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from bov_megatron.studies.findings import LEVEL, Findings, as_json
 from bov_megatron.studies.report import figures, sentences
 from bov_megatron.studies.report.context import context_of, in_order
 from bov_megatron.studies.report.curves import Curve, read_curve
-from bov_megatron.studies.report.style import NARROW, STYLE, WIDE, Layout, looks
+from bov_megatron.studies.report.pictures import Picture, draw_picture
+from bov_megatron.studies.report.style import STYLE, looks
 from bov_megatron.studies.report.tables import (
     SCORES,
     fixed,
@@ -36,27 +33,6 @@ from bov_megatron.studies.table import CONVENTIONS
 PAGE = "index.html"
 _VARIANTS_IN_FULL = 4
 """With more variants, the first figure shows one way of counting parameters; the table has all."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure that the page will show."""
-
-    name: str
-    caption: str
-    alt: str
-    draw: Callable[[Layout], Figure]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure as the template embeds it: data URIs for wide and for narrow screens."""
-
-    name: str
-    caption: str
-    alt: str
-    wide: str
-    narrow: str
 
 
 def write_report(
@@ -79,7 +55,7 @@ def write_report(
         _write_numbers(out, results.assign(run=[_in_study(run, study) for run in results.run]), summary, findings)
         folder = out / "figures"
         folder.mkdir(exist_ok=True)
-        drawn = {section: [_draw(picture, folder) for picture in group] for section, group in pictures.items()}
+        drawn = {section: [draw_picture(picture, folder) for picture in group] for section, group in pictures.items()}
     page = _render(study, results, summary, findings, variants, drawn, out, problems)
     path = out / PAGE
     path.write_text(page, encoding="utf-8")
@@ -191,19 +167,6 @@ def _law_pictures(results, fit, look) -> list[Picture]:
 def _read_curves(results: pd.DataFrame) -> dict[str, Curve]:
     found = {run.cell: read_curve(Path(run.run)) for run in results.itertuples()}
     return {cell: curve for cell, curve in found.items() if curve is not None}
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _draw(picture: Picture, folder: Path) -> Drawn:
-    """Both layouts of a figure as SVG; the wide one also as a PNG in `folder`."""
-    wide, narrow = picture.draw(WIDE), picture.draw(NARROW)
-    wide.savefig(folder / f"{picture.name}.png", dpi=160)
-    return Drawn(picture.name, picture.caption, picture.alt, _svg(wide), _svg(narrow))
 
 
 def _write_numbers(out: Path, results: pd.DataFrame, summary: pd.DataFrame, findings: Findings) -> None:
