@@ -65,5 +65,6 @@ def open_engine(target: Target, layout: Layout, dtype: str, bank_device: str | N
         pipeline_balance="layers" if layout.pipeline == 1 else "time",  # of any number of layers
     )
     precisions: dict[str, Literal["fp32", "bf16"] | None] = {"auto": None, "float32": "fp32", "bfloat16": "bf16"}
-    with open_checkpoint(target.folder, parallel, precisions[dtype], layout.world) as engine:
+    world = layout.world if layout.world.world_size > 1 else None  # one process needs no address to meet at
+    with open_checkpoint(target.folder, parallel, precisions[dtype], world) as engine:
         yield engine
