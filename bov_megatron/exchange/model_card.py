@@ -26,17 +26,21 @@ def training_record(checkpoint: Path, stored: Mapping[str, Any]) -> dict[str, An
 
     Keys: `step`, `tokens`, `shards` (fingerprints of the training data, None if it has read none of ours), `data` (of
     each data set that is still where it was: path, documents, bytes, tokens), `validation` (step and bits per byte of
-    the last one) and `origin` (of a run that was converted), the last two None where there is none.
+    the last one), `evaluations` (of each score under its name in the metrics: step and value, the last ones), and
+    `origin` (of a run that was converted); `validation` and `origin` are None where there is none.
     """
     run_dir, recipe, step = run_folder.run_dir_of(checkpoint), stored["recipe"], stored["step"]
     shards = stored["extra"].get("shards")
     origin = run_dir / run_folder.ORIGIN
+    scores = _last_scores(run_dir, step)
+    validation = scores.pop(_VALIDATION, None)
     return {
         "step": step,
         "tokens": step * recipe["train"]["global_batch_size"] * recipe["model"]["sequence_length"],
         "shards": shards,
         "data": _data(recipe["data"], shards or []),
-        "validation": _last_validation(run_dir / run_folder.METRICS, step),
+        "validation": validation and {"step": validation["step"], "bits_per_byte": validation["value"]},
+        "evaluations": scores,
         "origin": json.loads(origin.read_bytes()) if origin.is_file() else None,
     }
 
@@ -52,14 +56,21 @@ def _data(data: Mapping[str, Any], shards: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def _last_validation(metrics: Path, step: int) -> dict[str, Any] | None:
-    last = None
-    for text in metrics.read_text().splitlines() if metrics.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):  # a last line that a crash cut off
-            line = json.loads(text)
-            if "validation_bits_per_byte" in line and line["step"] <= step:
-                last = {"step": line["step"], "bits_per_byte": line["validation_bits_per_byte"]}
-    return last
+_VALIDATION, _EVALUATION = "validation_bits_per_byte", "evaluation/"
+
+
+def _last_scores(run_dir: Path, step: int) -> dict[str, dict[str, Any]]:
+    """Step and value of the last validation and of each evaluation up to `step`, those of jobs of their own too."""
+    scores: dict[str, dict[str, Any]] = {}
+    for path in (run_dir / run_folder.METRICS, *run_folder.list_evaluations(run_dir)):
+        for text in path.read_text().splitlines() if path.is_file() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # a last line that a crash cut off
+                line = json.loads(text)
+                for name, value in line.items():
+                    scored = (name == _VALIDATION or name.startswith(_EVALUATION)) and line["step"] <= step
+                    if scored and (name not in scores or scores[name]["step"] <= line["step"]):
+                        scores[name] = {"step": line["step"], "value": value}
+    return scores
 
 
 def _training_rows(trained: Mapping[str, Any]) -> str:
@@ -70,6 +81,8 @@ def _training_rows(trained: Mapping[str, Any]) -> str:
     if validation := trained.get("validation"):
         text = f"{validation['bits_per_byte']:.4f} bits per byte at step {validation['step']:,}"
         rows.append(("held-out text", text))
+    for name, score in trained.get("evaluations", {}).items():
+        rows.append((f"`{name.removeprefix(_EVALUATION)}`", f"{score['value']:.4f} at step {score['step']:,}"))
     for data in trained.get("data", ()):
         text = f"{data['documents']:,} documents, {data['bytes']:,} bytes, {data['tokens']:,} tokens"
         rows.append(("training data", f"{text}; shards {data['index_sha256'][:12]}"))

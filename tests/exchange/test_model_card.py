@@ -10,9 +10,16 @@ from bov_megatron.recipe import ModelConfig, Recipe, ValueConfig
 
 
 def record(prepared_data, run_dir, step):
-    """Of a run that was converted at step 5 and has trained on, validated at 6 and 8, and was cut off in a line."""
-    run_dir.mkdir()
-    lines = [json.dumps({"step": n, "loss": 4.0, "validation_bits_per_byte": n / 2}) for n in (6, 8)]
+    """Of a run that was converted at step 5 and has trained on, validated and evaluated at 6 and 8, by a job of its own
+    too, and was cut off in a line."""
+    (run_dir / "evaluations").mkdir(parents=True)
+    lines = [
+        json.dumps({"step": n, "loss": 4.0, "validation_bits_per_byte": n / 2, "evaluation/core": n / 100, "tokens": 9})
+        for n in (6, 8)
+    ]
+    for n in (5, 6, 8):
+        score = {"step": n, "evaluation/bits_per_byte/code": n / 10, "evaluation_seconds": 3.0}
+        (run_dir / f"evaluations/step_{n:08d}.json").write_text(json.dumps(score))
     (run_dir / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 9, "loss": 3.']))
     (run_dir / "origin.json").write_text(json.dumps({"nanochat": "/a/model_000005.pt", "step": 5}))
     recipe = Recipe(model=ModelConfig(sequence_length=256, value=ValueConfig(source="bank")))
@@ -29,7 +36,8 @@ def test_the_card_holds_the_record(prepared_data, tmp_path):
     train = read_manifest(prepared_data.folder).splits["train"]
     for row in (
         "| trained for | 7 steps, 7,168 tokens |",
-        "| held-out text | 3.0000 bits per byte at step 6 |",
+        "| held-out text | 3.0000 bits per byte at step 6 |\n| `core` | 0.0600 at step 6 |\n"
+        "| `bits_per_byte/code` | 0.6000 at step 6 |\n",
         f"| training data | {train.documents:,} documents, {train.bytes:,} bytes, {train.tokens:,} tokens; shards "
         f"{train.index_sha256[:12]} |",
         "| made from | `/a/model_000005.pt`, step 5 |\n\n```python",
