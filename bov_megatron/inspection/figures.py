@@ -109,7 +109,7 @@ def losses(found: Sequence[FrequencyLosses], names: Sequence[str], layout: Layou
         axes[1].errorbar(found[0].centres, difference, 1.96 * error, color=BANK_COLOUR, marker="o", markersize=4,
                          capsize=2, elinewidth=1)  # fmt: skip
         log_axis(axes[1], "x", found[0].centres)
-        axes[1].set(title=f"{names[0]} minus {names[1]}", xlabel=PER_MILLION, ylabel="nats per token")
+        axes[1].set(title="Difference", xlabel=PER_MILLION, ylabel="nats per token")
     label_ends(axes, ends)
     return figure
 
