@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from bov_megatron.evaluation.bits_per_byte import RollingTask
 
 RECIPE = "recipes/smoke.yaml"
-TENSOR_PARALLEL = 2
 VARIANTS = {"bov": "bank", "baseline": "projection"}
 """Run name -> value source."""
 
@@ -65,6 +64,13 @@ class Result:
     sample: str
 
 
+def _tensor_parallel() -> int:
+    """Two ranks, but on a machine with a single GPU, which ranks can't share."""
+    import torch
+
+    return 1 if torch.cuda.device_count() == 1 else 2
+
+
 def run_demo(out: Path, steps: int | None = None) -> list[Result]:
     """Run everything into folder `out`; returns the results. Raises CalledProcessError where a command fails."""
     started = time.monotonic()
@@ -91,8 +97,9 @@ def _prepare(out: Path) -> Path:
 def _train_and_evaluate(name: str, source: str, out: Path, data: Path, steps: int | None) -> Result:
     run_dir, export = out / "runs" / name, out / "hf" / name
     shutil.rmtree(run_dir, ignore_errors=True)  # an earlier demo's would be continued
-    _title(f"3. {name}: train with values from `{source}`, {TENSOR_PARALLEL} tensor-parallel ranks")
+    _title(f"3. {name}: train with values from `{source}`, {_tensor_parallel()} tensor-parallel rank(s)")
     overrides = [f"name={name}", f"model.value.source={source}", f"data.path={data}", f"output_dir={run_dir}"]
+    overrides.append(f"parallel.tensor_model_parallel_size={_tensor_parallel()}")
     if steps is not None:
         overrides.append(f"train.steps={steps}")
     seconds = _torchrun(RECIPE, *overrides)
@@ -212,8 +219,9 @@ def _tool(script: str, *arguments, **options) -> str:
 def _torchrun(*arguments: str) -> float:
     """Train on this machine's cores; returns the seconds it took."""
     started = time.monotonic()
-    threads = max(1, (os.cpu_count() or 1) // TENSOR_PARALLEL)
-    launcher = ["--standalone", "--nproc-per-node", TENSOR_PARALLEL]
+    ranks = _tensor_parallel()
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    launcher = ["--standalone", "--nproc-per-node", ranks]
     _tool("torchrun.py", *launcher, *arguments, environment={"OMP_NUM_THREADS": str(threads)})
     return time.monotonic() - started
 

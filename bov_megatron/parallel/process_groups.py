@@ -11,7 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import distributed_c10d
 
 from bov_megatron.parallel import megatron_on_cpu, regions
-from bov_megatron.parallel.device import backend, select_gpu
+from bov_megatron.parallel.device import backend, device, has_gpu, select_gpu
 from bov_megatron.recipe import Recipe, data_parallel_size
 
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -34,6 +34,10 @@ def initialize(
     if recipe.parallel.tensor_model_parallel_size > 1:
         # Megatron overlaps the gradient's all-reduce with a matmul and relies on the order of launches.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # A rank's collectives of different groups overlap, in the order in which it launches them (NCCL 2.26 and later).
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+    if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, with the first product
     select_gpu(local_rank)
     if not dist.is_initialized():
         dist.init_process_group(
@@ -42,6 +46,7 @@ def initialize(
             rank=rank,
             world_size=world_size,
             timeout=TIMEOUT,
+            device_id=device() if has_gpu() else None,
         )
     layout = recipe.parallel
     parallel_state.initialize_model_parallel(

@@ -141,4 +141,10 @@ def _copy_stream() -> torch.cuda.Stream:
 
 @functools.cache
 def _adder() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="table-gradients")
+    on = device()
+
+    def begin() -> None:  # a new thread's device is the first one
+        if on.type == "cuda":
+            torch.cuda.set_device(on)
+
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="table-gradients", initializer=begin)

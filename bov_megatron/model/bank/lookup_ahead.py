@@ -226,6 +226,10 @@ class _Lookup:
     def _wait(self) -> None:
         if self.work is not None:
             self.work.wait()
+            if self.message is not None and self.message.is_cuda:
+                # A host table's rows are the copy stream's memory, which may reuse it once this stream is here: behind
+                # the collective that reads it.
+                self.message.record_stream(torch.cuda.current_stream())
         self.work = self.message = None
 
     def values_SBk(self) -> Tensor:

@@ -123,8 +123,10 @@ class _AccumulatingLookup(torch.autograd.Function):
         if own is not None:
             grad = grad * own.unsqueeze(-1)
         main_grad = table.main_grad
-        index = rows.reshape(-1, 1).expand(-1, main_grad.size(1))
-        # On a CPU, eight times as fast as index_add_.
-        main_grad.scatter_add_(0, index, grad.reshape(-1, main_grad.size(1)).to(main_grad.dtype))
+        index, grad = rows.flatten(), grad.reshape(-1, main_grad.size(1)).to(main_grad.dtype)
+        if main_grad.is_cuda:
+            main_grad.index_add_(0, index, grad)  # in a fixed order with `train.deterministic`; scatter_add_ has none
+        else:
+            main_grad.scatter_add_(0, index[:, None].expand_as(grad), grad)  # eight times as fast
         gradient_ready(table)
         return None, None, None
