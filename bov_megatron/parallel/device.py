@@ -35,6 +35,12 @@ def select_gpu(local_rank: int) -> None:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
 
+def use_device(chosen: torch.device) -> None:
+    """Make a GPU this thread's current one, where there are GPUs; a new thread begins with the first."""
+    if has_gpu():
+        torch.cuda.set_device(chosen)
+
+
 class WithoutMemory(TorchFunctionMode):
     """Within it, `torch.empty` gives tensors of shapes alone, on the meta device, whichever device the caller names.
 

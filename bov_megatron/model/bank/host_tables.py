@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bov_megatron.parallel import process_groups
-from bov_megatron.parallel.device import device, has_gpu
+from bov_megatron.parallel.device import device, has_gpu, use_device
 from bov_megatron.parallel.parameter import LocalParameter
 
 # Global, like the thread and the stream below: autograd functions add gradients and the engine waits for them, but they
@@ -141,10 +141,6 @@ def _copy_stream() -> torch.cuda.Stream:
 
 @functools.cache
 def _adder() -> ThreadPoolExecutor:
-    on = device()
-
-    def begin() -> None:  # a new thread's device is the first one
-        if on.type == "cuda":
-            torch.cuda.set_device(on)
-
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="table-gradients", initializer=begin)
+    return ThreadPoolExecutor(
+        max_workers=1, thread_name_prefix="table-gradients", initializer=use_device, initargs=(device(),)
+    )
