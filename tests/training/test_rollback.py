@@ -30,8 +30,8 @@ def disturbed_rank(rank, world_size, arguments, faults):
     """The run, in which something happens to batches by their place in the data's order: what `faults` says. Status,
     stderr, and the places of the batches drawn.
 
-    `spike`: the second rank finds a loss 100 too high. `nan`: its gradients alone get one. `kill`: it is killed.
-    `lose`: checkpoints vanish, and the loss is a spike.
+    `spike`: the second rank finds a loss 100 too high. `nan`: its gradients alone get one, in a row that it updates.
+    `kill`: it is killed. `lose`: checkpoints vanish, and the loss is a spike.
     """
     from bov_megatron import train as command
     from bov_megatron.data.loader import TrainLoader
@@ -48,7 +48,7 @@ def disturbed_rank(rank, world_size, arguments, faults):
         if rank == 1 and fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if rank == 1 and fault == "nan":
-            next(iter(self.model.parameters())).main_grad[0, 0] = float("nan")
+            next(p for p in self.optimizer.parameters if p.has_rows).row_gradient().view(-1)[0] = float("nan")
         if fault == "lose":
             torch.distributed.barrier()
             shutil.rmtree(self.recipe.run_dir / "checkpoints", ignore_errors=True)

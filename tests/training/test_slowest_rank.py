@@ -24,7 +24,7 @@ def slowed_rank(rank, world_size, arguments, slow, how):
     from bov_megatron.data.loader import TrainLoader
     from bov_megatron.model.attention import ValueSourceLayer
 
-    drawn, forward, held_up = TrainLoader.__next__, ValueSourceLayer._forward_attention, []
+    drawn, forward, held_up = TrainLoader.__next__, ValueSourceLayer.forward, []
     step = 0
 
     def next_batch(self):
@@ -41,7 +41,7 @@ def slowed_rank(rank, world_size, arguments, slow, how):
             os.kill(os.getpid(), signal.SIGSTOP)
         return forward(self, *positional, **named)
 
-    TrainLoader.__next__, ValueSourceLayer._forward_attention = next_batch, stopping
+    TrainLoader.__next__, ValueSourceLayer.forward = next_batch, stopping
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         code = command.main([SMOKE, *arguments])
     return code, stderr.getvalue()
