@@ -204,6 +204,19 @@ class Trainer:
         self._alive()
         self.log(line)
 
+    def make_up_for(self, what: str, work: Callable[[Trainer, dict[str, Any]], None]) -> None:
+        """Do what an earlier start was cut short in (a name of OWABLE), and log it in a line of its own; nothing where
+        it isn't owed.
+
+        Args:
+            work: adds its fields to the line, and takes the name off `owed` unless it is cut short again.
+        """
+        if what in self.owed and not self.stopping:
+            line = {"step": self.step, "tokens": self.step * self.recipe.batch_tokens}
+            work(self, line)
+            if what not in self.owed:
+                self.log(line)
+
     def log(self, line: dict[str, Any]) -> None:
         """Pass the callbacks a line of metrics that belongs to no step."""
         for callback in self.callbacks:

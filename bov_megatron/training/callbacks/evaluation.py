@@ -29,11 +29,7 @@ class Evaluation(Callback):
         """When the next one may begin, by this rank's clock; the first rank's decides."""
 
     def before_first_step(self, trainer):
-        if "evaluation" in trainer.owed and not trainer.stopping:
-            line = {"step": trainer.step, "tokens": trainer.step * trainer.recipe.batch_tokens}
-            self._evaluate(trainer, line)
-            if "evaluation" not in trainer.owed:
-                trainer.log(line)
+        trainer.make_up_for("evaluation", self._evaluate)
 
     def after_step(self, trainer, record):
         last = trainer.step == trainer.total_steps

@@ -20,11 +20,7 @@ class Validation(Callback):
         self.loader, self.interval = loader, interval
 
     def before_first_step(self, trainer):
-        if "validation" in trainer.owed and not trainer.stopping:
-            line = {"step": trainer.step, "tokens": trainer.step * trainer.recipe.batch_tokens}
-            self._validate(trainer, line)
-            if "validation" not in trainer.owed:
-                trainer.log(line)
+        trainer.make_up_for("validation", self._validate)
 
     def after_step(self, trainer, record):
         if trainer.is_due(self.interval):
