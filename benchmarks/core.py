@@ -1,4 +1,4 @@
-"""CORE's examples per second: batches with shared prefixes against one example per forward pass."""
+"""CORE's examples per second: batches against one example per forward pass, of an exported model and of an engine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import Spread, speed_ratio, take_turns
+from benchmarks.training_step import one_process
 from bov_megatron.evaluation.core.bundle import Task
 from bov_megatron.evaluation.core.evaluation import batches
 from bov_megatron.evaluation.core.prompts import Option, Question
-from bov_megatron.evaluation.core.scorers import TransformersScorer
+from bov_megatron.evaluation.core.scorers import EngineScorer, TransformersScorer
+from bov_megatron.parallel.device import device
+from bov_megatron.recipe import Recipe, recipe_from_dict
 
 KINDS = {
     # label: tokens of what the options share, options, tokens of each
@@ -36,33 +39,47 @@ def bench_core(turns: int, quick: bool) -> dict:
 
 
 def _bench_model(width: int, turns: int, quick: bool) -> dict:
+    from bov_megatron.engines.megatron import MegatronEngine
     from bov_megatron.exchange.export import hf_config
     from bov_megatron.exchange.hf.modeling_bov import BovForCausalLM
-    from bov_megatron.parallel.device import device
-    from bov_megatron.recipe import ModelConfig
 
-    config = hf_config(
-        ModelConfig(num_layers=6, hidden_size=width, num_attention_heads=4, vocab_size=VOCABULARY, sequence_length=1024)
-    )
+    recipe = _recipe(width)
     torch.manual_seed(0)
-    scorer = TransformersScorer(BovForCausalLM(config).to(device()))
+    export = TransformersScorer(BovForCausalLM(hf_config(recipe.model)).to(device()))
     examples = QUICK_EXAMPLES if quick else EXAMPLES
     found = {}
-    for label, lengths in {**KINDS, "all": None}.items():
-        chosen = KINDS.values() if lengths is None else [lengths]
-        asked = [_question(index, *sizes) for sizes in chosen for index in range(examples)]
-        timings = take_turns(
-            {
-                "batches": lambda turn, asked=asked: [scorer.score(batch) for batch in batches(asked, BATCH_SIZE)],
-                "one by one": lambda turn, asked=asked: _one_by_one(scorer.model, asked),
-            },
-            turns,
-        )
-        found[label] = {
-            name: {"examples_per_second": Spread.of([len(asked) / seconds for seconds in timing.wall])}
-            for name, timing in timings.items()
-        } | {"batches_over_one_by_one": speed_ratio(timings, "batches", "one by one")}
+    with one_process(recipe):
+        engine = EngineScorer(MegatronEngine(recipe, with_optimizer=False))
+        for label, lengths in {**KINDS, "all": None}.items():
+            chosen = KINDS.values() if lengths is None else [lengths]
+            asked = [_question(index, *sizes) for sizes in chosen for index in range(examples)]
+            together = list(batches(asked, BATCH_SIZE))
+            timings = take_turns(
+                {
+                    "batches": lambda turn, asked=together: [export.score(batch) for batch in asked],
+                    "one by one": lambda turn, asked=asked: _one_by_one(export.model, asked),
+                    "engine, batches": lambda turn, asked=together: [engine.score(batch) for batch in asked],
+                    "engine, one by one": lambda turn, asked=asked: [engine.score([question]) for question in asked],
+                },
+                turns,
+            )
+            found[label] = {
+                name: {"examples_per_second": Spread.of([len(asked) / seconds for seconds in timing.wall])}
+                for name, timing in timings.items()
+            } | {
+                "batches_over_one_by_one": speed_ratio(timings, "batches", "one by one"),
+                "the_same_of_the_engine": speed_ratio(timings, "engine, batches", "engine, one by one"),
+            }
     return found
+
+
+def _recipe(width: int) -> Recipe:
+    model = {
+        "num_layers": 6, "hidden_size": width, "num_attention_heads": 4, "vocab_size": VOCABULARY,
+        "sequence_length": 1024,
+    }  # fmt: skip
+    train = {"steps": 1, "micro_batch_size": 1, "global_batch_size": 1, "precision": "fp32"}
+    return recipe_from_dict({"name": "core", "model": model, "train": train, "data": {"path": "unused"}})
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ def truth() -> dict[str, float]:
     return exponents | factors | {"Sc": n_factor * d_factor * per_flop}
 
 
-def count_coverage(scenario: Scenario, studies: int, bootstraps: int, seed: int = 0) -> dict[str, int]:
+def count_coverage(scenario: Scenario, studies: int, bootstraps: int, seed: int) -> dict[str, int]:
     """In how many of `studies` each interval of LEVEL holds the truth."""
     covered = dict.fromkeys(truth(), 0)
     for rng in np.random.default_rng(seed).spawn(studies):
@@ -122,20 +122,21 @@ def count_coverage(scenario: Scenario, studies: int, bootstraps: int, seed: int 
     return covered
 
 
-def bench_coverage(quick: bool) -> dict:
+def bench_coverage(quick: bool, seed: int) -> dict:
     """Per scenario the share of studies whose interval holds the truth, and what chance alone makes of LEVEL."""
     studies, bootstraps = (QUICK_STUDIES, QUICK_BOOTSTRAPS) if quick else (STUDIES, BOOTSTRAPS)
     names = list(SCENARIOS)[:2] if quick else list(SCENARIOS)
     results = {}
     for name in names:
         print(f"  {name} …", file=sys.stderr, flush=True)
-        counts = count_coverage(SCENARIOS[name], studies, bootstraps)
+        counts = count_coverage(SCENARIOS[name], studies, bootstraps, seed)
         results[name] = {quantity: count / studies for quantity, count in counts.items()}
     chance = binomtest(round(LEVEL * studies), studies).proportion_ci(0.95)
     return {
         "level": LEVEL,
         "studies": studies,
         "bootstraps": bootstraps,
+        "seed": seed,
         "chance": f"{chance.low:.3f} to {chance.high:.3f} (95%, of intervals that hold the truth as often as they say)",
         "coverage": results,
     }

@@ -43,6 +43,7 @@ def run(
     against: str | None = None,
     settings: Sequence[str] = (),
     picture: Path = PICTURE,
+    seed: int = 0,
 ) -> dict:
     """Run the benchmarks `names` (default: all that this machine can run); returns plain JSON values.
 
@@ -53,6 +54,7 @@ def run(
         against: a commit; `step`, alone, then compares this tree with it.
         settings: with `against`, recipe fields `section.field=value` (values in JSON) for this tree alone.
         picture: what `generate` draws.
+        seed: of the studies that `coverage` draws.
 
     Raises ValueError for an unknown name or commit, for `against` with another benchmark than `step`, or for `recipes`
     without a GPU.
@@ -81,11 +83,11 @@ def run(
         if against:
             results[name] = _plain(bench_against(against, turns, quick, settings))
         else:
-            results[name] = _plain(_run_one(name, turns, quick, results, picture))
+            results[name] = _plain(_run_one(name, turns, quick, results, picture, seed))
     return results
 
 
-def _run_one(name: str, turns: int, quick: bool, results: dict, picture: Path) -> dict:
+def _run_one(name: str, turns: int, quick: bool, results: dict, picture: Path, seed: int) -> dict:
     # Not at the top: --help and a wrong name shouldn't wait for Megatron's import.
     from benchmarks import checkpoint, core, coverage, generate, loader, lookup, loss, plot, studies, training_step
 
@@ -106,7 +108,7 @@ def _run_one(name: str, turns: int, quick: bool, results: dict, picture: Path) -
     if name == "plot":
         return plot.bench_plot(turns, quick)
     if name == "coverage":
-        return coverage.bench_coverage(quick)
+        return coverage.bench_coverage(quick, seed)
     if name == "studies":
         return studies.bench_studies(turns, quick)
     if name == "recipes":

@@ -41,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--picture", metavar="FILE", type=Path, default=PICTURE, help="PNG that `generate` draws "
                         "(default %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the studies that `coverage` draws (default %(default)s)"
+    )
     options = parser.parse_args(arguments)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
@@ -55,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.against,
             options.set,
             options.picture,
+            options.seed,
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

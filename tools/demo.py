@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bov_megatron.lifecycle.interruption import CtrlC  # noqa: E402
+from bov_megatron.lifecycle.interruption import CALLED_BY, CtrlC  # noqa: E402
 from bov_megatron.lifecycle.program import run_program  # noqa: E402
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def _call(command: list[str], environment: dict[str, str] | None = None, capture
     text = " ".join(shlex.quote(part) for part in shown)
     print(f"$ {text if len(text) < 300 else text[:200] + ' … ' + text[-90:]}", flush=True)
     with subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **(environment or {})}, text=True,
+        command, cwd=ROOT, env={**os.environ, CALLED_BY: "demo", **(environment or {})}, text=True,
         stdout=subprocess.PIPE if capture else None,
     ) as process:  # fmt: skip
         try:

@@ -141,6 +141,10 @@ class StopRequest:
         return self.job_end is not None and self.job_end - now < needed
 
 
+CALLED_BY = "BOV_CALLED_BY"
+"""Environment variable: a program that runs this one and hears the same Ctrl-C. It says so, for both."""
+
+
 class CtrlC(Listener):
     """Ends a tool on Ctrl-C: with one line, and KeyboardInterrupt in the main thread, so that it removes what it has
     half done. Where that takes long, because a library computes or has swallowed the exception, the process ends
@@ -162,9 +166,9 @@ class CtrlC(Listener):
         self._saying, self._said = threading.Lock(), False
 
     def say(self) -> None:
-        """Print the line, unless it is printed."""
+        """Print the line, unless it is printed, or another process prints it."""
         with self._saying:
-            if not self._said:
+            if not self._said and speaks() and CALLED_BY not in os.environ:
                 tell(f"interrupted{self.advice}")
             self._said = True
 

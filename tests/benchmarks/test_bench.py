@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.coverage import SCENARIOS, count_coverage
 from benchmarks.generate_plot import saved_share
 from benchmarks.timing import Timings, speed_ratio, take_turns
 
@@ -125,6 +126,14 @@ def test_generation_counts_the_memory_of_values(results):
     assert Path(found["picture"]).read_bytes().startswith(b"\x89PNG")
 
 
+def test_core_is_timed_on_a_model_and_on_an_engine(results):
+    (found,) = results["core"].values()
+    for kind in found.values():
+        check_spread(kind["batches_over_one_by_one"]["wall"])
+        check_spread(kind["engine, batches"]["examples_per_second"])
+        check_spread(kind["the_same_of_the_engine"]["wall"])
+
+
 def test_saved_share_is_zero_at_the_vocabulary_and_tends_to_a_third():
     assert saved_share(32_768, 32_768) == 0 and saved_share(4_096, 32_768, sequences=8) == 0
     assert saved_share(2**20, 32_768) == pytest.approx(0.3229, abs=1e-4)
@@ -140,6 +149,17 @@ def test_a_study_is_read(results):
     assert (found["cells"], found["lines_of_metrics"]) == (200, 40_000)
     for what in ("load", "status", "results_first", "results_again"):
         check_spread(found[f"{what}_seconds"])
+
+
+def test_another_seed_draws_other_studies(results, capsys):
+    from tools.bench import main
+
+    assert main(["coverage", "--quick", "--threads", "1", "--seed", "5"]) == 0
+    assert "seed                            5" in capsys.readouterr().out
+    assert results["coverage"]["seed"] == 0
+    one, other = (count_coverage(SCENARIOS["runs 3e-4"], 4, 50, seed) for seed in (0, 5))
+    assert {name: count / 4 for name, count in one.items()} == results["coverage"]["coverage"]["runs 3e-4"]
+    assert one != other
 
 
 def test_the_machine_is_described(results):

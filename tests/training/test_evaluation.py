@@ -15,6 +15,8 @@ from tests.evaluation.test_lm_eval_tasks import CHOICES, ENDINGS, write_task
 from tests.support.core_bundle import TASKS, write_bundle
 from tests.support.distributed import run_ranks
 from tests.support.runs import SMOKE, launch, metrics, overrides, train
+from tests.support.wandb_files import logged
+from tests.training.test_tensorboard import shown
 
 TRAINING = ["train.steps=4", "validation.interval=0", "model.num_layers=4", "checkpoint.interval=2"]
 LAYOUTS = {
@@ -71,7 +73,8 @@ def evaluating(prepared_data, other_domain, tasks_dir, bundle) -> list[str]:
 def plain_run(prepared_data, evaluating, tmp_path_factory) -> Path:
     """On one process."""
     run = tmp_path_factory.mktemp("plain") / "run"
-    said = train(1, overrides(prepared_data, run, *TRAINING, *evaluating, "logging.tensorboard=true"))
+    said = train(1, overrides(prepared_data, run, *TRAINING, *evaluating, "logging.tensorboard=true",
+                              "logging.wandb=offline"))  # fmt: skip
     assert "step 2: bits_per_byte/wsgi " in said and "choice/acc " in said and "core " in said
     return run
 
@@ -267,14 +270,26 @@ def test_what_a_check_says(prepared_data, evaluating, tmp_path, capfd):
     assert "to evaluate: held-out sets wsgi, toml; lm-eval tasks choice, ending; 7 tasks of CORE" in said
 
 
-def test_the_fields_reach_tensorboard(plain_run):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_all_fields_reach_tensorboard(plain_run):
+    found: dict[int, dict[str, float]] = {}
+    for name, series in shown(plain_run / "tensorboard").items():
+        for step, value in series:
+            found.setdefault(step, {})[name] = value
+    lines = metrics(plain_run)
+    assert list(found) == [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:  # fp32 there
+        assert scores(found[line["step"]]) == pytest.approx(scores(line), rel=1e-6, nan_ok=True)
 
-    events = EventAccumulator(str(plain_run / "tensorboard"))
-    events.Reload()
-    expected = {line["step"]: line["evaluation/bits_per_byte/toml"] for line in metrics(plain_run)[1::2]}
-    found = {event.step: event.value for event in events.Scalars("evaluation/bits_per_byte/toml")}
-    assert found == pytest.approx(expected, rel=1e-6)
+
+def test_all_fields_reach_wandb(plain_run):
+    """In the file of an offline run, by wandb's own library."""
+    lines = metrics(plain_run)
+    found = logged(plain_run)
+    assert [line["_step"] for line in found] == [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line, expected in zip(found, lines, strict=True):
+        assert scores(line) == pytest.approx(scores(expected), nan_ok=True)
+        assert line["loss"] == expected["loss"]
+    assert len(scores(found[1])) > len(TASKS) and "evaluation_seconds" in found[1]
 
 
 def test_a_recorded_evaluation_has_the_same_scores(plain_run, tmp_path):
