@@ -26,13 +26,14 @@ NAMES = {
     "plot": "drawing twenty runs of 100,000 steps",
     "studies": "how long status and results of a study of 2,000 cells take",
     "coverage": "how often the intervals of `study fit` hold the truth (an hour; only by name, or with --quick)",
-    "recipes": "tokens/s, MFU and peak memory of the published recipes (GPU only)",
+    "recipes": "tokens/s, MFU and peak memory of the published recipes (GPU, or with --quick)",
+    "profile": "the kernels of a 780M step that take longest (GPU, or with --quick)",
 }
 TURNS, QUICK_TURNS = 9, 1
 PICTURE = Path("bench/generate.png")
 EVIDENCE = ("losses", "gradient_norms", "value_norm", "gradient_norm", "bytes", "continuations", "bytes_by_context")
 """In the JSON only; most show that variants agree or differ as they should."""
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+GPU_ONLY = ("recipes", "profile")
 
 
 def run(
@@ -56,17 +57,17 @@ def run(
         picture: what `generate` draws.
         seed: of the studies that `coverage` draws.
 
-    Raises ValueError for an unknown name or commit, for `against` with another benchmark than `step`, or for `recipes`
-    without a GPU.
+    Raises ValueError for an unknown name or commit, for `against` with another benchmark than `step`, or for one that
+    needs a GPU where there is none.
     """
     gpu = has_gpu()
-    left_out = {*(() if gpu else ("recipes",)), *(() if quick else ("coverage",))}
+    left_out = {*(() if gpu or quick else GPU_ONLY), *(() if quick else ("coverage",))}
     names = list(dict.fromkeys(names)) or [name for name in NAMES if name not in left_out]
     for name in names:
         if name not in NAMES:
             raise ValueError(f"unknown benchmark '{name}'; known: {', '.join(NAMES)}")
-        if name == "recipes" and not gpu:
-            raise ValueError("the benchmark 'recipes' needs a GPU and torch finds none; leave it out")
+        if name in left_out and name in GPU_ONLY:
+            raise ValueError(f"the benchmark '{name}' needs a GPU and torch finds none; leave it out, or try --quick")
     if against and names != ["step"]:
         raise ValueError(f"--against {against} compares the benchmark 'step'; name it, and no other")
     if settings and not against:
@@ -89,7 +90,19 @@ def run(
 
 def _run_one(name: str, turns: int, quick: bool, results: dict, picture: Path, seed: int) -> dict:
     # Not at the top: --help and a wrong name shouldn't wait for Megatron's import.
-    from benchmarks import checkpoint, core, coverage, generate, loader, lookup, loss, plot, studies, training_step
+    from benchmarks import (
+        checkpoint,
+        core,
+        coverage,
+        generate,
+        loader,
+        lookup,
+        loss,
+        plot,
+        profile,
+        studies,
+        training_step,
+    )
 
     if name == "step":
         return training_step.bench_step(turns, quick)
@@ -112,7 +125,9 @@ def _run_one(name: str, turns: int, quick: bool, results: dict, picture: Path, s
     if name == "studies":
         return studies.bench_studies(turns, quick)
     if name == "recipes":
-        return training_step.bench_recipes(turns, RECIPES)
+        return training_step.bench_recipes(turns, quick)
+    if name == "profile":
+        return profile.bench_profile(quick)
     step_seconds = None
     if "step" in results:
         rate = results["step"]["muon"]["variants"]["bank"]["tokens_per_second"]["median"]
@@ -155,6 +170,12 @@ def _lines(values: dict, depth: int) -> list[str]:
             lines += _lines(value, depth)
         elif key in EVIDENCE or value is None:
             continue
+        elif key == "kernels":
+            lines += [
+                "  " * depth
+                + f"{row['milliseconds']:10.2f} ms {row['share']:6.1%} {row['calls']:8,} × {row['name'][:80]}"
+                for row in value
+            ]
         elif key == "share_of_step":
             lines.append(f"{label:<34}{value:.3%}")
         elif isinstance(value, dict) and set(value) == {"median", "minimum", "maximum"}:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +24,7 @@ from bov_megatron.training.throughput import peak_flops
 
 SOURCES = ("bank", "projection")
 OPTIMIZERS = ("muon", "adamw")
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 PUBLISHED = ("135m_baseline", "135m_bov", "780m_baseline", "780m_bov")
 CPU_MODEL = {"num_layers": 12, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": 8192, "sequence_length": 512}
 QUICK_MODEL = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 512, "sequence_length": 256}
@@ -79,21 +81,26 @@ def _engine_with_attention(core: str, recipe: Recipe) -> MegatronEngine:
         return MegatronEngine(recipe)
 
 
-def bench_recipes(turns: int, folder: Path) -> dict:
-    """Tokens/s, MFU and peak memory of the published recipes on one GPU, or an error for those that run out of memory.
+def published(name: str, quick: bool = False) -> Recipe:
+    """A published recipe on one rank, with its whole batch, so that the optimizer weighs what it weighs in a run: over
+    more ranks both are divided."""
+    recipe = load_recipe(RECIPES / f"{name}.yaml", ["train.steps=1000", "data.path=unused", "train.compile=null"])
+    recipe.parallel.tensor_model_parallel_size = recipe.parallel.pipeline_model_parallel_size = 1
+    recipe.parallel.sequence_parallel = False
+    if quick:
+        recipe.model = replace(recipe.model, **QUICK_MODEL)
+        recipe.train.micro_batch_size, recipe.train.global_batch_size = 2, 4
+    check_recipe(recipe)
+    return recipe
 
-    A step has two micro-batches instead of the whole batch, so the optimizer weighs more than in a run.
-    """
+
+def bench_recipes(turns: int, quick: bool) -> dict:
+    """Tokens/s, MFU and peak memory of the published recipes on one GPU, or the error of one that needs more."""
     result = {}
     for name in PUBLISHED:
-        recipe = load_recipe(folder / f"{name}.yaml", ["train.steps=1000", "data.path=unused"])
-        recipe.train.global_batch_size = 2 * recipe.train.micro_batch_size
-        recipe.parallel.tensor_model_parallel_size = recipe.parallel.pipeline_model_parallel_size = 1
-        recipe.parallel.sequence_parallel = False
-        check_recipe(recipe)
+        recipe = published(name, quick)
         gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak_memory()
         try:
             variants, _ = measure({name: recipe}, turns)
         except torch.cuda.OutOfMemoryError as error:
@@ -101,8 +108,19 @@ def bench_recipes(turns: int, folder: Path) -> dict:
             continue
         rate, peak = variants[name]["tokens_per_second"], peak_flops(recipe)
         mfu = rate.median * flops_per_token(recipe.model) / peak if peak else None
-        result[name] = {**variants[name], "mfu": mfu, "peak_memory_bytes": torch.cuda.max_memory_allocated()}
+        result[name] = {**variants[name], "mfu": mfu, "peak_memory_bytes": peak_memory()}
     return result
+
+
+def reset_peak_memory() -> None:
+    if has_gpu():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> int | None:
+    """Bytes of this rank's tensors on the GPU at the worst moment since `reset_peak_memory`; None on a CPU."""
+    return torch.cuda.max_memory_allocated() if has_gpu() else None
 
 
 def measure(

@@ -7,6 +7,12 @@ import platform
 import torch
 from torch.overrides import TorchFunctionMode
 
+from bov_megatron.errors import LaunchError
+
+FEWER_RANKS = "start as many ranks on a node as it has GPUs (--nproc-per-node, or --ntasks-per-node), or hide the GPUs \
+with CUDA_VISIBLE_DEVICES="
+"""What to do where ranks would share a GPU, which NCCL refuses."""
+
 
 def has_gpu() -> bool:
     return torch.cuda.is_available()
@@ -29,10 +35,17 @@ def visible_gpus() -> tuple[int, str, int]:
 
 
 def select_gpu(local_rank: int) -> None:
-    """Make GPU `local_rank` of this node the current one, if there are GPUs."""
-    if has_gpu():
-        # Modulo, because Slurm may show each task only its own GPU.
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    """Make GPU `local_rank` of this node the current one, if there are GPUs.
+
+    Raises LaunchError where there are fewer GPUs than local ranks.
+    """
+    if not has_gpu():
+        return
+    gpus = torch.cuda.device_count()
+    if 1 < gpus <= local_rank:
+        raise LaunchError(f"local rank {local_rank} has no GPU: this node shows {gpus}; {FEWER_RANKS}")
+    # A single one, because Slurm may show each task only its own.
+    torch.cuda.set_device(0 if gpus == 1 else local_rank)
 
 
 def use_device(chosen: torch.device) -> None:

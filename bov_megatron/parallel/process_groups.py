@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import distributed_c10d
 
+from bov_megatron.errors import LaunchError
 from bov_megatron.parallel import megatron_on_cpu, regions
-from bov_megatron.parallel.device import backend, device, has_gpu, select_gpu
+from bov_megatron.parallel.device import FEWER_RANKS, backend, device, has_gpu, select_gpu
 from bov_megatron.recipe import Recipe, data_parallel_size
 
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -26,7 +28,7 @@ def initialize(
 ) -> None:
     """Join `world_size` ranks, build Megatron's groups for the recipe's layout and seed torch's generators.
 
-    Raises RecipeError if the layout doesn't divide the world.
+    Raises RecipeError if the layout doesn't divide the world, LaunchError where ranks would share a GPU.
     """
     data_parallel_size(recipe, world_size)  # raises
     megatron_on_cpu.enable()
@@ -40,14 +42,19 @@ def initialize(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, with the first product
     select_gpu(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group(
-            backend(),
-            init_method=init_method,
-            rank=rank,
-            world_size=world_size,
-            timeout=TIMEOUT,
-            device_id=device() if has_gpu() else None,
-        )
+        try:
+            dist.init_process_group(
+                backend(),
+                init_method=init_method,
+                rank=rank,
+                world_size=world_size,
+                timeout=TIMEOUT,
+                device_id=device() if has_gpu() else None,
+            )
+        except dist.DistBackendError as error:  # each of two ranks saw one GPU, the same
+            if duplicate := re.search("Duplicate GPU detected.*", str(error)):
+                raise LaunchError(f"{duplicate[0]}: {FEWER_RANKS}") from None
+            raise
     layout = recipe.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,

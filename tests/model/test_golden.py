@@ -9,7 +9,7 @@ from tests.support.golden_files import GOLDEN_NAMES, load_golden
 from tests.support.parity import gather_gradients, load_weights, relative_error, worst_gradient
 
 
-def golden_rank(rank: int, world_size: int, name: str, sequence_parallel: bool):
+def golden_rank(rank: int, world_size: int, name: str, sequence_parallel: bool, precision: str = "fp32"):
     """Logits at the golden positions, loss and all gradients, from a tensor-parallel model."""
     from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
@@ -20,7 +20,7 @@ def golden_rank(rank: int, world_size: int, name: str, sequence_parallel: bool):
     recipe = Recipe(
         model=golden.model,
         parallel=ParallelConfig(tensor_model_parallel_size=world_size, sequence_parallel=sequence_parallel),
-        train=TrainConfig(micro_batch_size=2, global_batch_size=2, steps=1, precision="fp32"),
+        train=TrainConfig(micro_batch_size=2, global_batch_size=2, steps=1, precision=precision),
     )
     process_groups.initialize(recipe, rank, world_size)
     engine = MegatronEngine(recipe)

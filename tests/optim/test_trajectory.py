@@ -15,7 +15,7 @@ from tests.support.golden_files import TRAJECTORY_NAMES, load_golden
 from tests.support.parity import load_weights, my_micro_batches
 
 
-def golden_recipe(golden, micro_batch_size: int = 2, **layout) -> Recipe:
+def golden_recipe(golden, micro_batch_size: int = 2, precision: str = "fp32", **layout) -> Recipe:
     """The reference's settings. Its smear rate is 0.2 whatever the scalars' rate; tables take half the embedding's."""
     s = golden.trajectory.schedule
     optimizer = OptimizerConfig(
@@ -33,7 +33,7 @@ def golden_recipe(golden, micro_batch_size: int = 2, **layout) -> Recipe:
         reference_parameters=None,
     )
     train = TrainConfig(
-        precision="fp32", steps=s["total_steps"], micro_batch_size=micro_batch_size, global_batch_size=2
+        precision=precision, steps=s["total_steps"], micro_batch_size=micro_batch_size, global_batch_size=2
     )
     return Recipe(model=golden.model, parallel=ParallelConfig(**layout), train=train, optimizer=optimizer)
 

@@ -67,9 +67,9 @@ def _wait(ranks, folder: Path, timeout: float) -> None:
 
 
 def _rank_main(function, rank: int, world_size: int, port: int, folder: str, args: tuple) -> None:
-    os.environ.update(rank_environment(rank, world_size, port))
     import torch
 
+    os.environ.update(rank_environment(rank, world_size, port))
     torch.set_num_threads(1)
     try:
         result = function(rank, world_size, *args)
@@ -89,8 +89,11 @@ def _rank_main(function, rank: int, world_size: int, port: int, folder: str, arg
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun would set for a rank of a single node."""
+    """What torchrun would set for a rank of a single node. Where there are fewer GPUs than ranks, none is seen."""
+    import torch
+
     return {
+        **({"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.device_count() < world_size else {}),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
