@@ -1,4 +1,4 @@
-# Every target makes the environment first (.venv, from requirements*.txt), so each works on a fresh clone.
+# Every target but gpu makes the environment first (.venv, from requirements*.txt), so each works on a fresh clone.
 #   make env PYTHON=/path/to/python3.12     another Python than the first fitting one
 #   make test ARGS="tests/model -x"         arguments for pytest; likewise for demo and bench
 SHELL := /bin/bash
@@ -7,7 +7,7 @@ export BOV_VENV ?= $(CURDIR)/.venv
 PY = $(BOV_VENV)/bin/python
 ARGS ?=
 
-.PHONY: help env demo test faults lint format bench
+.PHONY: help env demo test faults lint format bench gpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,3 +36,7 @@ format: env  ## apply the style
 
 bench: env  ## measure this machine: training step, attention, loader, table lookups
 	$(PY) tools/bench.py $(ARGS)
+
+# Without `env`: a machine with a GPU keeps the torch that it has, and may have no network.
+gpu:  ## measure and test on one GPU; needs a Python with torch, PYTHON=/path/to/it
+	$(or $(PYTHON),python3) tools/gpu.py $(ARGS)

@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=f"{__doc__}\npieces:{listing}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help="default: all")
+    parser.add_argument("--list", action="store_true", help="print the pieces")
     parser.add_argument("--wheels", metavar="DIR", type=Path, help="folder of wheels")
     parser.add_argument("--cpu", action="store_true", help="small models on a CPU")
     parser.add_argument("--json", metavar="FILE", type=Path, help="the record (default: docs/measured/gpu.json; with "
@@ -45,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.pieces) - set(PIECES):
         return _refuse(f"no piece '{min(unknown)}'; there are {', '.join(PIECES)}")
+    if options.list:
+        print(listing.strip("\n"))
+        return 0
     if reason := _unfit(options.cpu):
         return _refuse(reason)
     environ = dict(os.environ, PYTHONPATH=os.pathsep.join([str(SITE), str(ROOT), os.environ.get("PYTHONPATH", "")]))

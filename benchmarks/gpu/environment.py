@@ -24,7 +24,7 @@ def packages() -> dict[str, dict[str, str | None]]:
 
 def _version(name: str) -> str | None:
     try:
-        return metadata.version(name)
+        return metadata.version(name).partition("+")[0]  # +cpu, +cu130: said by `cuda`
     except metadata.PackageNotFoundError:
         return None
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -46,6 +50,22 @@ def select_gpu(local_rank: int) -> None:
         raise LaunchError(f"local rank {local_rank} has no GPU: this node shows {gpus}; {FEWER_RANKS}")
     # A single one, because Slurm may show each task only its own.
     torch.cuda.set_device(0 if gpus == 1 else local_rank)
+    if os.environ.get("BOV_NUMA_BINDING", "1") != "0":
+        bind_to_cpus_near_gpu()
+
+
+def bind_to_cpus_near_gpu(devices: Path = Path("/sys/bus/pci/devices")) -> None:
+    """Keep this process, and those it starts, on the CPUs of its GPU's NUMA node, as far as it may run on them.
+
+    Memory then comes from there as well: Linux takes it from the node that touches it first. Nothing changes where the
+    kernel doesn't say which CPUs are near, or the launcher has given this rank others.
+    """
+    gpu: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+    with contextlib.suppress(OSError):  # such as a container that hides /sys
+        mask = int((devices / address / "local_cpus").read_text().replace(",", ""), 16)
+        if near := {cpu for cpu in os.sched_getaffinity(0) if mask >> cpu & 1}:
+            os.sched_setaffinity(0, near)
 
 
 def use_device(chosen: torch.device) -> None:
