@@ -6,7 +6,7 @@
     python3 tools/gpu.py --cpu                 try the pieces without a GPU, with small models
 
 Needs a Python 3.11 or 3.12 with torch 2.11 or newer, and no network. A piece ends within eight minutes. Its result
-replaces the last one in docs/measured/gpu.json, from which docs/measured/gpu.md is written.
+replaces the last one in gpu.json in docs/measured, from which gpu.md beside it is written.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the pieces")
     parser.add_argument("--wheels", metavar="DIR", type=Path, help="folder of wheels")
     parser.add_argument("--cpu", action="store_true", help="small models on a CPU")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="the record (default: docs/measured/gpu.json; with "
+    parser.add_argument("--json", metavar="FILE", type=Path, help="the record (default: gpu.json in docs/measured; with "
                         "--cpu: bench/gpu.json)")  # fmt: skip
     options = parser.parse_args(arguments)
     if unknown := set(options.pieces) - set(PIECES):
