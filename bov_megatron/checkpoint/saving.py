@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
 from bov_megatron.checkpoint import manifest, writing
 from bov_megatron.checkpoint.background import BackgroundWriter
@@ -30,6 +31,7 @@ from bov_megatron.lifecycle.run_folder import SAVING, checkpoint_path, list_chec
 from bov_megatron.lifecycle.terminal import warn
 from bov_megatron.parallel.agreement import on_first_rank
 from bov_megatron.parallel.device import device
+from bov_megatron.parallel.parameter import LocalParameter
 from bov_megatron.recipe import Recipe
 
 
@@ -37,13 +39,25 @@ class SaveError(CheckpointError):
     """A checkpoint could not be written. Raised on all ranks alike; nothing is left of it, and training can go on."""
 
 
-def save(engine: Engine, run_dir: Path, step: int, keep_last: int, extra: dict[str, Any], keep_every: int = 0) -> Path:
+def save(
+    engine: Engine,
+    run_dir: Path,
+    step: int,
+    keep_last: int,
+    extra: dict[str, Any],
+    keep_every: int = 0,
+    read: Callable[[LocalParameter], Tensor] | None = None,
+) -> Path:
     """Write the checkpoint of `step`, then remove all but the newest `keep_last` and the multiples of `keep_every`;
     collective. Replicated tensors are divided among the data-parallel ranks.
 
+    Args:
+        read: gives this rank's part of a parameter when it is written, in place of the engine's own weights, which may
+            be without memory (parallel.device.WithoutMemory); of an engine without optimizer.
+
     Raises SaveError on all ranks if any cannot write.
     """
-    return begin_save(engine, run_dir, step, keep_last, extra, keep_every, asynchronous=False).finish()
+    return begin_save(engine, run_dir, step, keep_last, extra, keep_every, asynchronous=False, read=read).finish()
 
 
 def begin_save(
@@ -54,6 +68,7 @@ def begin_save(
     extra: dict[str, Any],
     keep_every: int = 0,
     asynchronous: bool = True,
+    read: Callable[[LocalParameter], Tensor] | None = None,
 ) -> PendingSave:
     """Like `save`, but returns once this rank's share is copied; a background process writes it. Collective.
 
@@ -72,7 +87,7 @@ def begin_save(
     }
     state["content_metadata"] = writing.content_metadata()
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    share = writing.plan_share(state, saving, group)
+    share = writing.plan_share(state, saving, group, None if read is None else _by_key(engine, state["model"], read))
     writer = BackgroundWriter(share) if asynchronous else ForegroundWriter(share)
 
     def complete(all_written: list[Written]) -> None:
@@ -82,6 +97,18 @@ def begin_save(
         _prune(run_dir, keep_last, keep_every, asynchronous)
 
     return PendingSave(step, final, saving, writer, complete)
+
+
+def _by_key(
+    engine: Engine, chunks: dict[str, Any], read: Callable[[LocalParameter], Tensor]
+) -> Callable[[str], Tensor]:
+    """`read` by the keys of the checkpoint's tensors."""
+    parameters = {
+        chunks[str(number)][local.qualified_name].key: local
+        for number, chunk in enumerate(engine.chunks)
+        for local in chunk.local_parameters
+    }
+    return lambda key: read(parameters[key])
 
 
 class PendingSave:

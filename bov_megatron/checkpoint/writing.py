@@ -10,9 +10,11 @@ whose rank 0 raises alone if common files can't be written.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import socket
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
@@ -53,6 +56,8 @@ class Share:
     writer: filesystem_async.FileSystemWriterAsync
     metadata: Metadata | None
     """Index of the whole checkpoint, still without its files; None except on rank 0."""
+    read: Callable[[str], Tensor] | None = None
+    """Gives a tensor by its key as it is written, where those in the buckets have no memory."""
 
 
 @dataclass
@@ -83,13 +88,16 @@ class _PlanningStrategy(TorchDistSaveShardedStrategy):
         return writer, planned[1]
 
 
-def plan_share(state: dict[str, Any], folder: Path, replicas: dist.ProcessGroup) -> Share:
+def plan_share(
+    state: dict[str, Any], folder: Path, replicas: dist.ProcessGroup, read: Callable[[str], Tensor] | None = None
+) -> Share:
     """Agree on who writes what, and copy this rank's share to host memory; collective.
 
     Args:
         state: Megatron's sharded state dict; what isn't a tensor is stored once.
         folder: existing and empty.
         replicas: group over which the writing of replicated tensors is divided.
+        read: gives a tensor by its key as it is written, where those of `state` have no memory.
     """
     # Keeps Megatron from starting a server process per rank, which its own writers would need.
     filesystem_async._results_queue = queue.Queue()
@@ -99,15 +107,16 @@ def plan_share(state: dict[str, Any], folder: Path, replicas: dist.ProcessGroup)
     )
     writer, metadata = strategy.async_save(sharded, str(folder))
     buckets = writer.write_buckets
-    staged = writer.preload_tensors(buckets) if buckets else []
-    return Share(folder, staged, common if dist.get_rank() == 0 else None, writer, metadata)
+    staged = writer.preload_tensors(buckets) if buckets and read is None else buckets
+    return Share(folder, staged or [], common if dist.get_rank() == 0 else None, writer, metadata, read)
 
 
 def write_share(share: Share) -> Written:
     """Write this rank's files and flush them to disk. Never raises."""
     try:
-        with ThreadPoolExecutor(max(1, len(share.buckets))) as pool:
-            parts = list(pool.map(_write_bucket, share.buckets))
+        # One after the other where tensors are read for it, so that one of them is in memory at a time.
+        with ThreadPoolExecutor(max(1, len(share.buckets)) if share.read is None else 1) as pool:
+            parts = list(pool.map(functools.partial(_write_bucket, read=share.read), share.buckets))
         written = Written([result for results, _, _ in parts for result in results])
         written.files = {name: entry for _, name, entry in parts}
         if share.common is not None:
@@ -154,12 +163,15 @@ def describe_error(error: Exception, path: Path) -> str:
     return f"rank {dist.get_rank()} ({socket.gethostname()}) could not write {path}: {reason}"
 
 
-def _write_bucket(bucket) -> tuple[list[WriteResult], str, FileEntry]:
+def _write_bucket(bucket, read: Callable[[str], Tensor] | None) -> tuple[list[WriteResult], str, FileEntry]:
     path, key, (byte_items, tensor_items) = bucket
     transforms = _StorageWriterTransforms()
     with ChecksummedFile(Path(path)) as file:
         results = []
         for item, data in (*byte_items, *tensor_items):
+            if read is not None and isinstance(data, Tensor):
+                # A copy, because torch stores a view with all that it is a view of.
+                data = torch.empty(data.shape, dtype=data.dtype).copy_(read(item.index.fqn))
             results.append(_write_item(transforms, file, data, item, key, SerializationFormat.TORCH_SAVE))
             file.check()
     return results, key, file.entry()

@@ -46,9 +46,10 @@ def _add_to_hf(commands) -> None:
     to_hf.add_argument(
         "--skip-parity",
         action="store_true",
-        help="do not compare logits, which takes the whole model twice in memory, in fp32",
+        help=_SKIP_PARITY,
     )
     to_hf.add_argument("--overwrite", action="store_true", help="replace OUT if it holds anything")
+    _add_plan(to_hf)
     to_hf.set_defaults(run=_to_hf)
 
 
@@ -62,6 +63,7 @@ def _add_from_hf(commands) -> None:
     )
     from_hf.add_argument("export", type=Path, metavar="EXPORT", help="folder of the export")
     from_hf.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder to make")
+    _add_plan(from_hf)
     from_hf.set_defaults(run=_from_hf)
 
 
@@ -80,6 +82,7 @@ def _add_from_nanochat(commands) -> None:
     from_nanochat.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="folder of its tokenizer.pkl, converted, or of a tokenizer.json"
     )
+    _add_plan(from_nanochat)
     from_nanochat.set_defaults(run=_from_nanochat)
 
 
@@ -92,22 +95,32 @@ def _add_roundtrip(commands) -> None:
     )
     roundtrip.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=_RUN_DIR)
     roundtrip.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    roundtrip.add_argument("--skip-parity", action="store_true", help=_SKIP_PARITY)
+    _add_plan(roundtrip)
     roundtrip.set_defaults(run=_roundtrip)
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", action="store_true", help="print the memory and disk it needs, and write nothing")
+
+
+_SKIP_PARITY = "do not compare logits, which takes the whole model in memory, in fp32"
 _RUN_DIR = "run folder, or one of its checkpoints/step_* folders"
 
 
 def _to_hf(options) -> str:
     import torch
 
-    from bov_megatron.exchange.convert import to_hf
+    from bov_megatron.exchange.convert import plan_to_hf, to_hf
 
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    if options.plan:
+        return _needs(plan_to_hf(options.run_dir, step=options.step, dtype=dtype, tables=options.tables), options.out)
     done = to_hf(
         options.run_dir,
         options.out,
         step=options.step,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        dtype=dtype,
         tables=options.tables,
         tokenizer_dir=options.tokenizer,
         check_parity=not options.skip_parity,
@@ -120,27 +133,47 @@ def _to_hf(options) -> str:
 
 
 def _from_hf(options) -> str:
-    from bov_megatron.exchange.from_hf import from_hf
+    from bov_megatron.exchange.from_hf import from_hf, plan_from_hf
 
+    if options.plan:
+        return _needs(plan_from_hf(options.export), options.run_dir)
     return str(from_hf(options.export, options.run_dir))
 
 
 def _from_nanochat(options) -> str:
-    from bov_megatron.exchange.from_nanochat import from_nanochat
+    from bov_megatron.exchange.from_nanochat import from_nanochat, plan_from_nanochat
 
+    if options.plan:
+        return _needs(plan_from_nanochat(options.checkpoint_dir, step=options.step), options.run_dir)
     return str(
         from_nanochat(options.checkpoint_dir, options.run_dir, step=options.step, tokenizer_dir=options.tokenizer)
     )
 
 
 def _roundtrip(options) -> str:
-    from bov_megatron.exchange.roundtrip import roundtrip
+    from bov_megatron.exchange.roundtrip import plan_roundtrip, roundtrip
 
-    done = roundtrip(options.run_dir, step=options.step)
+    if options.plan:
+        return _needs(plan_roundtrip(options.run_dir, step=options.step), "the folder for temporary files (TMPDIR)")
+    done = roundtrip(options.run_dir, step=options.step, check_parity=not options.skip_parity)
     return (
         f"{done.checkpoint}: step {done.step}; {done.tensors} tensors, {done.elements:,} elements, are the same bit "
         f"for bit in the export and in the run made of it; {_parity(done.parity)}"
     )
+
+
+def _needs(needs, out) -> str:
+    from bov_megatron.exchange.needs import PROGRAM
+    from bov_megatron.plan import format_size
+
+    lines = [
+        f"parameters: {needs.parameters:,}",
+        f"disk: {format_size(needs.disk)} in {out}",
+        f"memory: at most about {format_size(needs.memory)} beside the program's own {format_size(PROGRAM)}",
+    ]
+    if needs.memory_of_parity is not None:
+        lines.append(f"comparing logits: {format_size(needs.memory_of_parity)} instead; --skip-parity leaves it out")
+    return "\n".join(lines)
 
 
 def _parity(parity) -> str:

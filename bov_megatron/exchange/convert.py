@@ -18,15 +18,16 @@ from bov_megatron.checkpoint import compatibility
 from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import ExportError
-from bov_megatron.exchange.export import export, hf_config, rounded_table
+from bov_megatron.exchange.export import DEFAULT_SHARD_BYTES, export, hf_config, rounded_table
 from bov_megatron.exchange.model_card import training_record
-from bov_megatron.exchange.parity import Parity, compare_logits
+from bov_megatron.exchange.needs import Needs, check_memory_of_parity, needs_of_export
+from bov_megatron.exchange.parity import Parity, compare_logits, number_of_ids
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.model.naming import full_from_gathered
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.device import WithoutMemory, device
 from bov_megatron.parallel.launch import World
-from bov_megatron.recipe import ParallelConfig, Recipe, recipe_from_dict
+from bov_megatron.recipe import ModelConfig, ParallelConfig, Recipe, recipe_from_dict
 from bov_megatron.recipe.checks import check_recipe
 
 if TYPE_CHECKING:
@@ -58,9 +59,10 @@ def to_hf(
     tokenizer_dir: Path | None = None,
     check_parity: bool = True,
     overwrite: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Conversion:
     """Export a run's checkpoint as a Hugging Face model. Holds the weights of one file of the export at a time; to
-    compare logits, the whole model twice, in fp32.
+    compare logits, the whole model in fp32.
 
     Args:
         run_dir: run folder (the newest checkpoint, or that of `step`), or one checkpoint's folder.
@@ -69,6 +71,7 @@ def to_hf(
         tokenizer_dir: None means the run's, and none where it has none.
         check_parity: compare logits with the Megatron model's, and export nothing if they differ by more than
             PARITY_TOLERANCE.
+        max_shard_bytes: of a file of the export.
 
     Raises CheckpointError or ExportError.
     """
@@ -76,17 +79,19 @@ def to_hf(
     stored = checkpoint.read_run(path)
     dtype = dtype or _computed_in(stored["recipe"])
     tokenizer_dir = tokenizer_dir or _tokenizer_of(run_folder.run_dir_of(path))
+    model = model_of(path)
+    if check_parity:
+        check_memory_of_parity(needs_of_export(model, dtype, tables, max_shard_bytes))
     parity: list[tuple[Parity, Parity | None]] = []
 
     def compare(folder: Path) -> None:
         if check_parity:
-            with open_checkpoint(path) as engine:
-                parity.append(_parity(engine, folder, dtype, tables))
+            parity.append(_parity(path, folder, dtype, tables))
 
     with contextlib.closing(stored_tensors(path)) as tensors:
         out_dir = export(
             tensors,
-            _recipe_to_open(path).model,
+            model,
             tokenizer_dir,
             out_dir,
             dtype=dtype,
@@ -94,10 +99,30 @@ def to_hf(
             recipe=stored["recipe"],
             trained=training_record(path, stored),
             overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
             check=compare,
         )
     agreement, cost_of_tables = parity[0] if parity else (None, None)
     return Conversion(out_dir, path, stored["step"], agreement, cost_of_tables, tokenizer_dir is not None)
+
+
+def plan_to_hf(
+    run_dir: Path,
+    *,
+    step: int | None = None,
+    dtype: torch.dtype | None = None,
+    tables: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Needs:
+    """What `to_hf` needs with these arguments. Raises CheckpointError."""
+    path = run_folder.find_checkpoint(run_dir, step)
+    dtype = dtype or _computed_in(checkpoint.read_run(path)["recipe"])
+    return needs_of_export(model_of(path), dtype, tables, max_shard_bytes)
+
+
+def model_of(path: Path) -> ModelConfig:
+    """The model of a checkpoint. Raises CheckpointError."""
+    return _recipe_to_open(path).model
 
 
 def _tokenizer_of(run_dir: Path) -> Path | None:
@@ -160,14 +185,21 @@ def _recipe_to_open(
 def stored_tensors(path: Path) -> Generator[tuple[str, Tensor], None, None]:
     """A checkpoint's weights in fp32 by canonical name, unfused and unpadded, some at a time; in process groups of its
     own until the last one. Raises CheckpointError."""
-    recipe = _recipe_to_open(path)
+    with engine_without_memory(_recipe_to_open(path)) as engine:
+        for local, tensor in checkpoint.read_weights(engine, path):
+            yield from full_from_gathered(local, tensor).items()
+
+
+@contextlib.contextmanager
+def engine_without_memory(recipe: Recipe) -> Iterator[Engine]:
+    """An engine of one rank whose parameters are shapes alone (parallel.device.WithoutMemory), in process groups of its
+    own."""
     value = dataclasses.replace(recipe.model.value, table_memory="device")
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, value=value))
     with _process_groups(recipe):
         with WithoutMemory():
             engine = build_engine(recipe, with_optimizer=False)
-        for local, tensor in checkpoint.read_weights(engine, path):
-            yield from full_from_gathered(local, tensor).items()
+        yield engine
 
 
 @contextlib.contextmanager
@@ -190,38 +222,39 @@ def _process_groups(recipe: Recipe, world: World | None = None) -> Iterator[None
             process_groups.shutdown()
 
 
-@torch.no_grad()
-def _parity(engine: Engine, out_dir: Path, dtype: torch.dtype, tables: str | None) -> tuple[Parity, Parity | None]:
-    """The exported model's logits against the engine's on random ids, more than a short window of them; and, where
-    `tables` are stored apart, against those of tables in `dtype`.
+def _parity(path: Path, out_dir: Path, dtype: torch.dtype, tables: str | None) -> tuple[Parity, Parity | None]:
+    """The exported model's logits against the Megatron model's on random ids; and, where `tables` are stored apart,
+    against those of tables in `dtype`. Holds one model at a time, in fp32.
 
-    Rounds the engine's weights as the stored ones are. Raises ExportError beyond PARITY_TOLERANCE.
+    The Megatron model's weights are rounded as the stored ones are. Raises ExportError beyond PARITY_TOLERANCE.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = engine.recipe.model
-    # Rounded like the exported weights, so that only the computation, in fp32, is compared.
-    rounded = {}
-    for local in engine.model.local_parameters:
-        if tables is not None and local.kind == "table":
-            rounded[local.parameter] = rounded_table(local.parameter, tables)
-        local.parameter.copy_(local.parameter.to(dtype))
+    model = model_of(path)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.vocab_size, (1, min(model.sequence_length, 1024)), generator=generator)
-
-    def logits() -> Tensor:
-        return engine.model.eval()(ids.to(device())).cpu()[..., : model.vocab_size]
-
-    without = logits() if rounded else None
-    for parameter, table in rounded.items():
-        parameter.copy_(table)
-    expected = logits()
-    exported = AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True, dtype=torch.float32).eval()
-    found = exported(ids).logits
-    parity = compare_logits(found, expected)
+    ids = torch.randint(0, model.vocab_size, (1, number_of_ids(model)), generator=generator)
+    found = _exported_logits(out_dir, ids)
+    parity = compare_logits(found, _megatron_logits(path, ids, dtype, tables))
     if not parity.relative_error <= PARITY_TOLERANCE:
         raise ExportError(
             f"the exported model's logits differ from the Megatron model's by {parity.relative_error:.1e} (relative; "
             f"at most {PARITY_TOLERANCE:.0e} is rounding), so nothing was written; please report it with the recipe"
         )
-    return parity, None if without is None else compare_logits(found, without)
+    return parity, None if tables is None else compare_logits(found, _megatron_logits(path, ids, dtype, None))
+
+
+@torch.no_grad()
+def _exported_logits(folder: Path, ids: Tensor) -> Tensor:
+    """Logits `[1, ids, vocabulary]` of an export, computed in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    return exported.eval()(ids).logits
+
+
+@torch.no_grad()
+def _megatron_logits(path: Path, ids: Tensor, dtype: torch.dtype, tables: str | None) -> Tensor:
+    """Logits `[1, ids, vocabulary]` of a checkpoint, computed in fp32 from weights rounded as in an export."""
+    with new_engine(_recipe_to_open(path)) as engine:
+        for local, tensor in checkpoint.read_weights(engine, path):
+            apart = tables if local.kind == "table" else None
+            local.parameter.copy_(tensor.to(dtype) if apart is None else rounded_table(tensor, apart))
+        return engine.model.eval()(ids.to(device())).cpu()[..., : engine.recipe.model.vocab_size]

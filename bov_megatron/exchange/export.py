@@ -99,7 +99,7 @@ def export(
         raise ExportError(f"{out_dir} is a file; give a folder to write to")
     if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
         raise ExportError(f"{out_dir} is not empty; choose another folder, or pass overwrite (--overwrite)")
-    needed = sum(spec.size for spec in parameter_specs(model)) * dtype.itemsize
+    needed = stored_bytes(model, dtype, tables)
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(out_dir.parent).free < needed:
@@ -121,6 +121,17 @@ def export(
             raise ExportError(f"could not write {out_dir}: {error.strerror} ({error.filename or out_dir})") from None
         raise
     return out_dir
+
+
+def stored_bytes(model: ModelConfig, dtype: torch.dtype, tables: str | None) -> int:
+    """Bytes of the weights in an export."""
+    total = 0
+    for spec in parameter_specs(model):
+        if spec.kind == "table" and tables == "int8":
+            total += spec.size + spec.shape[0] * torch.bfloat16.itemsize
+        else:
+            total += spec.size * (torch.bfloat16 if spec.kind == "table" and tables == "bf16" else dtype).itemsize
+    return total
 
 
 def raise_if_different(shapes: dict[str, tuple[int, ...]], model: ModelConfig) -> None:

@@ -15,6 +15,7 @@ from bov_megatron.checkpoint.compatibility import without_retired_values
 from bov_megatron.data.tokenizer import copy_tokenizer, load_encoder
 from bov_megatron.errors import ConversionError, ExportError, RecipeError
 from bov_megatron.exchange.export import TRAINING_FILE, hf_config, raise_if_different
+from bov_megatron.exchange.needs import Needs, needs_of_run
 from bov_megatron.exchange.new_run import NewRun, check_is_new, write_run
 from bov_megatron.recipe import ModelConfig, Recipe, ValueConfig, recipe_from_dict
 from bov_megatron.recipe.fields import TARGET_LAYERS
@@ -32,22 +33,8 @@ def from_hf(export_dir: Path, run_dir: Path) -> NewRun:
     Raises ConversionError; nothing is then left of `run_dir`.
     """
     check_is_new(run_dir)
-    config = _read_json(export_dir / CONFIG_FILE)
-    if config.get("model_type") != "bov":
-        raise ConversionError(f"{export_dir} holds a model of type {config.get('model_type')!r}, not an export of ours")
-    if config.get("table_dtype") is not None:
-        raise ConversionError(
-            f"{export_dir} has value tables in {config['table_dtype']}, which no longer are those of the run; export "
-            "it again without --tables int8"
-        )
-    trained = _read_json(export_dir / TRAINING_FILE) if (export_dir / TRAINING_FILE).is_file() else {}
+    recipe, weights, trained = _read_export(export_dir)
     step = trained.get("step", 0)
-    recipe = _recipe(config, trained.get("recipe"), step, export_dir)
-    weights = ExportedWeights(export_dir)
-    try:
-        raise_if_different(weights.shapes(), recipe.model)
-    except ExportError as error:
-        raise ConversionError(f"{export_dir}: {error}") from None
     return write_run(
         run_dir,
         recipe,
@@ -57,6 +44,31 @@ def from_hf(export_dir: Path, run_dir: Path) -> NewRun:
         write_tokenizer=_tokenizer_writer(export_dir, recipe.model.vocab_size),
         shards=trained.get("shards"),
     )
+
+
+def plan_from_hf(export_dir: Path) -> Needs:
+    """What `from_hf` needs. Raises ConversionError as it does."""
+    return needs_of_run(_read_export(export_dir)[0].model)
+
+
+def _read_export(export_dir: Path) -> tuple[Recipe, ExportedWeights, dict[str, Any]]:
+    """Recipe, weights, and what training.json says."""
+    config = _read_json(export_dir / CONFIG_FILE)
+    if config.get("model_type") != "bov":
+        raise ConversionError(f"{export_dir} holds a model of type {config.get('model_type')!r}, not an export of ours")
+    if config.get("table_dtype") is not None:
+        raise ConversionError(
+            f"{export_dir} has value tables in {config['table_dtype']}, which no longer are those of the run; export "
+            "it again without --tables int8"
+        )
+    trained = _read_json(export_dir / TRAINING_FILE) if (export_dir / TRAINING_FILE).is_file() else {}
+    recipe = _recipe(config, trained.get("recipe"), trained.get("step", 0), export_dir)
+    weights = ExportedWeights(export_dir)
+    try:
+        raise_if_different(weights.shapes(), recipe.model)
+    except ExportError as error:
+        raise ConversionError(f"{export_dir}: {error}") from None
+    return recipe, weights, trained
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from bov_megatron.data.tokenizer import copy_tokenizer, load_encoder
 from bov_megatron.errors import ConversionError, RecipeError
 from bov_megatron.exchange.nanochat_tokenizer import TOKENIZER_FILE, read_encoding, write_tokenizer
+from bov_megatron.exchange.needs import Needs, needs_of_run
 from bov_megatron.exchange.new_run import NewRun, check_is_new, write_run
 from bov_megatron.recipe import ModelConfig, Recipe, recipe_from_dict
 from bov_megatron.recipe.parameters import VOCABULARY_KINDS, ParameterSpec, parameter_specs
@@ -124,6 +125,11 @@ def from_nanochat(
         },
         write_tokenizer=_tokenizer_writer(tokenizer_dir, recipe.model.vocab_size) if tokenizer_dir else None,
     )
+
+
+def plan_from_nanochat(checkpoint_dir: Path, *, step: int | None = None) -> Needs:
+    """What `from_nanochat` needs. Raises ConversionError as it does."""
+    return needs_of_run(recipe_of(read_checkpoint(checkpoint_dir, step)).model)
 
 
 @dataclass(frozen=True)
@@ -267,7 +273,7 @@ class _Weights:
     that is missing, unknown or of another shape."""
 
     def __init__(self, weights: dict[str, Tensor], model: ModelConfig, path: Path):
-        self._weights = weights
+        self._path = path
         self._specs = {spec.name: spec for spec in parameter_specs(model)}
         self._names = {name: reference_name(spec, model) for name, spec in self._specs.items()}
         unused = {f"transformer.h.{i}.attn.c_v.weight" for i in range(model.num_layers)}
@@ -280,15 +286,19 @@ class _Weights:
         for name, spec in self._specs.items():
             if (theirs := self._names[name]) in weights:
                 problems += _misfit(theirs, weights[theirs], spec)
-        copies = [weights[name] for name in shared if name in weights]
-        if any(not torch.equal(copy, copies[0]) for copy in copies[1:]):
+        copies = [name for name in shared if name in weights]
+        if any(not torch.equal(self._read(copy), self._read(copies[0])) for copy in copies[1:]):
             problems.append("its shared table differs between layers")
         if problems:
             more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ConversionError(f"{path} doesn't fit its metadata: {'; '.join(problems[:8])}{more}")
 
     def __call__(self, name: str) -> Tensor:
-        return self._weights[self._names[name]][: self._specs[name].shape[0]].float()
+        return self._read(self._names[name])[: self._specs[name].shape[0]].float()
+
+    def _read(self, theirs: str) -> Tensor:
+        """Maps the file anew, so that its pages leave memory with the tensor."""
+        return _read_weights(self._path)[theirs]
 
 
 def reference_name(spec: ParameterSpec, model: ModelConfig) -> str:

@@ -16,9 +16,10 @@ from bov_megatron import checkpoint
 from bov_megatron.data.files import json_bytes, whole_folder
 from bov_megatron.data.tokenizer import tokenizer_hash
 from bov_megatron.errors import ConversionError
-from bov_megatron.exchange.convert import new_engine
+from bov_megatron.exchange.convert import engine_without_memory
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.model.naming import local_from_full
+from bov_megatron.parallel.parameter import LocalParameter
 from bov_megatron.recipe import ParallelConfig, Recipe
 
 
@@ -62,7 +63,8 @@ def write_run(
 
     Args:
         recipe: the run's. Its name and output folder are set to `run_dir`'s.
-        weight: a canonical tensor by its name; each is asked for once.
+        weight: a canonical tensor by its name; each is asked for once, when it is written, so that the tensors of one
+            parameter are in memory at a time.
         step: that the weights are of.
         origin: where they come from, for RUN_DIR/origin.json.
         write_tokenizer: writes a Hugging Face tokenizer into an empty folder.
@@ -102,12 +104,14 @@ def check_is_new(run_dir: Path) -> None:
 
 @torch.no_grad()
 def _save(folder: Path, recipe: Recipe, weight: Callable[[str], Tensor], step: int, extra: dict[str, Any]) -> None:
+    def read(local: LocalParameter) -> Tensor:
+        return local_from_full(local, {name: weight(name) for name in local.names}, 0, 1)
+
+    recipe = dataclasses.replace(recipe, parallel=ParallelConfig())
     train = dataclasses.replace(recipe.train, precision="fp32", fp8="none")
-    with new_engine(dataclasses.replace(recipe, parallel=ParallelConfig(), train=train)) as engine:
-        for local in engine.local_parameters():
-            local.parameter.copy_(local_from_full(local, {name: weight(name) for name in local.names}, 0, 1))
-        engine.recipe = dataclasses.replace(recipe, parallel=ParallelConfig())  # the run's precision, not this engine's
-        checkpoint.save(engine, folder, step, keep_last=1, extra=extra)
+    with engine_without_memory(dataclasses.replace(recipe, train=train)) as engine:
+        engine.recipe = recipe  # the run's precision, not this engine's
+        checkpoint.save(engine, folder, step, keep_last=1, extra=extra, read=read)
 
 
 def _literal(path: Path) -> str:

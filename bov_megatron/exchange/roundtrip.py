@@ -9,9 +9,12 @@ from pathlib import Path
 import torch
 
 from bov_megatron.errors import ConversionError
-from bov_megatron.exchange.convert import stored_tensors, to_hf
+from bov_megatron.exchange.convert import model_of, stored_tensors, to_hf
+from bov_megatron.exchange.export import DEFAULT_SHARD_BYTES
 from bov_megatron.exchange.from_hf import ExportedWeights, from_hf
+from bov_megatron.exchange.needs import Needs, needs_of_roundtrip
 from bov_megatron.exchange.parity import Parity
+from bov_megatron.lifecycle import run_folder
 
 
 @dataclass(frozen=True)
@@ -23,18 +26,38 @@ class Roundtrip:
     elements: int
 
 
-def roundtrip(run_dir: Path, *, step: int | None = None) -> Roundtrip:
+def roundtrip(
+    run_dir: Path,
+    *,
+    step: int | None = None,
+    check_parity: bool = True,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Roundtrip:
     """Export a checkpoint in fp32, make a run of the export, and compare both with the export; nothing is kept.
 
-    Needs room for both in the folder for temporary files (TMPDIR). Raises ConversionError where a bit differs.
+    Needs room for both in the folder for temporary files (TMPDIR). Arguments are those of `to_hf`. Raises
+    ConversionError where a bit differs.
     """
     with tempfile.TemporaryDirectory(prefix="roundtrip-") as folder:
-        done = to_hf(run_dir, Path(folder) / "export", step=step, dtype=torch.float32)
+        done = to_hf(
+            run_dir,
+            Path(folder) / "export",
+            step=step,
+            dtype=torch.float32,
+            check_parity=check_parity,
+            max_shard_bytes=max_shard_bytes,
+        )
         back = from_hf(done.out_dir, Path(folder) / "run")
         exported = ExportedWeights(done.out_dir)
         tensors, elements = _compare(done.checkpoint, exported)
         _compare(back.checkpoint, exported)
     return Roundtrip(done.checkpoint, done.step, done.parity, tensors, elements)
+
+
+def plan_roundtrip(run_dir: Path, *, step: int | None = None) -> Needs:
+    """What `roundtrip` needs. Raises CheckpointError."""
+    path = run_folder.find_checkpoint(run_dir, step)
+    return needs_of_roundtrip(model_of(path), DEFAULT_SHARD_BYTES)
 
 
 def _compare(checkpoint: Path, exported: ExportedWeights) -> tuple[int, int]:

@@ -90,7 +90,8 @@ def local_from_full(local: LocalParameter, full: dict[str, Tensor], tp_rank: int
     """This rank's part of canonical tensors, padded, fused and sliced as in Megatron."""
     tensor = local.fuse([full[name] for name in local.names])
     if local.kind in VOCABULARY_KINDS:
-        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, local.full_shape[0] - tensor.size(0)))
+        padding = local.full_shape[0] - tensor.size(0)
+        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padding)) if padding else tensor  # which would copy it
     return tensor.chunk(tp_size, local.partition_dim)[tp_rank] if local.partition_dim >= 0 else tensor
 
 

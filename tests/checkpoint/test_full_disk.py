@@ -130,10 +130,10 @@ def unwritable_rank(rank, world_size, run_dir, file):
     engine = start_engine(rank, world_size)
     plan = writing.plan_share
 
-    def blocking(state, folder, group):
+    def blocking(state, folder, *args):
         if rank == 0:
             (folder / file).mkdir()
-        return plan(state, folder, group)
+        return plan(state, folder, *args)
 
     writing.plan_share = blocking
     with pytest.raises(checkpoint.SaveError) as error:

@@ -1,8 +1,11 @@
 """Runs of several layouts, converted to Hugging Face in one process, with logits compared."""
 
+import contextlib
+import io
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.support.distributed import run_ranks
 from tests.support.runs import overrides, train
@@ -17,10 +20,13 @@ LAYOUTS = {
 def convert_rank(rank: int, world_size: int, run_dir: str, out: str, options: dict):
     """What `tools/convert.py to-hf` does, in a process of its own: (conversion, None) or (None, error)."""
     from bov_megatron.errors import CheckpointError, ExportError
+    from bov_megatron.exchange import needs
     from bov_megatron.exchange.convert import to_hf
 
     if options.pop("wrong_table", False):
         _spoil_the_table()
+    if options.pop("little_memory", False):
+        needs.available_memory = lambda: 1 << 20
     try:
         return to_hf(Path(run_dir), Path(out), **options), None
     except (ExportError, CheckpointError) as error:
@@ -74,6 +80,38 @@ def test_a_wrong_export_is_not_kept(runs, tmp_path):
     assert not out.exists()
 
 
+def test_logits_that_memory_has_no_room_for_are_not_begun(runs, tmp_path):
+    options = {"little_memory": True}
+    ((_, error),) = run_ranks(convert_rank, 1, str(runs / "tp2-pp2"), str(tmp_path / "out"), options)
+    assert "comparing logits takes about" in error and "0.0 GiB are available; give --skip-parity" in error
+    assert not (tmp_path / "out").exists()
+    options |= {"check_parity": False}
+    ((done, error),) = run_ranks(convert_rank, 1, str(runs / "tp2-pp2"), str(tmp_path / "out"), options)
+    assert error is None and done.parity is None
+
+
+def planned(rank, world_size, run_dir, out):
+    """The command line's plan, and bytes of weights of an export made as planned."""
+    from bov_megatron.commands.convert import main
+    from bov_megatron.exchange.convert import plan_to_hf
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        assert main(["to-hf", run_dir, out, "--plan"]) == 0
+    return text.getvalue(), plan_to_hf(Path(run_dir)).disk, plan_to_hf(Path(run_dir), tables="int8").disk
+
+
+def test_plan(runs, tmp_path):
+    out = tmp_path / "out"
+    ((text, disk, disk_int8),) = run_ranks(planned, 1, str(runs / "tp2-pp2"), str(out))
+    assert not out.exists() and f"disk: {disk / 2**10:.2f} KiB in {out}" in text and "--skip-parity" in text
+    for tables, planned_bytes in ((None, disk), ("int8", disk_int8)):
+        options = {"check_parity": False, "tables": tables, "overwrite": True}
+        run_ranks(convert_rank, 1, str(runs / "tp2-pp2"), str(out), options)
+        weights = load_file(out / "model.safetensors")
+        assert sum(tensor.nbytes for tensor in weights.values()) == planned_bytes
+
+
 def test_bad_input(runs, tmp_path):
     ((_, error),) = run_ranks(convert_rank, 1, str(tmp_path / "nowhere"), str(tmp_path / "out"), {})
     assert "nowhere holds no complete checkpoint" in error
@@ -83,44 +121,3 @@ def test_bad_input(runs, tmp_path):
     (tmp_path / "full" / "mine").touch()
     ((_, error),) = run_ranks(convert_rank, 1, str(runs / "tp2-pp2"), str(tmp_path / "full"), {})
     assert "is not empty" in error and "--overwrite" in error
-
-
-MODEL_BYTES, FILE_BYTES = 300 << 20, 32 << 20
-
-
-def measure_conversion(rank: int, world_size: int, folder: str) -> int:
-    """Most bytes that a conversion adds to this process, of a checkpoint of more than MODEL_BYTES."""
-    import resource
-
-    import psutil
-    import torch
-
-    from bov_megatron import checkpoint
-    from bov_megatron.checkpoint import loading
-    from bov_megatron.exchange import convert
-    from bov_megatron.exchange.export import export
-    from bov_megatron.recipe import ModelConfig, ParallelConfig, Recipe, TrainConfig
-    from bov_megatron.recipe.parameters import parameter_specs
-
-    del rank, world_size
-    loading.READ_BYTES = 16 << 20
-    model = ModelConfig(num_layers=24, hidden_size=512, num_attention_heads=8, vocab_size=8192, sequence_length=128)
-    assert 4 * sum(spec.size for spec in parameter_specs(model)) > MODEL_BYTES
-    recipe = Recipe(model=model, train=TrainConfig(precision="fp32", steps=1), parallel=ParallelConfig())
-    run = Path(folder) / "run"
-    if not run.exists():
-        with convert.new_engine(recipe) as engine:
-            checkpoint.save(engine, run, 1, keep_last=1, extra={})
-        return 0
-    [path] = (run / "checkpoints").iterdir()
-    before = psutil.Process().memory_info().rss
-    with torch.no_grad():
-        export(convert.stored_tensors(path), model, None, Path(folder) / "out", max_shard_bytes=FILE_BYTES)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-
-
-def test_memory_is_that_of_a_file_of_the_export(tmp_path):
-    run_ranks(measure_conversion, 1, str(tmp_path))
-    (added,) = run_ranks(measure_conversion, 1, str(tmp_path))
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 5
-    assert added < MODEL_BYTES * 2 / 3, f"{added / 2**20:.0f} MiB"
