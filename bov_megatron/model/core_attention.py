@@ -1,29 +1,35 @@
-"""Core attention with windows, by scaled-dot-product attention instead of Megatron's matmul-softmax-matmul.
+"""Core attention with windows, by torch's kernels that never hold the scores, instead of Megatron's
+matmul-softmax-matmul.
 
 A query at position i sees key j where `0 <= i - j <= window`.
 
-Shapes: S sequence (under context parallelism this rank's part of it), B batch, N this rank's query heads, G its query
-groups, D head dimension.
+Shapes: S sequence (under context parallelism this rank's part of it), T the keys, from position 0 on, B batch, N this
+rank's query heads, G its query groups, D head dimension.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bov_megatron.model.attention_blocks import attend_in_blocks
 from bov_megatron.model.context_parallel import gather_sequence, stretches
 from bov_megatron.parallel.device import has_gpu
 
+LARGEST_BLOCK = 1024
+"""Queries in a block of `windowed_sdpa`, whose mask has this times window + this elements."""
+
 
 class SdpaCoreAttention(torch.nn.Module):
-    """torch's scaled_dot_product_attention, which is flash attention where torch has it for the device.
+    """Causal attention within a window, by the kernel that `choose_kernel` names.
 
-    Layers without a window use the causal kernel. Layers with a window use `windowed_sdpa`, or FlexAttention on a GPU.
-    Under context parallelism each rank gathers all keys and values, and uses `windowed_sdpa` for each of its two chunks
-    of queries.
+    Under context parallelism each rank gathers all keys and values, and attends from each of its two stretches of
+    queries.
     """
 
     def __init__(
@@ -40,63 +46,144 @@ class SdpaCoreAttention(torch.nn.Module):
         super().__init__()
         self.window = window
         self.cp_group = pg_collection.cp
-        self.flex = kernel == "flex" or (kernel == "auto" and has_gpu())
+        self.wanted = kernel
+        if has_gpu():
+            use_flash_attention_3()
 
     def forward(
         self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask=None, **megatron_options
     ) -> Tensor:
         """Attention output `[S, B, N·D]`. `attention_mask` is ignored: the mask follows from the window."""
-        if self.cp_group.size() > 1:
-            return self._over_ranks(query_SBND, key_SBGD, value_SBGD)
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
-        length = query.size(2)
-        grouped = query.size(1) != key.size(1)
-        if self.window >= length - 1:
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-        elif self.flex:
-            mixed = _flex_attention()(
-                query, key, value, block_mask=_flex_mask(self.window, length, query.device), enable_gqa=grouped
-            )
-        else:
-            mixed = windowed_sdpa(query, key, value, self.window)
-        return mixed.permute(2, 0, 1, 3).flatten(2)
-
-    def _over_ranks(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
-        """`forward` under context parallelism; queries, keys and values are this rank's part of the sequence."""
         group = self.cp_group
-        both = gather_sequence(torch.stack((key_SBGD, value_SBGD), dim=1), group)
-        key, value = (x.permute(1, 2, 0, 3) for x in both.unbind(1))
-        query = query_SBND.permute(1, 2, 0, 3)
+        if group.size() > 1:
+            both = gather_sequence(torch.stack((key_SBGD, value_SBGD), dim=1), group)
+            key_SBGD, value_SBGD = both.unbind(1)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
         held = stretches(key.size(2), group.rank(), group.size())
-        window = min(self.window, key.size(2))
         mixed = [
-            windowed_sdpa(queries, key, value, window, start)
+            attend(queries, key, value, self.window, start, self.wanted)
             for queries, (start, _) in zip(query.chunk(len(held), dim=2), held, strict=True)
         ]
-        return torch.cat(mixed, dim=2).permute(2, 0, 1, 3).flatten(2)
+        return (mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=2)).permute(2, 0, 1, 3).flatten(2)
+
+
+def attend(
+    query_BNSD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, window: int, first_query: int = 0, wanted: str = "auto"
+) -> Tensor:
+    """Attention `[B, N, S, D]` of the queries from position `first_query` on.
+
+    Args:
+        wanted: the recipe's `model.core_attention`.
+    """
+    stop = first_query + query_BNSD.size(2)
+    first_key = max(first_query - window, 0)
+    kernel = choose_kernel(
+        wanted,
+        on_gpu=query_BNSD.is_cuda,
+        dtype=query_BNSD.dtype,
+        head_dim=query_BNSD.size(3),
+        grouped=query_BNSD.size(1) != key_BGTD.size(1),
+        whole=first_query == 0,
+        windowed=window < stop - 1,
+    )
+    # Only the keys that some query sees.
+    key, value = (x.narrow(2, first_key, stop - first_key) for x in (key_BGTD, value_BGTD))
+    return KERNELS[kernel](query_BNSD, key, value, window, first_query - first_key)
+
+
+def choose_kernel(
+    wanted: str, *, on_gpu: bool, dtype: torch.dtype, head_dim: int, grouped: bool, whole: bool, windowed: bool
+) -> str:
+    """The fastest kernel (of KERNELS) that computes a case without holding its scores.
+
+    Args:
+        wanted: the recipe's `model.core_attention`.
+        grouped: fewer key heads than query heads.
+        whole: queries begin where keys do.
+        windowed: the window hides keys that come before a query.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    # On a GPU, SDPA has no kernel for grouped heads in fp32, and would hold the scores.
+    if whole and not windowed and not (on_gpu and grouped and not half):
+        return "sdpa"
+    if not on_gpu:
+        return "windowed_sdpa" if whole else "blocks"
+    if wanted != "flex" and half and head_dim % 8 == 0 and head_dim <= 256:
+        return "flash"
+    return "windowed_sdpa" if wanted == "sdpa" else "flex"
+
+
+def sdpa(query_BNSD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, window: int, first_query: int) -> Tensor:
+    """torch's causal attention; neither window nor `first_query` may matter."""
+    grouped = query_BNSD.size(1) != key_BGTD.size(1)
+    return F.scaled_dot_product_attention(query_BNSD, key_BGTD, value_BGTD, is_causal=True, enable_gqa=grouped)
+
+
+def flash(query_BNSD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, window: int, first_query: int) -> Tensor:
+    """Flash attention on a GPU; the last query must be at the last key's position.
+
+    Its causal mask is aligned there (https://github.com/Dao-AILab/flash-attention, changes of 2.1), so that it needs no
+    mask for a stretch of queries either.
+    """
+    query, key, value = (x.transpose(1, 2) for x in (query_BNSD, key_BGTD, value_BGTD))
+    # scaled_dot_product_attention calls this operator without the window. Keywords after `is_causal` differ between
+    # releases of torch, but for these.
+    mixed_BSND, *_ = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        None,
+        None,
+        query.size(1),
+        key.size(1),
+        0.0,
+        True,
+        False,
+        window_size_left=window,
+        window_size_right=0,
+    )
+    return mixed_BSND.transpose(1, 2)
+
+
+def flex(query_BNSD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, window: int, first_query: int) -> Tensor:
+    """FlexAttention, with any type and head dimension; compiled on a GPU."""
+    mask = _flex_mask(window, first_query, query_BNSD.size(2), key_BGTD.size(2), query_BNSD.device)
+    grouped = query_BNSD.size(1) != key_BGTD.size(1)
+    return _flex_attention()(query_BNSD, key_BGTD, value_BGTD, block_mask=mask, enable_gqa=grouped)
 
 
 def windowed_sdpa(
-    query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, window: int, first_query: int = 0
+    query_BNSD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, window: int, first_query: int = 0
 ) -> Tensor:
-    """Exact causal window attention in blocks of queries, each with only the keys in its window: work grows with
-    S · 1.5·window instead of S², without copying inputs. Returns `[B, N, S, D]`.
-
-    Args:
-        first_query: position of the first query; keys start at position 0.
-    """
-    grouped = query_BNSD.size(1) != key_BGSD.size(1)
+    """SDPA in blocks of queries, each with only the keys in its window: work grows with S · 1.5·window instead of S²,
+    without copying inputs."""
+    grouped = query_BNSD.size(1) != key_BGTD.size(1)
+    if grouped and query_BNSD.is_cuda:  # SDPA's kernel that takes masks there has no grouped heads
+        repeats = query_BNSD.size(1) // key_BGTD.size(1)
+        key_BGTD, value_BGTD = (x.repeat_interleave(repeats, dim=1) for x in (key_BGTD, value_BGTD))
+        grouped = False
+    window = min(window, key_BGTD.size(2))
     # Half a window: measured on a CPU, faster than a whole window or a quarter.
-    block = min(max(window // 2, 1), query_BNSD.size(2))
+    block = min(max(window // 2, 1), query_BNSD.size(2), LARGEST_BLOCK)
     mask = _band(block, window, query_BNSD.dtype, query_BNSD.device)
     mixed = []
     starts = range(first_query, first_query + query_BNSD.size(2), block)
     for start, queries in zip(starts, query_BNSD.split(block, dim=2), strict=True):
         first, stop = max(start - window, 0), start + queries.size(2)
-        keys, values = key_BGSD[:, :, first:stop], value_BGSD[:, :, first:stop]
+        keys, values = key_BGTD[:, :, first:stop], value_BGTD[:, :, first:stop]
         seen = mask[: stop - start, first - start + window : stop - start + window]
         mixed.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, enable_gqa=grouped))
     return torch.cat(mixed, dim=2)
+
+
+KERNELS = {
+    "sdpa": sdpa,
+    "flash": flash,
+    "flex": flex,
+    "windowed_sdpa": windowed_sdpa,
+    "blocks": attend_in_blocks,
+}
+"""By name: functions of queries, keys, values, window and the first query's position, counted from the first key."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -110,7 +197,19 @@ def _band(block: int, window: int, dtype: torch.dtype, device: torch.device) -> 
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
+def use_flash_attention_3() -> None:
+    """Let FlashAttention-3 serve torch's flash attention in this process, on a Hopper GPU with `flash_attn_interface`
+    installed; a warning, and torch's own kernel, where it can't be loaded."""
+    if torch.cuda.get_device_capability()[0] != 9 or importlib.util.find_spec("flash_attn_interface") is None:
+        return
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError) as error:
+        warnings.warn(f"FlashAttention-3 is installed and can't be used: {error}", stacklevel=2)
+
+
+@functools.cache
 def _flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -118,10 +217,12 @@ def _flex_attention():
 
 
 @functools.lru_cache(maxsize=8)
-def _flex_mask(window: int, length: int, device: torch.device):
+def _flex_mask(window: int, first_query: int, queries: int, keys: int, device: torch.device):
     from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(batch, head, query, key):
-        return (key <= query) & (query - key <= window)
+        distance = query + first_query - key
+        return (distance >= 0) & (distance <= window)
 
-    return create_block_mask(visible, None, None, length, length, device=device)
+    # Compiled, the mask's blocks are computed without a tensor of queries × keys.
+    return create_block_mask(visible, None, None, queries, keys, device=device, _compile=device.type == "cuda")

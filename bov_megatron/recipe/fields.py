@@ -90,7 +90,9 @@ class ModelConfig:
     qk_scale: Positive = 1.2
     """Factor on q and on k after their per-head norm."""
     core_attention: Literal["auto", "sdpa", "flex"] = "auto"
-    """`auto`: SDPA on a CPU; on a GPU flash attention through SDPA, and FlexAttention for windows."""
+    """Kernels on a GPU. `auto`: flash attention in bf16, with windows too; FlexAttention for what it cannot do. `sdpa`:
+    SDPA over blocks of keys in place of FlexAttention. `flex`: FlexAttention for windows and over context-parallel
+    ranks."""
     linear_layers: Literal["megatron", "transformer_engine"] = "megatron"
     """Implementation of the blocks' linear layers; `transformer_engine` must be installed."""
     value: ValueConfig = field(default_factory=ValueConfig)

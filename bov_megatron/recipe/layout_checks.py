@@ -182,11 +182,6 @@ def _check_sequence_split(m: ModelConfig, p: ParallelConfig) -> None:
             f"parallel.tensor_model_parallel_size={tp}: parallel.sequence_parallel splits each rank's part again; set "
             "parallel.sequence_parallel=false, or use fewer ranks"
         )
-    if m.core_attention == "flex":
-        raise RecipeError(
-            "model.core_attention=flex attends to one rank's keys only and cannot be used with "
-            f"parallel.context_parallel_size={cp}; use model.core_attention=auto"
-        )
 
 
 def _check_recomputation(recipe: Recipe) -> None:

@@ -27,4 +27,4 @@ def test_refusals_are_quoted(settings, message):
 
 
 def test_all_refusals_are_found():
-    assert len(REFUSED) == 23
+    assert len(REFUSED) == 22

@@ -6,7 +6,7 @@ import pytest
 
 from bov_megatron.recipe import ValueConfig
 from bov_megatron.recipe.value_sources import VALUE_SOURCES
-from tests.support.layouts import CP2, LAYOUTS, PP2, SP, TP2, TP4, VPP2
+from tests.support.layouts import CP2, CP4, LAYOUTS, PP2, SP, TP2, TP4, VPP2
 from tests.support.parity import small_model, small_recipe, train_on_layout, worst_gradient
 
 
@@ -87,6 +87,8 @@ SHARED_GROUPS = [
     (1, TP4, "bank", {}),
     (1, {**TP2, **SP}, "bank", {}),
     (1, {**TP2, **CP2}, "bank", {}),
+    (2, CP2, "projection", {}),
+    (1, CP4, "bank", {}),
     # No gamma: one of this model's gradients is a sum of terms that nearly cancel.
     (2, TP4, "bank", {"table": "shared", "coefficient": "fixed"}),
     (2, TP4, "projection", {}),
@@ -97,7 +99,7 @@ SHARED_GROUPS = [
 
 
 @pytest.mark.parametrize("groups, layout, source, value", SHARED_GROUPS)
-def test_fewer_query_groups_than_tensor_parallel_ranks(groups, layout, source, value):
+def test_shared_query_groups(groups, layout, source, value):
     model = small_model(num_query_groups=groups, value=ValueConfig(source=source, **value))
     expected_losses, expected_gradients = train_on_layout(small_recipe(model), 1)
     recipe = small_recipe(model, **layout)

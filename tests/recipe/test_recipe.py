@@ -263,10 +263,6 @@ IMPOSSIBLE = [
     ("parallel.sequence_parallel=true", "needs parallel.tensor_model_parallel_size > 1, found 1.*=false"),
     (f"{TP2} parallel.sequence_parallel=true model.sequence_length=2047", "sequence_length=2047 is not divisible by"),
     (
-        f"{CP2} model.core_attention=flex",
-        "core_attention=flex attends to one rank's keys only.*context_parallel_size=2",
-    ),
-    (
         f"{CP2} {TP4} parallel.sequence_parallel=true model.num_attention_heads=8 model.sequence_length=2052",
         "sequence_length=2052 / parallel.context_parallel_size=2 is not divisible by .*=4.*sequence_parallel=false",
     ),
