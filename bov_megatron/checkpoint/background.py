@@ -50,7 +50,7 @@ class BackgroundWriter:
                 os._exit(1)
         os.close(writing)
         self.pipe = os.fdopen(reading, "rb")
-        share.buckets, share.writer.write_buckets = [], None  # the child has them
+        share.buckets = []  # the child has them
 
     def done(self) -> bool:
         """Whether `result` returns without waiting."""

@@ -12,25 +12,24 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from bov_megatron.checkpoint import manifest, writing
 from bov_megatron.checkpoint.background import BackgroundWriter
-from bov_megatron.checkpoint.manifest import Manifest
-from bov_megatron.checkpoint.writing import ForegroundWriter, Written, flush, sharded_state
+from bov_megatron.checkpoint.manifest import FileEntry, Manifest
+from bov_megatron.checkpoint.planning import Planner, planner_of
+from bov_megatron.checkpoint.writing import COMMON_STATE_FNAME, ForegroundWriter, flush, sharded_state
 from bov_megatron.engines.base import Engine
 from bov_megatron.errors import CheckpointError
 from bov_megatron.lifecycle.run_folder import SAVING, checkpoint_path, list_checkpoints
 from bov_megatron.lifecycle.terminal import warn
-from bov_megatron.parallel.agreement import on_first_rank
-from bov_megatron.parallel.device import device
+from bov_megatron.parallel.agreement import all_agree, gather_items, on_first_rank
 from bov_megatron.parallel.parameter import LocalParameter
 from bov_megatron.recipe import Recipe
 
@@ -86,17 +85,17 @@ def begin_save(
         "extra": extra,
     }
     state["content_metadata"] = writing.content_metadata()
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    share = writing.plan_share(state, saving, group, None if read is None else _by_key(engine, state["model"], read))
+    planner = planner_of(engine)
+    share = planner.plan(state, saving, None if read is None else _by_key(engine, state["model"], read))
     writer = BackgroundWriter(share) if asynchronous else ForegroundWriter(share)
 
-    def complete(all_written: list[Written]) -> None:
-        files = writing.write_index(share, all_written)
+    def complete(index: bytes, files: dict[str, FileEntry]) -> None:
+        files = files | writing.write_index(saving, index)
         manifest.write_manifest(saving, Manifest(step, _layout(engine.recipe), files))
-        _publish(saving, final)
+        _publish(saving, final, files)
         _prune(run_dir, keep_last, keep_every, asynchronous)
 
-    return PendingSave(step, final, saving, writer, complete)
+    return PendingSave(step, final, saving, planner, writer, complete)
 
 
 def _by_key(
@@ -114,15 +113,13 @@ def _by_key(
 class PendingSave:
     """A checkpoint that is being written."""
 
-    def __init__(self, step: int, final: Path, saving: Path, writer, complete: Callable[[list[Written]], None]):
+    def __init__(self, step: int, final: Path, saving: Path, planner: Planner, writer, complete: Callable):
         self.step, self.final = step, final
-        self._saving, self._writer, self._complete = saving, writer, complete
+        self._saving, self._planner, self._writer, self._complete = saving, planner, writer, complete
 
     def is_written(self) -> bool:
         """Whether all ranks have written their shares, so that `finish` does not wait; collective, one number."""
-        done = torch.tensor(float(self._writer.done()), device=device())
-        dist.all_reduce(done, op=dist.ReduceOp.MIN)
-        return bool(done)
+        return all_agree(self._writer.done())
 
     def finish(self) -> Path:
         """Wait for all shares, give the checkpoint its final name and remove old ones; collective.
@@ -130,15 +127,14 @@ class PendingSave:
         Raises SaveError on all ranks if any could not write.
         """
         written = self._writer.result()
-        all_written: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
-        dist.gather_object(written, all_written or None)
+        errors = gather_items([written.error] if written.error else [])
+        index, files = (b"", {}) if errors else self._planner.collect(written)
 
         def complete() -> None:
             with _removed_on_error(self._saving):
-                errors = [written.error for written in all_written if written.error]
                 if errors:
                     raise SaveError(errors[0] + (f" (and {len(errors) - 1} more ranks)" if errors[1:] else ""))
-                self._complete(all_written)
+                self._complete(index, files | {COMMON_STATE_FNAME: written.common})
 
         on_first_rank(complete)
         return self.final
@@ -199,12 +195,12 @@ def _prune(run_dir: Path, keep_last: int, keep_every: int, asynchronous: bool) -
             warn(f"cannot remove the old checkpoint {old}: {error.strerror}")
 
 
-def _publish(saving: Path, final: Path) -> None:
-    """Flush the temporary folder, check that it is complete, and give it its final name."""
-    flush(saving / writing.FORMAT_FILE)  # written by Megatron without flushing; the other files are flushed already
+def _publish(saving: Path, final: Path, files: Collection[str]) -> None:
+    """Flush the temporary folder, check that all `files` are there, and give it its final name."""
     flush(saving)
-    if damage := manifest.find_damage(saving, contents=False):
-        reason = f"written, but {damage[0]}: the run folder must be on a file system that all nodes share"
+    # Each rank has looked at the sizes of its own; one listing, where a look at each would take a second per thousand.
+    if missing := sorted(set(files) - set(os.listdir(saving))):
+        reason = f"written, but {missing[0]} is not there: the run folder must be on a file system that all nodes share"
         raise OSError(errno.EIO, reason, str(saving))
     replaced = _rename_to_remove(final) if final.exists() else None  # the same step saved again
     saving.rename(final)

@@ -1,18 +1,18 @@
 """Writing one rank's share of a checkpoint.
 
-Planning is collective and doesn't touch the disk; writing touches the disk and isn't collective. Errors of writing are
-returned, not raised, until all ranks know them, so that a full disk on one node leaves no other rank waiting.
+Writing touches the disk and isn't collective; planning is the reverse. Errors of writing are returned, not raised,
+until all ranks know them, so that a full disk on one node leaves no other rank waiting.
 
-Megatron's format, planning and division of replicas are used, but not its writer, which starts processes of its own and
-whose rank 0 raises alone if common files can't be written.
+Megatron's format is used, but not its writer, which starts processes of its own and whose rank 0 raises alone if common
+files can't be written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
-import queue
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +24,9 @@ import torch
 import torch.distributed as dist
 import xxhash
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from bov_megatron.checkpoint.manifest import FileEntry, describe_file
@@ -53,9 +48,6 @@ class Share:
     """One per file, as Megatron's writer divides them: (path, storage key, (byte items, tensor items))."""
     common: dict[str, Any] | None
     """State that isn't sharded; None except on rank 0."""
-    writer: filesystem_async.FileSystemWriterAsync
-    metadata: Metadata | None
-    """Index of the whole checkpoint, still without its files; None except on rank 0."""
     read: Callable[[str], Tensor] | None = None
     """Gives a tensor by its key as it is written, where those in the buckets have no memory."""
 
@@ -66,6 +58,9 @@ class Written:
 
     results: list[WriteResult] = field(default_factory=list)
     files: dict[str, FileEntry] = field(default_factory=dict)
+    """Of tensors."""
+    common: FileEntry | None = None
+    """Of state that isn't sharded; None except on rank 0."""
     error: str | None = None
     """Message, if it could not be written."""
 
@@ -81,36 +76,6 @@ def content_metadata() -> dict[str, Any]:
     return {"non_homogeneous_layers": True, "singleton_local_shards": False}
 
 
-class _PlanningStrategy(TorchDistSaveShardedStrategy):
-    """Megatron's strategy without the writing."""
-
-    def _get_save_and_finalize_callbacks(self, writer, planned):
-        return writer, planned[1]
-
-
-def plan_share(
-    state: dict[str, Any], folder: Path, replicas: dist.ProcessGroup, read: Callable[[str], Tensor] | None = None
-) -> Share:
-    """Agree on who writes what, and copy this rank's share to host memory; collective.
-
-    Args:
-        state: Megatron's sharded state dict; what isn't a tensor is stored once.
-        folder: existing and empty.
-        replicas: group over which the writing of replicated tensors is divided.
-        read: gives a tensor by its key as it is written, where those of `state` have no memory.
-    """
-    # Keeps Megatron from starting a server process per rank, which its own writers would need.
-    filesystem_async._results_queue = queue.Queue()
-    sharded, common = save_preprocess(state)
-    strategy = FullyParallelSaveStrategyWrapper(
-        _PlanningStrategy(BACKEND, BACKEND_VERSION, thread_count=FILES_PER_RANK), replicas
-    )
-    writer, metadata = strategy.async_save(sharded, str(folder))
-    buckets = writer.write_buckets
-    staged = writer.preload_tensors(buckets) if buckets and read is None else buckets
-    return Share(folder, staged or [], common if dist.get_rank() == 0 else None, writer, metadata, read)
-
-
 def write_share(share: Share) -> Written:
     """Write this rank's files and flush them to disk. Never raises."""
     try:
@@ -122,7 +87,7 @@ def write_share(share: Share) -> Written:
         if share.common is not None:
             with ChecksummedFile(share.folder / COMMON_STATE_FNAME) as file:
                 torch.save(share.common, file)
-            written.files[COMMON_STATE_FNAME] = file.entry()
+            written.common = file.entry()
         return written
     except Exception as error:
         return Written(error=describe_error(error, share.folder))
@@ -141,17 +106,16 @@ class ForegroundWriter:
         return self.written
 
 
-def write_index(share: Share, all_written: list[Written]) -> dict[str, FileEntry]:
-    """Write the index of all tensors, on rank 0 after all ranks have written; returns the entries of all files.
+def write_index(folder: Path, content: bytes) -> dict[str, FileEntry]:
+    """Write the index of all tensors and the name of the format, on rank 0 after all ranks have written; their entries.
 
     Raises OSError.
     """
-    share.writer.finish(share.metadata, [written.results for written in all_written])
-    save_config(CheckpointingConfig(BACKEND, BACKEND_VERSION), str(share.folder))
-    files = {name: describe_file(share.folder / name) for name in (INDEX_FILE, FORMAT_FILE)}
-    for written in all_written:
-        files.update(written.files)
-    return files
+    with ChecksummedFile(folder / INDEX_FILE) as file:
+        file.write(content)
+    save_config(CheckpointingConfig(BACKEND, BACKEND_VERSION), str(folder))
+    flush(folder / FORMAT_FILE)  # Megatron doesn't
+    return {INDEX_FILE: file.entry(), FORMAT_FILE: describe_file(folder / FORMAT_FILE)}
 
 
 def describe_error(error: Exception, path: Path) -> str:
@@ -199,6 +163,8 @@ class ChecksummedFile:
                 self.check()
                 self.file.flush()
                 os.fsync(self.file.fileno())
+                if (size := os.fstat(self.file.fileno()).st_size) != self.size:
+                    raise OSError(errno.EIO, f"{self.size} bytes were written, and {size} are there")
         except OSError as failure:
             raise OSError(failure.errno, failure.strerror, str(self.path)) from failure
         finally:

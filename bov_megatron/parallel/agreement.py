@@ -60,6 +60,20 @@ def _attempt(function: Callable[[], Any]) -> tuple[Any, BovError | None]:
         return None, error
 
 
+def all_agree(own: bool) -> bool:
+    """Whether `own` is true on every rank; collective, one number."""
+    agreed = torch.tensor(int(own), device=device())
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return bool(agreed)
+
+
+def gather_on_first_rank(item: T) -> list[T]:
+    """All ranks' items, in the order of ranks, on rank 0, and nothing on others; collective."""
+    gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(item, gathered or None)
+    return gathered
+
+
 def gather_items(items: list[T]) -> list[T]:
     """All ranks' items, in the order of ranks, on every rank; collective. Without items, only a number is sent."""
     count = torch.tensor(len(items), device=device())

@@ -125,20 +125,20 @@ def unwritable_rank(rank, world_size, run_dir, file):
     import torch.distributed as dist
 
     from bov_megatron import checkpoint
-    from bov_megatron.checkpoint import writing
+    from bov_megatron.checkpoint.planning import Planner
 
     engine = start_engine(rank, world_size)
-    plan = writing.plan_share
+    plan = Planner.plan
 
-    def blocking(state, folder, *args):
+    def blocking(planner, state, folder, *args):
         if rank == 0:
             (folder / file).mkdir()
-        return plan(state, folder, *args)
+        return plan(planner, state, folder, *args)
 
-    writing.plan_share = blocking
+    Planner.plan = blocking
     with pytest.raises(checkpoint.SaveError) as error:
         checkpoint.save(engine, run_dir, 1, keep_last=1, extra={})
-    writing.plan_share = plan
+    Planner.plan = plan
     left = names(run_dir)
     dist.barrier()
     checkpoint.save(engine, run_dir, 2, keep_last=1, extra={})
