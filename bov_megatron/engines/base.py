@@ -87,7 +87,8 @@ class Engine(abc.ABC):
 
     def finish_gather(self) -> None:  # noqa: B027  nothing to wait for, unless an engine gathers weights in background
         """Wait until this rank has all weights of the last update. Call it before reading weights outside a forward
-        pass, and before writing them."""
+        pass, and before writing them; on all data-parallel ranks, which bring each other rows of tables in host
+        memory."""
 
     def local_parameters(self) -> list[LocalParameter]:
         """Every parameter of this rank, with the last update's weights (see `finish_gather`)."""

@@ -19,9 +19,9 @@ from torch import Tensor
 from bov_megatron.engines import data_parallel
 from bov_megatron.engines.base import Engine
 from bov_megatron.engines.gradient_owners import GradientOwners
+from bov_megatron.engines.host_rows import HostRows, hidden_from_megatron, trained_host_tables
 from bov_megatron.model import context_parallel
 from bov_megatron.model.bank import lookup_ahead
-from bov_megatron.model.bank.host_tables import HostGradients
 from bov_megatron.optim.optimizer import BovOptimizer, UpdateResult
 from bov_megatron.parallel.device import device, to_device
 from bov_megatron.parallel.timer import DeviceTimer
@@ -44,18 +44,21 @@ class MegatronEngine(Engine):
         self.wrapped = []
         self.gradient_owners: GradientOwners | None = None
         """None where gradients are all-reduced: every rank updates all rows."""
-        self.host_gradients = HostGradients(self.local_parameters())
         self._gradient_timer = DeviceTimer()
         if with_optimizer:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             scatter = recipe.parallel.use_distributed_optimizer and group.size() > 1
-            with self.host_gradients.hidden_from_megatron():
+            tables = trained_host_tables(self.chunks)
+            with hidden_from_megatron(tables):
                 self.wrapped = data_parallel.wrap(
                     self.chunks, recipe.parallel.overlap_grad_reduce, scatter, self._finalize_gradients
                 )
             self.optimizer = BovOptimizer(self.local_parameters(), recipe, total_steps(recipe), self.chunks)
             if scatter:
                 self.gradient_owners = GradientOwners(self.wrapped, self.optimizer.parameters, group)
+            of_host_tables = [p.assignment for p in self.optimizer.parameters if p.local.on_host]
+            sharded = any(not assignment.replicated for assignment in of_host_tables)
+            self.host_rows = HostRows(tables, group, sharded)
 
     def finish_gather(self) -> None:
         """See Engine; with `parallel.overlap_param_gather`, weights arrive during the next forward pass."""
@@ -75,7 +78,7 @@ class MegatronEngine(Engine):
         for wrapped in self.wrapped:
             wrapped.train()
             wrapped.zero_grad_buffer()
-        self.host_gradients.zero()
+        self.host_rows.begin(micro_batches)
 
         def mean_loss(labels_BT: Tensor, counted_B: None, loss_BT: Tensor):
             loss = loss_BT.mean()
@@ -112,7 +115,7 @@ class MegatronEngine(Engine):
         finalize_model_grads(*arguments, **options)
         if self.gradient_owners is not None:
             self.gradient_owners.send()
-        self.host_gradients.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
+        self.host_rows.reduce()
 
     def _fill_groups(self, micro_batches: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[list, list]:
         """An interleaved pipeline takes a multiple of its stages: append micro-batches that don't count."""

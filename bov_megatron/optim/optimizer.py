@@ -2,7 +2,7 @@
 
 One step: compute the global gradient norm, and return without an update if it is not finite; clip; update the matrices
 (Muon) and rows (AdamW) that this rank owns; gather all ranks' updated weights, in the background with
-`parallel.overlap_param_gather`. The state is tensors and one step count; every schedule is a function of that count.
+`parallel.overlap_param_gather`. Rows of tables in host memory stay with their owners until somebody reads them. The state is tensors and one step count; every schedule is a function of that count.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ class BovOptimizer:
         self.overlap_gather = recipe.parallel.overlap_param_gather
         self.gatherer = self._gatherer(on_host=False)
         self.host_gatherer = self._gatherer(on_host=True)
+        self._host_rows_differ = False
+        """Whether ranks have updated their rows of host tables since they last gathered them."""
         if self.overlap_gather:
             wait_before_forward(chunks, self.gatherer, [local for local in trained if not local.on_host])
         mine = [p for p in self.parameters if p.has_rows]
@@ -120,7 +122,7 @@ class BovOptimizer:
         """Apply one update from the current gradients, which may be clipped in place; collective.
 
         With `parallel.overlap_param_gather` modules wait for their own weights; call `finish_gather` before reading
-        weights in any other way.
+        weights in any other way. A host table has new rows on the rank that updates them alone.
 
         Args:
             gradient_norm: value of `gradient_norm()`; None computes it, and waits for the device.
@@ -128,7 +130,7 @@ class BovOptimizer:
         norm = self.gradient_norm().item() if gradient_norm is None else gradient_norm
         if not math.isfinite(norm):
             return UpdateResult(applied=False, grad_norm=norm)
-        self.finish_gather()  # a pending gather would overwrite this update
+        self.gatherer.finish()  # a pending gather would overwrite this update
         if self.config.clip_grad > 0:
             clip_gradients(self.parameters, norm, self.config.clip_grad)
         self._step_muon()
@@ -138,7 +140,7 @@ class BovOptimizer:
             self.gatherer.start(on_device)
         else:
             self.gatherer.gather(on_device)
-        self.host_gatherer.gather([p.main for p in self.parameters if p.local.on_host])
+        self._write_host_rows()
         self.step_count += 1
         return UpdateResult(applied=True, grad_norm=norm)
 
@@ -159,9 +161,22 @@ class BovOptimizer:
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
 
+    @torch.no_grad()
+    def _write_host_rows(self) -> None:
+        """Write this rank's new rows into host tables."""
+        for p in self.parameters:
+            if p.local.on_host:
+                if p.has_separate_main:
+                    p.local.parameter[p.rows[0] : p.rows[1]] = p.main
+                self._host_rows_differ = True
+
     def finish_gather(self) -> None:
-        """Wait until this rank has all weights of the last update; not collective."""
+        """Wait until this rank has all weights of the last update; collective where tables are in host memory, over the
+        data-parallel ranks."""
         self.gatherer.finish()
+        if self._host_rows_differ:
+            self.host_gatherer.gather([p.main for p in self.parameters if p.local.on_host])
+            self._host_rows_differ = False
 
     def reload_model_params(self) -> None:
         """Set the fp32 main weights from the model's, e.g. after loading weights without optimizer state."""

@@ -2,7 +2,8 @@
 
 A host table's weight, gradient (`main_grad`, fp32) and optimizer state stay on the host; the device has only the
 distinct rows of the micro-batches in flight. Copies use pinned memory and a separate stream. A thread adds gradients to
-the table, in the order of the calls, so that the main thread never waits for a copy.
+the table, in the order of the calls, so that the main thread never waits for a copy. What data-parallel ranks exchange is
+in engines/host_rows.py.
 
 Without a GPU the same code runs, but nothing is copied.
 
@@ -13,16 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.device import device, has_gpu, use_device
-from bov_megatron.parallel.parameter import LocalParameter
 
 # Global, like the thread and the stream below: autograd functions add gradients and the engine waits for them, but they
 # share no object.
@@ -100,38 +97,6 @@ def wait_for_additions() -> None:
     """Wait for all additions of `add_later`. Raises the error of an addition that failed."""
     while _additions:
         _additions.pop(0).result()
-
-
-class HostGradients:
-    """Gradients of a rank's host tables, which cannot be in Megatron's buffers on the device."""
-
-    def __init__(self, parameters: Iterable[LocalParameter]):
-        self.weights = [p.parameter for p in parameters if p.on_host and p.parameter.requires_grad]
-
-    @contextlib.contextmanager
-    def hidden_from_megatron(self) -> Iterator[None]:
-        """Context in which to construct Megatron's DistributedDataParallel, so that it ignores host tables."""
-        for weight in self.weights:
-            weight.requires_grad_(False)
-        yield
-        for weight in self.weights:
-            weight.requires_grad_(True)
-            weight.main_grad = empty(*weight.shape, dtype=torch.float32).zero_()
-
-    def zero(self) -> None:
-        wait_for_additions()
-        for weight in self.weights:
-            weight.main_grad.zero_()
-
-    def reduce(self, group: dist.ProcessGroup) -> None:
-        """Average over the data-parallel `group`, with gloo; collective."""
-        wait_for_additions()
-        if group.size() == 1 or not self.weights:
-            return
-        group = process_groups.twin(group, "gloo")
-        for weight in self.weights:
-            weight.main_grad.div_(group.size())
-            dist.all_reduce(weight.main_grad, group=group)
 
 
 @functools.cache
