@@ -184,6 +184,7 @@ def _evaluate_core(options: argparse.Namespace, layout: Layout) -> dict[str, Any
 
     bundle = bundles.read_bundle(options.core)
     target = find_target(options.target, options.step)
+    encoder = target.encoder()
     limit = None if options.limit is None else int(options.limit)
     started = time.monotonic()
     if layout.world.rank == 0:
@@ -196,7 +197,7 @@ def _evaluate_core(options: argparse.Namespace, layout: Layout) -> dict[str, Any
     ):
         lines = score_bundle(
             scorer,
-            target.encoder(),
+            encoder,
             bundle,
             examples,
             model=f"{target.folder.resolve()} {target.digest()} {options.dtype}",

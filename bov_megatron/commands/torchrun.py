@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     # For a checkout that is not the current folder.
     here = str(Path(bov_megatron.__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    if options.nproc_per_node != "1":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun takes too, with five lines of warning
     _silence()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("BOV_STATUS_FILE", f"{folder}/status")

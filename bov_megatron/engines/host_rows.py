@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,12 +44,13 @@ def trained_host_tables(chunks: Iterable[BovModel]) -> list[ValueTable]:
 def hidden_from_megatron(tables: Sequence[ValueTable]) -> Iterator[None]:
     """Context in which to construct Megatron's DistributedDataParallel, so that it ignores host tables. They get a
     `main_grad` of zeros in host memory."""
-    for table in tables:
-        table.weight.requires_grad_(False)
+    weights: list[Any] = [table.weight for table in tables]
+    for weight in weights:
+        weight.requires_grad_(False)
     yield
-    for table in tables:
-        table.weight.requires_grad_(True)
-        table.weight.main_grad = host_tables.empty(*table.weight.shape, dtype=torch.float32).zero_()
+    for weight in weights:
+        weight.requires_grad_(True)
+        weight.main_grad = host_tables.empty(*weight.shape, dtype=torch.float32).zero_()
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class HostRows:
 
     def __init__(self, tables: Sequence[ValueTable], group: dist.ProcessGroup, sharded: bool):
         self.tables, self.sharded = tables, sharded
+        self._weights: list[Any] = [table.weight for table in tables]
         self.group = process_groups.twin(group, "gloo") if tables and group.size() > 1 else group
         self._with_gradient = torch.empty(0, dtype=torch.long)
         """Rows whose gradients are not zero."""
@@ -117,8 +120,8 @@ class HostRows:
         if self.group.size() == 1:
             return
         exchange = self._exchange
-        for table in self.tables:
-            gradient = table.weight.main_grad
+        for weight in self._weights:
+            gradient = weight.main_grad
             received_AK = exchange.to_owners(gradient[exchange.read_U].div_(self.group.size()))
             gradient.index_fill_(0, exchange.read_U, 0)
             gradient.index_add_(0, exchange.asked_A, received_AK)  # on a CPU, in this order
@@ -127,12 +130,11 @@ class HostRows:
             self._bring_to_all()
 
     def _clear(self) -> None:
-        for table in self.tables:
-            table.weight.main_grad.index_fill_(0, self._with_gradient, 0)
+        for weight in self._weights:
+            weight.main_grad.index_fill_(0, self._with_gradient, 0)
 
     def _get_rows(self) -> None:
-        for table in self.tables:
-            weight = table.weight.detach()
+        for weight in self._weights:
             weight[self._exchange.read_U] = self._exchange.to_readers(weight[self._exchange.asked_A])
 
     def _rows_of(self, micro_batches: Sequence[Tensor]) -> Tensor:
@@ -163,8 +165,8 @@ class HostRows:
         longest = int(counts_N.max())
         held = torch.arange(longest) < counts_N[:, None]
         rows = self._all_gather(own, longest)[held]
-        for table in self.tables:
-            gradient = table.weight.main_grad
+        for weight in self._weights:
+            gradient = weight.main_grad
             gradient[rows] = self._all_gather(gradient[own], longest)[held]
         self._with_gradient = rows
 

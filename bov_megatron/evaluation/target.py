@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +67,23 @@ class Target:
         )
 
     def encoder(self) -> Encoder:
-        return load_encoder(self.tokenizer)
+        """Its tokenizer. Raises EvaluationError for one that the model was not trained with."""
+        encoder, trained_with = load_encoder(self.tokenizer), None
+        if self.is_export:
+            vocab_size = json.loads((self.folder / "config.json").read_text())["vocab_size"]
+        else:
+            from bov_megatron.checkpoint.loading import read_run
+
+            run = read_run(self.folder)
+            vocab_size, trained_with = run["recipe"]["model"]["vocab_size"], run["extra"].get("tokenizer_hash")
+        if encoder.vocab_size > vocab_size or trained_with not in (None, encoder.hash):
+            with_hash = f" (hash {trained_with[:12]})" if trained_with else ""
+            raise EvaluationError(
+                f"{self.tokenizer} is not the tokenizer of {self.folder}: it has {encoder.vocab_size:,} ids and hash "
+                f"{encoder.hash[:12]}, the model {vocab_size:,} ids{with_hash}; put back the one that the model was "
+                "trained with"
+            )
+        return encoder
 
     def digest(self) -> str:
         """Of the names, sizes and times of its files: changes when they are written anew."""

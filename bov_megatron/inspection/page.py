@@ -59,8 +59,8 @@ def _pictures(found: Findings) -> list[Picture]:
         pictures.append(
             Picture(
                 "row_norms",
-                f"Norms of the tables' rows over how often their token occurs. Left: every row of {tables[-1].label}, "
-                "darker where there are more; dashed, the median norm at the start. Right: the median of each table.",
+                f"Norms of the tables' rows over how often their token occurs: every row of {tables[-1].label}, "
+                "darker where there are more; dashed, the median norm at the start; and the median of each table.",
                 f"Row norms of {tables[-1].label}: 90% between {low:.3g} and {high:.3g}.",
                 lambda layout: figures.row_norms(tables, frequencies, layout),
             )
@@ -70,7 +70,7 @@ def _pictures(found: Findings) -> list[Picture]:
             Picture(
                 "distances",
                 "Distance of the tables from where they began, W_V · rms(embedding), in units of the initial norm. "
-                "Left: whole tables. Right: the median row, over how often its token occurs.",
+                "Of whole tables, and of the median row over how often its token occurs.",
                 "Distances: " + ", ".join(f"{table.label} {table.distance:.3f}" for table in tables) + ".",
                 lambda layout: figures.distances(tables, frequencies, layout),
             )
@@ -90,7 +90,7 @@ def _pictures(found: Findings) -> list[Picture]:
         names = [run.name for run in found.runs]
         text = "Loss of held-out targets by how often the target occurs in training."
         if len(names) > 1:
-            text += f" Right: the difference, with intervals of 95%; below 0, {names[0]} is better."
+            text += f" The difference has intervals of 95%; below 0, {names[0]} is better."
         pictures.append(Picture("losses", text, text, lambda layout: figures.losses(found.losses, names, layout)))
     return pictures
 
@@ -167,8 +167,9 @@ def _losses_answer(found: Findings) -> list[str]:
         most = clear[np.argmax(np.abs(differences[clear]))]
         sentences.append(
             "The difference is largest for targets that occur about "
-            f"{significant(first.centres[most], 2)} times per million: "
-            f"{fixed(differences[most], 3, sign=True)} ± {1.96 * errors[most]:.3f}."
+            f"{significant(first.centres[most], 2)} times per million, where {names[0]} is "
+            f"{'better' if differences[most] < 0 else 'worse'} by {fixed(abs(differences[most]), 3)} ± "
+            f"{1.96 * errors[most]:.3f}."
         )
     else:
         sentences.append("In no bin of frequency does the difference exceed its interval.")

@@ -2,7 +2,8 @@
 
 One step: compute the global gradient norm, and return without an update if it is not finite; clip; update the matrices
 (Muon) and rows (AdamW) that this rank owns; gather all ranks' updated weights, in the background with
-`parallel.overlap_param_gather`. Rows of tables in host memory stay with their owners until somebody reads them. The state is tensors and one step count; every schedule is a function of that count.
+`parallel.overlap_param_gather`. Rows of tables in host memory stay with their owners until they are read. The state is
+tensors and one step count; every schedule is a function of that count.
 """
 
 from __future__ import annotations

@@ -361,7 +361,7 @@ def test_as_many_shots_as_items_are_refused(bundle, tmp_path):
     shutil.copytree(bundle, folder)
     edited(num_fewshot=[ITEMS])(folder)
     with pytest.raises(EvaluationError, match=f"has {ITEMS} items, not more than its {ITEMS} shots"):
-        read_bundle(folder).tasks[0].read_items()
+        read_bundle(folder)
 
 
 @pytest.mark.parametrize(
@@ -370,6 +370,9 @@ def test_as_many_shots_as_items_are_refused(bundle, tmp_path):
         ("{", "no JSON object"),
         ('{"query": "a", "gold": 0}', "an item of a multiple_choice task needs query, choices, gold; missing: choices"),
         ('{"query": "a", "choices": ["b"], "gold": 1}', "gold is 1, but must be the number of an option"),
+        ('{"query": "a", "choices": "b", "gold": 0}', "choices is 'b', but must be a list of texts"),
+        ('{"query": "a", "choices": ["b", 2], "gold": 0}', r"choices is \['b', 2\], but must be a list of texts"),
+        ('{"query": 1, "choices": ["b"], "gold": 0}', "query is 1, but must be a text"),
     ],
 )
 def test_bad_items_are_named(bundle, tmp_path, line, said):
@@ -378,7 +381,33 @@ def test_bad_items_are_named(bundle, tmp_path, line, said):
     with (folder / "eval_data/tasks/arc_easy.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(EvaluationError, match=f"arc_easy.jsonl:{ITEMS + 1}: {said}"):
-        read_bundle(folder).tasks[1].read_items()
+        read_bundle(folder)
+
+
+def test_text_in_another_encoding_is_named(bundle, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle, folder)
+    (folder / "eval_data/tasks/jeopardy.jsonl").write_text("naïve", encoding="latin-1")
+    with pytest.raises(EvaluationError, match="jeopardy.jsonl is no text in UTF-8"):
+        read_bundle(folder)
+
+
+def test_a_tokenizer_of_another_model_is_named(
+    trained_run, exact_export, other_prepared_data, bundle, tmp_path, capsys
+):
+    from bov_megatron.commands import main
+
+    run, export = tmp_path / "run", tmp_path / "export"
+    shutil.copytree(trained_run, run)
+    shutil.copytree(other_prepared_data.tokenizer, run / "tokenizer", dirs_exist_ok=True)
+    shutil.copytree(exact_export, export)
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 1}))
+    for target, tokenizer in ((run, run / "tokenizer"), (export, export)):
+        scores = tmp_path / "scores.json"
+        assert main(["evaluate", str(target), "--core", str(bundle), "--json", str(scores)]) == 2
+        assert f"{tokenizer} is not the tokenizer of {target}" in capsys.readouterr().err
+        assert not list(tmp_path.glob("scores*"))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ KINDS = {
     "language_modeling": ("context", "continuation"),
 }
 """How a task is scored -> fields of its items."""
+LISTS = ("choices", "context_options")
+"""Those fields with a text for each option; the others but `gold` are one."""
 NOT_IN_CORE = "hellaswag_zeroshot"
 """DCLM averages 22 tasks, HellaSwag twice: with 0 and with 10 shots. The paper's 21 are those without the former."""
 SHUFFLE_SEED = 1337
@@ -71,8 +73,12 @@ class Task:
 
         Raises EvaluationError for a file that is no task of this kind, or that has no more items than shots.
         """
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise EvaluationError(f"{self.path} is no text in UTF-8; {WHERE_FROM}") from None
         items = []
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 items.append(self._item(line, f"{self.path}:{number}"))
         if len(items) <= self.shots:
@@ -94,9 +100,14 @@ class Task:
             raise EvaluationError(
                 f"{where}: an item of a {self.kind} task needs {', '.join(wanted)}; missing: {', '.join(missing)}"
             )
+        for field in wanted:
+            texts = item[field] if field in LISTS else [item[field]]
+            if field != "gold" and not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+                what = "a list of texts" if field in LISTS else "a text"
+                raise EvaluationError(f"{where}: {field} is {item[field]!r}, but must be {what}")
         if self.kind != "language_modeling":
             options, gold = item[wanted[0] if self.kind == "schema" else "choices"], item["gold"]
-            if not isinstance(options, list) or not isinstance(gold, int) or not 0 <= gold < len(options):
+            if not isinstance(gold, int) or not 0 <= gold < len(options):
                 raise EvaluationError(f"{where}: gold is {gold!r}, but must be the number of an option, counted from 0")
         return item
 
@@ -119,8 +130,8 @@ class Bundle:
 
 
 def read_bundle(folder: Path, option: str = "--core ") -> Bundle:
-    """The bundle in `folder`, whose files all exist. Raises EvaluationError for another layout or a half bundle; the
-    message begins with what the caller calls the option."""
+    """The bundle in `folder`, every item of which can be scored. Raises EvaluationError for another layout or a half
+    bundle; the message begins with what the caller calls the option."""
     listing, metadata = folder / "core.yaml", folder / "eval_meta_data.csv"
     for path in (listing, metadata, folder / "eval_data"):
         if not path.exists():
@@ -130,6 +141,8 @@ def read_bundle(folder: Path, option: str = "--core ") -> Bundle:
     labels = [task.label for task in tasks]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise EvaluationError(f"{listing}: {', '.join(sorted(twice))} stands in it twice")
+    for task in tasks:
+        task.read_items()  # now, not when hours later the task's turn comes
     digest = hashlib.sha256()
     for path in (listing, metadata, *(task.path for task in tasks)):
         with path.open("rb") as file:

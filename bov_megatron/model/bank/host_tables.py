@@ -2,8 +2,8 @@
 
 A host table's weight, gradient (`main_grad`, fp32) and optimizer state stay on the host; the device has only the
 distinct rows of the micro-batches in flight. Copies use pinned memory and a separate stream. A thread adds gradients to
-the table, in the order of the calls, so that the main thread never waits for a copy. What data-parallel ranks exchange is
-in engines/host_rows.py.
+the table, in the order of the calls, so that the main thread never waits for a copy. engines/host_rows.py has what
+data-parallel ranks exchange.
 
 Without a GPU the same code runs, but nothing is copied.
 
