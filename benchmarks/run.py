@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,6 +34,8 @@ TURNS, QUICK_TURNS = 9, 1
 PICTURE = Path("bench/generate.png")
 EVIDENCE = ("losses", "gradient_norms", "value_norm", "gradient_norm", "bytes", "continuations", "bytes_by_context")
 """In the JSON only; most show that variants agree or differ as they should."""
+TRAINING_STEPS = ("step", "attention", "recipes")
+"""Benchmarks of one module."""
 GPU_ONLY = ("recipes", "profile")
 
 
@@ -89,50 +92,24 @@ def run(
 
 
 def _run_one(name: str, turns: int, quick: bool, results: dict, picture: Path, seed: int) -> dict:
-    # Not at the top: --help and a wrong name shouldn't wait for Megatron's import.
-    from benchmarks import (
-        checkpoint,
-        core,
-        coverage,
-        generate,
-        loader,
-        lookup,
-        loss,
-        plot,
-        profile,
-        studies,
-        training_step,
-    )
-
-    if name == "step":
-        return training_step.bench_step(turns, quick)
-    if name == "attention":
-        return training_step.bench_attention(turns, quick)
-    if name == "loss":
-        return loss.bench_loss(turns, quick)
-    if name == "lookup":
-        return lookup.bench_lookup(turns, quick, torch.get_num_threads())
-    if name == "checkpoint":
-        return checkpoint.bench_checkpoint(turns, quick)
-    if name == "core":
-        return core.bench_core(turns, quick)
-    if name == "generate":
-        return generate.bench_generate(turns, quick, picture)
-    if name == "plot":
-        return plot.bench_plot(turns, quick)
+    # Its own module alone, and only now: a wrong name shouldn't wait for Megatron's import, nor one benchmark need the
+    # packages of another.
+    module = import_module(f"benchmarks.{'training_step' if name in TRAINING_STEPS else name}")
+    benchmark = getattr(module, f"bench_{name}")
     if name == "coverage":
-        return coverage.bench_coverage(quick, seed)
-    if name == "studies":
-        return studies.bench_studies(turns, quick)
-    if name == "recipes":
-        return training_step.bench_recipes(turns, quick)
-    if name == "profile":
-        return profile.bench_profile(quick)
-    step_seconds = None
-    if "step" in results:
-        rate = results["step"]["muon"]["variants"]["bank"]["tokens_per_second"]["median"]
-        step_seconds = training_step.bench_recipe("bank", quick).batch_tokens / rate
-    return loader.bench_loader(turns, quick, step_seconds)
+        return benchmark(quick, seed)
+    more = {"lookup": (torch.get_num_threads(),), "generate": (picture,), "loader": (_step_seconds(results, quick),)}
+    return benchmark(turns, quick, *more.get(name, ()))
+
+
+def _step_seconds(results: dict, quick: bool) -> float | None:
+    """Seconds of a step with the bank, if that was measured too."""
+    if "step" not in results:
+        return None
+    from benchmarks.training_step import bench_recipe
+
+    rate = results["step"]["muon"]["variants"]["bank"]["tokens_per_second"]["median"]
+    return bench_recipe("bank", quick).batch_tokens / rate
 
 
 def machine() -> dict:

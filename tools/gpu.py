@@ -28,6 +28,7 @@ from benchmarks.gpu.page import page  # noqa: E402
 from benchmarks.gpu.pieces import PIECES, run_piece  # noqa: E402
 
 MEASURED = ROOT / "docs" / "measured" / "gpu.json"
+LOGS = ROOT / "bench" / "gpu"
 SITE = ROOT / "build" / "gpu-packages"
 """What --wheels installs; before this Python's own packages on the path, which stay as they are."""
 
@@ -41,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the pieces")
     parser.add_argument("--wheels", metavar="DIR", type=Path, help="folder of wheels")
     parser.add_argument("--cpu", action="store_true", help="small models on a CPU")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="the record (default: gpu.json in docs/measured; with "
-                        "--cpu: bench/gpu.json)")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", type=Path, help="the record (default: gpu.json in docs/measured, "
+                        "with --cpu in bench)")  # fmt: skip
     options = parser.parse_args(arguments)
     if unknown := set(options.pieces) - set(PIECES):
         return _refuse(f"no piece '{min(unknown)}'; there are {', '.join(PIECES)}")
@@ -59,16 +60,20 @@ def main(arguments: list[str] | None = None) -> int:
             return _refuse(f"--wheels {options.wheels}: no such folder")
         install(options.wheels)
     record = options.json or (ROOT / "bench" / "gpu.json" if options.cpu else MEASURED)
-    record.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (record.parent, LOGS):
+        folder.mkdir(parents=True, exist_ok=True)
     results = json.loads(record.read_text()) if record.exists() else {}
     for name in options.pieces or PIECES:
         print(f"{name}: {PIECES[name].text} …", end=" ", flush=True)
-        results[name] = {"commit": _commit(), **run_piece(PIECES[name], options.cpu, environ)}
+        log = LOGS / f"{name}.log"
+        results[name] = {"commit": _commit(), **run_piece(PIECES[name], log, options.cpu, environ)}
         # After each, as the machine may be gone before the last.
         record.write_text(json.dumps({name: results[name] for name in PIECES if name in results}, indent=1) + "\n")
         record.with_suffix(".md").write_text(page(results))
         print(f"{'passed' if results[name]['passed'] else 'FAILED'} in {results[name]['seconds']:.0f} s")
-        print("".join(f"    {line}\n" for line in results[name].get("said", [])), end="", flush=True)
+        if said := results[name].get("said"):
+            print("".join(f"    {line}\n" for line in said), end="")
+            print(f"    all of it: {log}", flush=True)
     print(f"results are in {record} and {record.with_suffix('.md').name}")
     return 0 if all(results[name]["passed"] for name in options.pieces or PIECES) else 1
 

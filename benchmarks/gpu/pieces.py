@@ -79,16 +79,17 @@ PIECES = {
 }
 
 
-def run_piece(piece: Piece, small: bool, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def run_piece(piece: Piece, log: Path, small: bool, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Run one piece; its record: `passed`, `seconds`, `at`, `numbers`, and `said` of one that failed.
 
     Args:
+        log: takes everything that the piece prints.
         small: on a CPU, with models that it can do in a while.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-") as name:
         folder = Path(name)
-        with (folder / "output").open("w+") as output:
+        with log.open("w") as output:
             try:
                 status = subprocess.run(
                     piece.command(folder, small),
@@ -100,8 +101,6 @@ def run_piece(piece: Piece, small: bool, environ: Mapping[str, str] = os.environ
                 ).returncode
             except subprocess.TimeoutExpired:
                 status = None
-            output.seek(0)
-            lines = output.read().splitlines()
         record = {
             "passed": status == 0,
             "seconds": round(time.monotonic() - started, 1),
@@ -110,7 +109,7 @@ def run_piece(piece: Piece, small: bool, environ: Mapping[str, str] = os.environ
         }
     if status != 0:
         reason = f"stopped after {LIMIT_SECONDS} s" if status is None else f"exit status {status}"
-        record["said"] = [*lines[-SHOWN_LINES:], reason]
+        record["said"] = [*log.read_text(errors="replace").splitlines()[-SHOWN_LINES:], reason]
     return record
 
 

@@ -51,7 +51,7 @@ def test_tests_are_counted_and_failures_named(tmp_path, monkeypatch):
         "def test_left_out(): pytest.skip('no GPU')\n"
     )
     piece = Piece("some tests", ("-m", "pytest", "test_some.py"), tests=True)
-    record = run_piece(piece, small=True)
+    record = run_piece(piece, tmp_path / "log", small=True)
     assert not record["passed"] and any("1 failed, 1 passed, 1 skipped" in line for line in record["said"])
     assert record["numbers"] == {
         "passed": 1,
@@ -65,7 +65,8 @@ def test_tests_are_counted_and_failures_named(tmp_path, monkeypatch):
 
 def test_a_piece_that_takes_too_long_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "LIMIT_SECONDS", 1)
-    record = run_piece(Piece("sleeps", ("-c", "import time; print('begun', flush=True); time.sleep(60)")), small=True)
+    piece = Piece("sleeps", ("-c", "import time; print('begun', flush=True); time.sleep(60)"))
+    record = run_piece(piece, tmp_path / "log", small=True)
     assert not record["passed"] and record["said"] == ["begun", "stopped after 1 s"] and record["seconds"] < 30
 
 
