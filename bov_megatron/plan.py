@@ -1,16 +1,21 @@
-"""Report of a recipe's costs: parameters, FLOPs, steps, memory per rank, checkpoint size, time. Doesn't need torch."""
+"""Report of a recipe's costs: parameters, FLOPs, steps, memory and messages per rank, checkpoint size, time. Doesn't
+need torch."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bov_megatron.errors import RecipeError
-from bov_megatron.recipe import ModelConfig, Recipe, memory, pipeline
+from bov_megatron.recipe import ModelConfig, Recipe, memory, pipeline, traffic
 from bov_megatron.recipe.checks import check_recipe
-from bov_megatron.recipe.gpus import DEFAULT_GPU, GPUS
+from bov_megatron.recipe.gpus import DEFAULT_GPU, GPUS, Gpu
 from bov_megatron.recipe.layout_checks import data_parallel_size
 from bov_megatron.recipe.quantities import effective_rates, flops_per_token, parameter_counts, stage_flops, total_steps
+from bov_megatron.recipe.roofline import Roofline, bubble_share, roofline
+from bov_megatron.recipe.work import work_of_stage
 
 DEFAULT_PEAK_FLOPS = GPUS[DEFAULT_GPU].peak_flops
 DEFAULT_MFU = 0.40
@@ -54,12 +59,25 @@ class Plan:
     checkpoint_bytes: int
     value_cache_bytes_per_token: dict[str, int]
     """Per token of context while decoding, all layers: with `projection` everywhere, and `this_model`."""
+    collectives: list[dict[str, Any]]
+    """Of one rank of the stage whose step takes longest: `kind`, `group`, `group_size`, `bytes` per step."""
+    gpu: str
+    step_seconds: float
+    """The least that a step takes on `gpu`, by the roofline (recipe/roofline.py); 0 with DeepSpeed, whose messages are
+    not counted."""
+    roofline: dict[str, float]
+    """Its parts, in seconds: `compute`, `memory`, `links` and `bubble`."""
+    bottleneck: str
     time_estimate: dict[str, float]
-    """`seconds`, with the assumed `mfu` and `peak_flops` of each device."""
+    """`seconds` of the whole run, with the assumed `mfu` and `peak_flops` of each device."""
 
 
 def plan(
-    recipe: Recipe, world_size: int | None = None, mfu: float = DEFAULT_MFU, peak_flops: float | None = None
+    recipe: Recipe,
+    world_size: int | None = None,
+    mfu: float = DEFAULT_MFU,
+    peak_flops: float | None = None,
+    gpu: Gpu = GPUS[DEFAULT_GPU],
 ) -> Plan:
     """Costs of `recipe` on `world_size` ranks (default: one copy of the model).
 
@@ -78,6 +96,8 @@ def plan(
     worst = max(stages, key=lambda stage: sum(stage.values()))
     peak = peak_flops or recipe.logging.peak_flops or DEFAULT_PEAK_FLOPS
     flops_total = flops * steps * recipe.batch_tokens
+    times = [least_time(recipe, layers, data_parallel, stage, gpu) for stage in range(len(layers))]
+    messages, least = max(times, key=lambda stage: stage[1].seconds)
     return Plan(
         name=recipe.name,
         parameters=sum(counts.values()),
@@ -106,12 +126,32 @@ def plan(
         host_memory_per_rank_bytes=max(memory.host_memory_by_stage(recipe, layers, data_parallel)),
         checkpoint_bytes=memory.checkpoint_bytes(recipe),
         value_cache_bytes_per_token=_value_cache(model),
+        collectives=[dataclasses.asdict(message) for message in messages],
+        gpu=gpu.name,
+        step_seconds=least.seconds,
+        roofline={field.name: getattr(least, field.name) for field in dataclasses.fields(Roofline)},
+        bottleneck=least.bottleneck,
         time_estimate={
             "seconds": flops_total / (world_size * peak * mfu),
             "mfu": mfu,
             "peak_flops": peak,
         },
     )
+
+
+def least_time(
+    recipe: Recipe, layers: list[list[range]], data_parallel: int, stage: int, gpu: Gpu = GPUS[DEFAULT_GPU]
+) -> tuple[list[traffic.Messages], Roofline]:
+    """Messages and roofline of a rank of a pipeline stage."""
+    parallel, train = recipe.parallel, recipe.train
+    bubble = bubble_share(
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+        train.global_batch_size // train.micro_batch_size // data_parallel,
+    )
+    messages = traffic.traffic_of_stage(recipe, layers, data_parallel, stage)
+    within = [(message.span <= gpu.node_gpus, message.bytes) for message in messages]
+    return messages, roofline(gpu, *work_of_stage(recipe, layers[stage], data_parallel, stage), within, bubble)
 
 
 def _flops_share(recipe: Recipe, layers: list[list[range]]) -> list[float]:
@@ -178,6 +218,22 @@ def format_plan(plan: Plan) -> str:
             "Values cached",
             f"{format_size(p.value_cache_bytes_per_token['this_model'])} a token when decoding in bf16",
             [("  with projection", format_size(p.value_cache_bytes_per_token["projection"]))],
+        ),
+        (
+            "Step",
+            f"{1e3 * p.step_seconds:,.1f} ms at the least on {p.gpu}; bottleneck: {p.bottleneck}",
+            [(f"  {part}", f"{1e3 * seconds:,.1f} ms") for part, seconds in p.roofline.items() if seconds],
+        ),
+        (
+            "Collectives",
+            f"{format_size(sum(message['bytes'] for message in p.collectives))} per step and rank",
+            [
+                (
+                    f"  {message['kind'].replace('_', '-')}",
+                    f"{format_size(message['bytes']):<12}over {message['group']} {message['group_size']:,}",
+                )
+                for message in p.collectives
+            ],
         ),
         (
             "Time",

@@ -27,6 +27,7 @@ SEES = {
     "evaluation": ("recipe", "parallel", "model", "engines", "lifecycle", "checkpoint", "data", "exchange"),
     "training": ("recipe", "parallel", "model", "optim", "engines", "lifecycle", "checkpoint", "data", "evaluation"),
     "plan": ("recipe",),
+    "simulation": ("recipe", "parallel", "model", "optim", "engines", "data", "training", "plan"),
     "plotting": ("recipe", "lifecycle"),
     "preflight": ("recipe", "parallel", "lifecycle", "checkpoint", "data", "evaluation", "plan", "plotting"),
     "train": ("recipe", "parallel", "lifecycle", "training", "plan", "preflight"),
@@ -36,7 +37,7 @@ SEES = {
     ),
     "commands": (
         *("recipe", "lifecycle", "checkpoint", "data", "exchange", "evaluation", "plan", "plotting", "train"),
-        *("studies", "inspection"),
+        *("studies", "inspection", "simulation"),
     ),
 }
 MODULES = {

@@ -17,6 +17,7 @@ from bov_megatron.lifecycle.signals import Listener, speaks
 
 COMMANDS = {
     "plan": ("bov_megatron.commands.plan", "what a recipe costs, before anything runs"),
+    "simulate": ("bov_megatron.commands.simulate", "a step of one rank in a world of any size, without a GPU"),
     "train-tokenizer": ("bov_megatron.commands.train_tokenizer", "train a byte-level BPE tokenizer on text"),
     "prepare-data": ("bov_megatron.commands.prepare_data", "tokenize text and pack it into shards for training"),
     "train": ("bov_megatron.train", "train the model of a recipe or go on with its run, on one rank"),

@@ -92,6 +92,8 @@ def _make_twin(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
     ranks = dist.get_process_group_ranks(group)
     _, store = distributed_c10d._world.pg_map[distributed_c10d._get_default_group()]
     name = distributed_c10d.GroupName(f"{group.group_name}/{backend}")
+    if dist.get_backend(group) == "fake":  # the other ranks of a simulation don't exist
+        backend = "fake"
     made, _ = distributed_c10d._new_process_group_helper(
         len(ranks), group.rank(), ranks, dist.Backend(backend), store, name, timeout=TIMEOUT
     )

@@ -27,6 +27,7 @@ VARIANTS = 32
 
 # Global because torch's compiler is: one setting serves all modules of this process, from `enable` on.
 _enabled = False
+_stand_in: Callable[..., Any] | None = None
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -57,6 +58,8 @@ def region(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(*arguments, **options):
+        if _stand_in is not None:
+            return _stand_in(function, *arguments, **options)
         return compiled()(*arguments, **options) if _enabled else function(*arguments, **options)
 
     return run  # type: ignore[return-value]
@@ -71,3 +74,14 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         _enabled = before
+
+
+@contextlib.contextmanager
+def replaced_by(stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Context manager: call `stand_in(function, *arguments)` for every region."""
+    global _stand_in
+    before, _stand_in = _stand_in, stand_in
+    try:
+        yield
+    finally:
+        _stand_in = before

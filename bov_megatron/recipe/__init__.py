@@ -1,6 +1,7 @@
 """The configuration of a run, and what follows from it by arithmetic. Imports no torch, so that `plan` starts fast.
 
-Import order: value_sources, limits -> fields -> parameters -> quantities -> memory -> pipeline -> checks -> loading.
+Import order: value_sources, limits -> fields -> parameters -> quantities -> memory -> pipeline, traffic, work ->
+checks -> loading.
 """
 
 from bov_megatron.errors import RecipeError

@@ -1,8 +1,8 @@
 """Gradients are reduced to the ranks that update with them, and to no others."""
 
 from bov_megatron.recipe import ValueConfig, recipe_from_dict
+from bov_megatron.simulation.collectives import Traffic
 from tests.support.distributed import run_ranks
-from tests.support.fake_world import Traffic
 from tests.support.parity import (
     batch,
     gather_gradients,

@@ -8,8 +8,9 @@ from bov_megatron.optim.groups import group_settings
 from bov_megatron.optim.optimizer import assign_rows
 from bov_megatron.optim.parameter_shard import ParameterShard
 from bov_megatron.recipe import load_recipe
+from bov_megatron.simulation.collectives import Traffic, fake_world
 from tests.support.distributed import run_ranks
-from tests.support.fake_world import Traffic, fake_parameters, fake_world
+from tests.support.fake_world import fake_parameters
 
 ONE_RANK = ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]
 
