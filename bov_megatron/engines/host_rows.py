@@ -11,7 +11,8 @@ So a step moves what it touches. Rows that a rank hasn't asked for are old on it
 brings all of them to whoever reads whole tables: validation, checkpoints.
 
 Shapes: N data- and context-parallel ranks, R rows of a table on this rank, K its columns, U rows that this rank's
-micro-batches read, A rows of this rank's part that other ranks and itself have asked for, rank by rank.
+micro-batches read, A rows of this rank's part that other ranks and itself have asked for, rank by rank. Messages hold
+the same rows of all tables, side by side.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def hidden_from_megatron(tables: Sequence[ValueTable]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Exchange:
-    """Who reads which rows in a step; of all tables, which have the same rows."""
+    """Who reads which rows in a step; of all tables."""
 
     read_U: Tensor
     """Ascending, and so by owner."""
@@ -66,13 +67,13 @@ class _Exchange:
     """They add up to A."""
     group: dist.ProcessGroup
 
-    def to_readers(self, rows_AK: Tensor) -> Tensor:
-        """`[U, K]`; collective."""
-        return self._all_to_all(rows_AK, self.read_counts_N, self.asked_counts_N)
+    def to_readers(self, rows_A: Tensor) -> Tensor:
+        """`[A, …]` -> `[U, …]`; collective."""
+        return self._all_to_all(rows_A, self.read_counts_N, self.asked_counts_N)
 
-    def to_owners(self, rows_UK: Tensor) -> Tensor:
-        """`[A, K]`; collective."""
-        return self._all_to_all(rows_UK, self.asked_counts_N, self.read_counts_N)
+    def to_owners(self, rows_U: Tensor) -> Tensor:
+        """`[U, …]` -> `[A, …]`; collective."""
+        return self._all_to_all(rows_U, self.asked_counts_N, self.read_counts_N)
 
     def _all_to_all(self, sent: Tensor, received_N: list[int], sent_N: list[int]) -> Tensor:
         received = sent.new_empty(sum(received_N), *sent.shape[1:])
@@ -119,10 +120,9 @@ class HostRows:
         host_tables.wait_for_additions()
         if self.group.size() == 1:
             return
-        exchange = self._exchange
-        for weight in self._weights:
-            gradient = weight.main_grad
-            received_AK = exchange.to_owners(gradient[exchange.read_U].div_(self.group.size()))
+        exchange, gradients = self._exchange, [weight.main_grad for weight in self._weights]
+        received = exchange.to_owners(_of_all(gradients, exchange.read_U).div_(self.group.size()))
+        for gradient, received_AK in zip(gradients, received.chunk(len(gradients), dim=1), strict=True):
             gradient.index_fill_(0, exchange.read_U, 0)
             gradient.index_add_(0, exchange.asked_A, received_AK)  # on a CPU, in this order
         self._with_gradient = exchange.asked_A.unique()
@@ -134,8 +134,9 @@ class HostRows:
             weight.main_grad.index_fill_(0, self._with_gradient, 0)
 
     def _get_rows(self) -> None:
-        for weight in self._weights:
-            weight[self._exchange.read_U] = self._exchange.to_readers(weight[self._exchange.asked_A])
+        received = self._exchange.to_readers(_of_all(self._weights, self._exchange.asked_A))
+        for weight, rows_UK in zip(self._weights, received.chunk(len(self._weights), dim=1), strict=True):
+            weight[self._exchange.read_U] = rows_UK
 
     def _rows_of(self, micro_batches: Sequence[Tensor]) -> Tensor:
         """Rows that this rank's part of the micro-batches reads, of those it holds; ascending."""
@@ -165,9 +166,10 @@ class HostRows:
         longest = int(counts_N.max())
         held = torch.arange(longest) < counts_N[:, None]
         rows = self._all_gather(own, longest)[held]
-        for weight in self._weights:
-            gradient = weight.main_grad
-            gradient[rows] = self._all_gather(gradient[own], longest)[held]
+        gradients = [weight.main_grad for weight in self._weights]
+        sums = self._all_gather(_of_all(gradients, own), longest)[held]
+        for gradient, sums_of_table in zip(gradients, sums.chunk(len(gradients), dim=1), strict=True):
+            gradient[rows] = sums_of_table
         self._with_gradient = rows
 
     def _all_gather(self, mine: Tensor, longest: int) -> Tensor:
@@ -176,3 +178,8 @@ class HostRows:
         gathered = padded.new_empty(self.group.size() * longest, *mine.shape[1:])
         dist.all_gather_into_tensor(gathered, padded, group=self.group)
         return gathered.unflatten(0, (self.group.size(), longest))
+
+
+def _of_all(tensors: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """These rows of all tables side by side, for one message to a rank instead of one per table."""
+    return torch.cat([tensor[rows] for tensor in tensors], dim=1)
