@@ -1,13 +1,17 @@
 """Reading checkpoints, in any layout of ranks, whichever layout wrote them.
 
-A checkpoint whose files differ from its manifest is reported and set aside, and the one before it is used.
+A checkpoint whose files differ from its manifest is reported and set aside, and the one before it is used. What all
+ranks need, manifest, common state and index, rank 0 reads and sends: thousands of ranks that open the same small files
+are what a shared file system is worst at.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
+import pickle
 import socket
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,13 +22,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.mapping import apply_factory_merges
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from bov_megatron.checkpoint import compatibility, manifest, writing
-from bov_megatron.checkpoint.manifest import Damage
+from bov_megatron.checkpoint.manifest import Damage, Manifest
 from bov_megatron.checkpoint.writing import flush, sharded_state
 from bov_megatron.engines.base import Engine
 from bov_megatron.errors import CheckpointError
@@ -35,7 +48,7 @@ from bov_megatron.parallel.agreement import gather_items, on_all_ranks, on_first
 from bov_megatron.parallel.parameter import LocalParameter
 
 READ_BYTES = 256 << 20
-"""Each read opens the checkpoint's index anew, which takes longer than a small tensor."""
+"""All ranks plan each read together, which takes longer than a small tensor."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +77,18 @@ def load(engine: Engine, path: Path, contents: bool = False) -> Loaded:
     """
     if damage := verify(path, contents):
         raise _damaged(path, damage[0])
-    stored = read_run(path)
-    compatibility.check_same_model(stored["recipe"], engine.recipe, path)
+    stored = _read_for_all(path)
+    run = stored.common["run"]
+    compatibility.check_same_model(run["recipe"], engine.recipe, path)
     if engine.optimizer is not None:
-        compatibility.check_same_optimizer(stored, engine.recipe, path)
+        compatibility.check_same_optimizer(run, engine.recipe, path)
     state = sharded_state(engine)
-    optimizer_state = state.pop("optimizer") if stored.get("weights_only") and engine.optimizer is not None else None
-    loaded = _load_tensors(state, path)
+    optimizer_state = state.pop("optimizer") if run.get("weights_only") and engine.optimizer is not None else None
+    loaded = _load_tensors(state, stored)
     if optimizer_state is not None:
-        loaded["optimizer"] = _new_optimizer_state(engine, optimizer_state, path, stored["step"])
+        loaded["optimizer"] = _new_optimizer_state(engine, optimizer_state, stored)
     engine.load_state(loaded["model"], loaded.get("optimizer"))
-    return Loaded(stored["step"], stored["recipe"], stored["extra"])
+    return Loaded(run["step"], run["recipe"], run["extra"])
 
 
 def read_weights(engine: Engine, path: Path) -> Iterator[tuple[LocalParameter, Tensor]]:
@@ -85,7 +99,8 @@ def read_weights(engine: Engine, path: Path) -> Iterator[tuple[LocalParameter, T
     """
     if damage := verify(path, contents=True):
         raise _damaged(path, damage[0])
-    compatibility.check_same_model(read_run(path)["recipe"], engine.recipe, path)
+    stored = _read_for_all(path)
+    compatibility.check_same_model(stored.common["run"]["recipe"], engine.recipe, path)
     chunks = sharded_state(engine)["model"]
     for number, chunk in enumerate(engine.chunks):
         for batch in _batches(chunk.local_parameters):
@@ -94,7 +109,7 @@ def read_weights(engine: Engine, path: Path) -> Iterator[tuple[LocalParameter, T
                 sharded = chunks[str(number)][local.qualified_name]
                 empty = torch.empty(sharded.local_shape, dtype=sharded.dtype)
                 wanted[local.qualified_name] = dataclasses.replace(sharded, data=empty)
-            found = _load_tensors({"model": {str(number): wanted}}, path)["model"][str(number)]
+            found = _load_tensors({"model": {str(number): wanted}}, stored)["model"][str(number)]
             for local in batch:
                 yield local, found.pop(local.qualified_name)
 
@@ -111,24 +126,74 @@ def _batches(parameters: Sequence[LocalParameter]) -> Iterator[list[LocalParamet
         yield batch
 
 
-def _load_tensors(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Megatron's sharded state dict with the checkpoint's tensors; collective."""
-    strategy = FullyParallelLoadStrategyWrapper(
-        get_default_load_sharded_strategy(str(path)),
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
-    )
+@dataclass(frozen=True)
+class _Stored:
+    """What every rank needs of a checkpoint's small files."""
+
+    path: Path
+    common: dict[str, Any]
+    """State that isn't sharded."""
+    index: Metadata
+    """Where each tensor lies."""
+
+
+def _read_for_all(path: Path) -> _Stored:
+    """Read by rank 0 and sent; collective."""
+
+    def read() -> tuple[dict, bytes]:
+        try:
+            get_default_load_sharded_strategy(str(path))  # raises for another format
+            return _read_common(path), (path / writing.INDEX_FILE).read_bytes()
+        except (CheckpointingException, OSError) as error:
+            raise _damaged(path, error) from error
+
+    common, index = on_first_rank(read)
     try:
-        with warnings.catch_warnings():  # Megatron-core 0.16.1 uses a deprecated name of torch
-            warnings.simplefilter("ignore", FutureWarning)
-            return dist_checkpointing.load(state, str(path), strategy)
-    except CheckpointException as error:  # torch's, with the failures of all ranks; a BaseException
-        raise _damaged(path, next(iter(error.failures.values()))[0]) from error
-    except Exception as error:  # Megatron has its own types, and there are OSErrors
+        return _Stored(path, common, pickle.loads(index))
+    except Exception as error:  # a pickle that is damaged raises anything
         raise _damaged(path, error) from error
 
 
-def _new_optimizer_state(engine: Engine, state: dict[str, Any], path: Path, step: int) -> dict[str, Any]:
-    """The state of an optimizer that begins at `step`, with main weights from the weights in a checkpoint; collective.
+class _LoadStrategy(TorchDistLoadShardedStrategy):
+    """Megatron's strategy with an index that has been read."""
+
+    def __init__(self, stored: _Stored):
+        super().__init__()
+        self._reader = CachedMetadataFileSystemReader(stored.path)
+        self._reader._cached_metadata = stored.index
+
+    def load(self, sharded_state_dict, checkpoint_dir):
+        made, torch_strategy._get_filesystem_reader = (
+            torch_strategy._get_filesystem_reader,
+            lambda *_, **__: self._reader,
+        )
+        try:
+            return super().load(sharded_state_dict, checkpoint_dir)
+        finally:
+            torch_strategy._get_filesystem_reader = made
+
+
+def _load_tensors(state: dict[str, Any], stored: _Stored) -> dict[str, Any]:
+    """Megatron's sharded state dict with the checkpoint's tensors, and the state that isn't sharded; collective."""
+    # As megatron.core.dist_checkpointing.load, without reading small files and without comparing all ranks' shards.
+    force_all_tensors_to_non_fp8(state)
+    sharded, not_stored, factories = load_preprocess(state)
+    sharded, _ = extract_sharded_base(sharded)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    try:
+        with warnings.catch_warnings():  # Megatron-core 0.16.1 uses a deprecated name of torch
+            warnings.simplefilter("ignore", FutureWarning)
+            loaded = FullyParallelLoadStrategyWrapper(_LoadStrategy(stored), group).load(sharded, stored.path)
+    except CheckpointException as error:  # torch's, with the failures of all ranks; a BaseException
+        raise _damaged(stored.path, next(iter(error.failures.values()))[0]) from error
+    except Exception as error:  # Megatron has its own types, and there are OSErrors
+        raise _damaged(stored.path, error) from error
+    common = merge(merge(copy.deepcopy(stored.common), not_stored), loaded)
+    return apply_factory_merges(common, factories)
+
+
+def _new_optimizer_state(engine: Engine, state: dict[str, Any], stored: _Stored) -> dict[str, Any]:
+    """The state of an optimizer that begins at a checkpoint's step, with main weights from its weights; collective.
 
     Args:
         state: the optimizer's sharded state.
@@ -136,7 +201,8 @@ def _new_optimizer_state(engine: Engine, state: dict[str, Any], path: Path, step
     tensors = {name: tensor.data.zero_() for name, tensor in state["state"].items()}
     if engine.recipe.train.precision == "bf16":
         # Not from the model, whose weights are rounded. Apart from it, because both have the same keys.
-        tensors |= _load_tensors({"main": main_weights(state)}, path).get("main", {})
+        tensors |= _load_tensors({"main": main_weights(state)}, stored).get("main", {})
+    step = stored.common["run"]["step"]
     return {"step": step, "moments_since": step, "state": tensors}
 
 
@@ -170,24 +236,40 @@ def verify(path: Path, contents: bool) -> list[Damage]:
 
     Raises CheckpointError where a rank cannot see or read the folder.
     """
-    damage = gather_items(on_all_ranks(lambda: _damage_of_share(path, contents)))
-    damage = list(dict.fromkeys(damage))  # every rank reads the manifest
-    manifest_only = [item.file for item in damage] == [manifest.MANIFEST_FILE]
-    if manifest_only and on_first_rank(lambda: is_without_manifest(path)):
+    on_all_ranks(lambda: _check_visible(path))
+    listed = on_first_rank(lambda: _read_manifest(path))
+    if isinstance(listed, Damage):
+        if not on_first_rank(lambda: is_without_manifest(path)):
+            return [listed]
         if contents and dist.get_rank() == 0:
             warn(f"checkpoint {path} is from an earlier version without manifests: its files are not verified")
         return []
-    return damage
+    return gather_items(on_all_ranks(lambda: _damage_of_share(path, listed, contents)))
 
 
-def _damage_of_share(path: Path, contents: bool) -> list[Damage]:
-    problem = None if path.is_dir() else f"{path} does not exist"
+def _check_visible(path: Path) -> None:
+    if not path.is_dir():
+        raise _unreadable(f"{path} does not exist")
+
+
+def _read_manifest(path: Path) -> Manifest | Damage:
     try:
-        if problem is None:
-            return manifest.find_damage(path, contents, dist.get_rank(), dist.get_world_size())
+        return manifest.read_manifest(path)
+    except manifest.ManifestError as error:
+        return error.damage
     except OSError as error:
-        problem = f"{error.filename}: {error.strerror}"
-    raise CheckpointError(
+        raise _unreadable(f"{error.filename}: {error.strerror}") from error
+
+
+def _damage_of_share(path: Path, listed: Manifest, contents: bool) -> list[Damage]:
+    try:
+        return manifest.compare(path, listed, contents, dist.get_rank(), dist.get_world_size())
+    except OSError as error:
+        raise _unreadable(f"{error.filename}: {error.strerror}") from error
+
+
+def _unreadable(problem: str) -> CheckpointError:
+    return CheckpointError(
         f"{problem} (host {socket.gethostname()}): the run folder must be on a file system that all nodes share, and "
         "readable there"
     )
@@ -195,6 +277,11 @@ def _damage_of_share(path: Path, contents: bool) -> list[Damage]:
 
 def read_run(path: Path) -> dict[str, Any]:
     """Step, recipe and extra of a checkpoint, without its tensors and without process groups."""
+    return _read_common(path)["run"]
+
+
+def _read_common(path: Path) -> dict[str, Any]:
+    """State of a checkpoint that isn't sharded, with what `read_run` returns as `run`."""
     try:
         common = dist_checkpointing.load_common_state_dict(str(path))
     except Exception as error:  # Megatron's own types, or torch's for a damaged file
@@ -206,7 +293,7 @@ def read_run(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format version {version}, this code reads {writing.FORMAT_VERSION}; use the code that wrote it"
         )
-    return common["run"]
+    return common
 
 
 def is_without_manifest(path: Path) -> bool:

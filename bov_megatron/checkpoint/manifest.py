@@ -95,7 +95,16 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def find_damage(folder: Path, contents: bool, share: int = 0, shares: int = 1) -> list[Damage]:
+def find_damage(folder: Path, contents: bool) -> list[Damage]:
+    """Files of a checkpoint that differ from its manifest. `contents`, and what is raised: as for `compare`."""
+    try:
+        manifest = read_manifest(folder)
+    except ManifestError as error:
+        return [error.damage]
+    return compare(folder, manifest, contents)
+
+
+def compare(folder: Path, manifest: Manifest, contents: bool, share: int = 0, shares: int = 1) -> list[Damage]:
     """Files of a checkpoint that differ from its manifest.
 
     Args:
@@ -104,10 +113,6 @@ def find_damage(folder: Path, contents: bool, share: int = 0, shares: int = 1) -
 
     Raises OSError for a file that exists but can't be read, except for bad disks.
     """
-    try:
-        manifest = read_manifest(folder)
-    except ManifestError as error:
-        return [error.damage]
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
     damages = (_damage_of(folder, name, manifest.files[name], contents) for name in by_size[share::shares])
     return [damage for damage in damages if damage]

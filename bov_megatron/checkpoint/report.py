@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from bov_megatron.checkpoint.loading import is_without_manifest, read_run
-from bov_megatron.checkpoint.manifest import Damage, ManifestError, find_damage, read_manifest
+from bov_megatron.checkpoint.manifest import Damage, ManifestError, compare, find_damage, read_manifest
 from bov_megatron.errors import CheckpointError
 from bov_megatron.lifecycle import run_folder
 from bov_megatron.lifecycle.run_folder import CHECKPOINTS, DAMAGED, SAVING
@@ -153,9 +153,13 @@ def _describe(folder: Path) -> dict[str, Any]:
 
 
 def _damage_of(folder: Path) -> list[Damage]:
+    try:
+        manifest = read_manifest(folder)
+    except ManifestError as error:
+        return [error.damage]
     with ThreadPoolExecutor(READERS) as pool:
-        parts = pool.map(lambda share: find_damage(folder, True, share, READERS), range(READERS))
-    return list(dict.fromkeys(damage for part in parts for damage in part))
+        parts = pool.map(lambda share: compare(folder, manifest, True, share, READERS), range(READERS))
+    return [damage for part in parts for damage in part]
 
 
 def _tensors(path: Path) -> list[dict[str, Any]]:

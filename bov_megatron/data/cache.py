@@ -37,6 +37,9 @@ class Cache:
             raise DataError(f"data remote and path are the same folder, {remote}; leave remote out")
         self._closing = threading.Event()
 
+    def __reduce__(self) -> tuple:  # to send it to another process, without its event
+        return Cache, (self.folder, self.remote)
+
     def close(self) -> None:
         """Make every thread that waits for the remote raise DataError."""
         self._closing.set()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bov_megatron.data.order import SampleOrder, SkippedBatches, digest
-from bov_megatron.data.shards import SplitReader, open_data_sets, streams_of
+from bov_megatron.data.shards import DataSet, SplitReader, open_data_sets, streams_of
 from bov_megatron.data.tokenizer import load_bytes_per_token
 from bov_megatron.errors import DataError
 from bov_megatron.recipe import DataConfig
@@ -48,6 +48,7 @@ class TrainLoader:
         start_step: 0-based step of the first batch.
         skipped: windows of the order to leave out, pairs (first, last) of 0-based places.
         tokenizer_hash: a checkpoint's, to refuse data of another tokenizer.
+        data_sets: those of `data`, where they are open already.
 
     The global batch depends on step and skipped windows only, not on data_parallel_size.
     Raises DataError, also from `next()`, and RecipeError where the batch does not divide. Close it, or use it as a
@@ -67,11 +68,12 @@ class TrainLoader:
         start_step: int = 0,
         skipped: Sequence[tuple[int, int]] = (),
         tokenizer_hash: str | None = None,
+        data_sets: Sequence[DataSet] | None = None,
     ) -> None:
         micro_batches_per_rank(global_batch_size, micro_batch_size, data_parallel_size)  # raises if not a whole number
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise DataError(f"data_parallel_rank {data_parallel_rank} is not in [0, {data_parallel_size})")
-        self.data_sets = open_data_sets(data, sequence_length, vocab_size, tokenizer_hash)
+        self.data_sets = data_sets or open_data_sets(data, sequence_length, vocab_size, tokenizer_hash)
         self._splits = [data_set.split("train") for data_set in self.data_sets]
         self.order = SampleOrder(
             [split.shard_sizes for split in self._splits],
@@ -186,8 +188,9 @@ class ValidationLoader:
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
         tokenizer_hash: str | None = None,
+        data_sets: Sequence[DataSet] | None = None,
     ) -> None:
-        data_sets = open_data_sets(data, sequence_length, vocab_size, tokenizer_hash)
+        data_sets = data_sets or open_data_sets(data, sequence_length, vocab_size, tokenizer_hash)
         held_out = [data_set for data_set in data_sets if "val" in data_set.manifest.splits] or data_sets[:1]
         self._splits = [data_set.split("val") for data_set in held_out]
         self.tokenizer_folder = data_sets[0].tokenizer_folder

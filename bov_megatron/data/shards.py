@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from bov_megatron.data.cache import Cache, find_damage
+from bov_megatron.data.checked import CheckedFiles
 from bov_megatron.data.manifest import COLUMN, MANIFEST_NAME, Manifest, read_manifest
 from bov_megatron.errors import DataError
 from bov_megatron.recipe import DataConfig, StreamConfig
@@ -25,11 +26,15 @@ INDEX_NAME = "index.json"
 class DataSet:
     """A prepared data set in `folder`, which is the local cache of `remote` if that is given.
 
-    Raises DataError if it is missing, incomplete or differs from `remote`.
+    Raises DataError if it is missing, incomplete or differs from `remote`. Can be sent to other processes, which then
+    read no manifest and no index.
     """
 
     def __init__(self, folder: str | Path, remote: str | None = None) -> None:
         self.folder = Path(folder).expanduser()
+        self.checked: CheckedFiles | None = None
+        """What processes of this machine have checked; None: this process checks every shard that it reads."""
+        self._indexes: dict[str, list[dict]] = {}
         self.cache = Cache(self.folder, remote) if remote else None
         if self.cache:
             self.cache.get_manifest()
@@ -52,6 +57,12 @@ class DataSet:
             )
         return SplitReader(self, name)
 
+    def index(self, name: str) -> list[dict]:
+        """The shards of a split, as in its MDS index. Raises DataError if it is missing or isn't the manifest's."""
+        if name not in self._indexes:
+            self._indexes[name] = _read_index(self, name)
+        return self._indexes[name]
+
 
 class SplitReader:
     """The samples of one split, by id from 0 to `num_samples` - 1 in the order of the index. Thread-safe."""
@@ -62,19 +73,20 @@ class SplitReader:
         manifest = data_set.manifest
         self.length = manifest.sequence_length + 1
         self.vocab_size = manifest.vocab_size
-        self._shards = read_index(data_set, name)
+        self._shards = data_set.index(name)
         self.shard_sizes = np.array([shard["samples"] for shard in self._shards], dtype=np.int64)
         self._ends = np.cumsum(self.shard_sizes)
         self.num_samples = int(self.shard_sizes.sum())
         self._readers: dict[int, object] = {}
         self._lock = threading.Lock()
+        self._first_checked = data_set.checked.reserve(len(self._shards)) if data_set.checked else 0
         import streaming  # noqa: F401  not at the top: it takes seconds
 
     def read(self, samples: np.ndarray) -> np.ndarray:
         """Tokens of the samples with these ids: int64 `[len(samples), sequence_length + 1]`.
 
-        A shard's checksum is compared when it is first read. Raises DataError for a shard that is missing or damaged
-        and can't be fetched again, and for token ids beyond the vocabulary.
+        A shard's checksum is compared when it is first read, on each machine by one process. Raises DataError for a
+        shard that is missing or damaged and can't be fetched again, and for token ids beyond the vocabulary.
         """
         samples = np.asarray(samples, dtype=np.int64)
         tokens = np.empty((len(samples), self.length), dtype=np.int64)
@@ -123,6 +135,13 @@ class SplitReader:
         return reader
 
     def _check(self, shard: int) -> None:
+        info, path, checked = self._shards[shard]["raw_data"], self._path(shard), self.data_set.checked
+        if checked:
+            checked.once(self._first_checked + shard, lambda: self._compare(shard))
+        if not checked or find_damage(path, info["bytes"], None):  # gone since it was checked
+            self._compare(shard)
+
+    def _compare(self, shard: int) -> None:
         info, path, cache = self._shards[shard]["raw_data"], self._path(shard), self.data_set.cache
         if cache:
             cache.get(f"{self.name}/{info['basename']}", info["bytes"], info["hashes"])
@@ -133,8 +152,7 @@ class SplitReader:
             )
 
 
-def read_index(data_set: DataSet, name: str) -> list[dict]:
-    """The shards of a split, as in its MDS index. Raises DataError if it is missing or isn't the manifest's."""
+def _read_index(data_set: DataSet, name: str) -> list[dict]:
     split, path = data_set.manifest.splits[name], data_set.folder / name / INDEX_NAME
     if data_set.cache:
         data_set.cache.get(f"{name}/{INDEX_NAME}", hashes={"sha256": split.index_sha256})
@@ -154,7 +172,7 @@ def find_missing_shards(data_set: DataSet, name: str) -> tuple[int, list[Path]]:
     """How many shards a split has, and those that are not on this machine with the right size; nothing is read."""
     files = [
         (data_set.folder / name / shard["raw_data"]["basename"], shard["raw_data"]["bytes"])
-        for shard in read_index(data_set, name)
+        for shard in data_set.index(name)
     ]
     return len(files), [path for path, size in files if not path.is_file() or path.stat().st_size != size]
 

@@ -73,6 +73,11 @@ def export_world(world: World, environ: MutableMapping[str, str] = os.environ) -
     environ["MASTER_PORT"] = str(world.master_port)
 
 
+def is_first_of_node(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process reads for its node what all ranks there need; after `export_world`."""
+    return environ.get("LOCAL_RANK", "0") == "0"
+
+
 def expand_nodelist(nodelist: str) -> list[str]:
     """Host names of a Slurm node list such as `node[1-2,5],gpu-a[001-003]`, like `scontrol show hostnames`.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,10 @@ from megatron.core import parallel_state
 from bov_megatron import checkpoint, errors
 from bov_megatron.checkpoint import compatibility
 from bov_megatron.checkpoint.differences import find_differences, format_differences
+from bov_megatron.data.checked import CheckedFiles
 from bov_megatron.data.loader import TrainLoader, ValidationLoader
 from bov_megatron.data.prompts import Prompts
-from bov_megatron.data.shards import check_fingerprints, fingerprints
+from bov_megatron.data.shards import DataSet, check_fingerprints, fingerprints, open_data_sets
 from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import DataError, ThisRankError
@@ -167,7 +170,7 @@ def _find_stored(recipe: Recipe) -> StoredRun | None:
     path = checkpoint.newest_valid(recipe.run_dir)
     if path is None:
         return None
-    stored = on_all_ranks(lambda: checkpoint.read_run(path))
+    stored = on_first_rank(lambda: checkpoint.read_run(path))
     compatibility.check_same_data_order(stored, recipe, path)
     return StoredRun(path, stored["step"], stored["recipe"], stored["extra"])
 
@@ -187,9 +190,9 @@ def _trainer(recipe: Recipe, start: StoredRun | None, stop_request: StopRequest,
         on_all_ranks(lambda: checkpoint.load(engine, path))
     health = Health(recipe.health, start.extra.get("health") if start else None)
     _say("opening the data")
-    train_loader, validation_loader = on_all_ranks(lambda: _open_data(recipe, start, health))
-    bytes_per_token = on_all_ranks(validation_loader.bytes_per_token)
-    samples = on_all_ranks(lambda: _samples(recipe, validation_loader))
+    train_loader, validation_loader = _open_data(recipe, start, health)
+    bytes_per_token = on_first_rank(validation_loader.bytes_per_token)
+    samples = _samples(recipe, validation_loader)
     evaluation = on_all_ranks(lambda: _evaluation(recipe, validation_loader))
     jobs = EvaluationJobs(recipe, total_steps(recipe)) if recipe.evaluation.where == "slurm" else None
 
@@ -236,36 +239,78 @@ def _trainer(recipe: Recipe, start: StoredRun | None, stop_request: StopRequest,
 
 
 def _open_data(recipe: Recipe, start: StoredRun | None, health: Health) -> tuple[TrainLoader, ValidationLoader]:
+    """This rank's loaders; collective."""
+    tokenizer_hash = start.extra["tokenizer_hash"] if start else None
+    data_sets = _open_data_sets(recipe, tokenizer_hash)
+    if start and start.extra["shards"] is not None:  # None in a run that was converted from elsewhere
+        check_fingerprints(data_sets, start.extra["shards"], start.step)
     common = {
         "sequence_length": recipe.model.sequence_length,
         "vocab_size": recipe.model.vocab_size,
         "data_parallel_rank": parallel_state.get_data_parallel_rank(),
         "data_parallel_size": parallel_state.get_data_parallel_world_size(),
-        "tokenizer_hash": start.extra["tokenizer_hash"] if start else None,
+        "data_sets": data_sets,
     }
-    train_loader = TrainLoader(
-        recipe.data,
-        global_batch_size=recipe.train.global_batch_size,
-        micro_batch_size=recipe.train.micro_batch_size,
-        start_step=start.step if start else 0,
-        skipped=health.skipped_windows(),
-        **common,
-    )
-    if start and start.extra["shards"] is not None:  # None in a run that was converted from elsewhere
-        check_fingerprints(train_loader.data_sets, start.extra["shards"], start.step)
-    validation_loader = ValidationLoader(
-        recipe.data,
-        tokens=recipe.validation.tokens,
-        micro_batch_size=recipe.validation.micro_batch_size or recipe.train.micro_batch_size,
-        **common,
-    )
-    return train_loader, validation_loader
+
+    def open_loaders() -> tuple[TrainLoader, ValidationLoader]:
+        train_loader = TrainLoader(
+            recipe.data,
+            global_batch_size=recipe.train.global_batch_size,
+            micro_batch_size=recipe.train.micro_batch_size,
+            start_step=start.step if start else 0,
+            skipped=health.skipped_windows(),
+            **common,
+        )
+        validation_loader = ValidationLoader(
+            recipe.data,
+            tokens=recipe.validation.tokens,
+            micro_batch_size=recipe.validation.micro_batch_size or recipe.train.micro_batch_size,
+            **common,
+        )
+        return train_loader, validation_loader
+
+    return on_all_ranks(open_loaders)
+
+
+def _open_data_sets(recipe: Recipe, tokenizer_hash: str | None) -> list[DataSet]:
+    """Manifests and indexes are read by each node's first rank, and other ranks are sent what rank 0 found; collective.
+
+    A node's ranks then check shards together.
+    """
+
+    def read() -> list[DataSet]:
+        found = open_data_sets(recipe.data, recipe.model.sequence_length, recipe.model.vocab_size, tokenizer_hash)
+        for data_set in found:
+            for split in data_set.manifest.splits:
+                data_set.index(split)
+        return found
+
+    # A node may have copies or a cache of its own.
+    own = on_all_ranks(lambda: read() if launch.is_first_of_node() else [])
+    data_sets, start = on_first_rank(lambda: (own, os.urandom(8).hex()))
+
+    def compare() -> None:
+        if own and [data_set.manifest for data_set in own] != [data_set.manifest for data_set in data_sets]:
+            raise DataError(
+                f"node {socket.gethostname()} has other data in {', '.join(str(d.folder) for d in own)} than rank 0's; "
+                "copy the same data set to all nodes"
+            )
+
+    on_all_ranks(compare)
+    with contextlib.suppress(OSError):  # nowhere to tell other processes: each checks for itself
+        checked = CheckedFiles(start)
+        for data_set in data_sets:
+            data_set.checked = checked
+    dist.barrier()
+    if data_sets[0].checked:
+        data_sets[0].checked.remove_name()
+    return data_sets
 
 
 def _samples(recipe: Recipe, loader: ValidationLoader) -> Samples | None:
     if not recipe.validation.prompts:
         return None
-    return Samples(Prompts(recipe, loader.tokenizer_folder))
+    return Samples(on_first_rank(lambda: Prompts(recipe, loader.tokenizer_folder)))
 
 
 def _evaluation(recipe: Recipe, loader: ValidationLoader) -> Evaluation | None:

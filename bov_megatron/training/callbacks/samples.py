@@ -34,16 +34,18 @@ class Samples(Callback):
 
     def _add(self, trainer, record: dict[str, Any]) -> None:
         started = time.perf_counter()
-        if (texts := self._continue(trainer)) is None:
+        if (continuations := self._continue(trainer)) is None:
             return
-        record["samples"] = [
-            {"prompt": prompt, "text": text} for prompt, text in zip(self.prompts.texts, texts, strict=True)
-        ]
+        if dist.get_rank() == 0:  # which writes the line, and has the tokenizer
+            record["samples"] = [
+                {"prompt": prompt, "text": self.prompts.decode(ids)}
+                for prompt, ids in zip(self.prompts.texts, continuations, strict=True)
+            ]
         record["samples_seconds"] = time.perf_counter() - started
 
-    def _continue(self, trainer) -> list[str] | None:
-        """The continuations, the same on every rank; None where the run must stop; collective."""
-        bos = self.prompts.encoder.bos_token_id
+    def _continue(self, trainer) -> list[list[int]] | None:
+        """The continuations' ids, the same on every rank; None where the run must stop; collective."""
+        bos = self.prompts.bos_token_id
         begins = torch.tensor([len(ids) for ids in self.prompts.ids])
         ids_BT = torch.full((len(begins), self.length), bos)
         for row, ids in zip(ids_BT, self.prompts.ids, strict=True):
@@ -60,6 +62,4 @@ class Samples(Callback):
             if ended.all():
                 break
         stop = begins + done + 1
-        return [
-            self.prompts.decode(row[begin:end].tolist()) for row, begin, end in zip(ids_BT, begins, stop, strict=True)
-        ]
+        return [row[begin:end].tolist() for row, begin, end in zip(ids_BT, begins, stop, strict=True)]
