@@ -46,6 +46,8 @@ def check_same_data_order(run: dict, recipe: Recipe, path: Path) -> None:
     remedy = "resuming would reorder the data: restore the value, or start another run with name=…"
     _compare(stored["train"], now["train"], "train", set(now["train"]) - {"global_batch_size"}, path, remedy)
     free = {"num_workers", "prefetch_factor", "path", "remote"}
+    if now["data"]["num_canonical_nodes"] is None:  # that of the checkpoint
+        free.add("num_canonical_nodes")
     # A stream may move to another folder; its weight may not change.
     streams = {"streams": [stream["weight"] for stream in stored["data"]["streams"]]}
     streams_now = {"streams": [stream["weight"] for stream in now["data"]["streams"]]}

@@ -82,7 +82,7 @@ class TrainLoader:
             shuffle=data.shuffle,
             shuffle_seed=data.shuffle_seed,
             shuffle_block_size=data.shuffle_block_size,
-            num_canonical_nodes=data.num_canonical_nodes,
+            num_canonical_nodes=data.num_canonical_nodes or 1,
         )
         per_rank = global_batch_size // data_parallel_size
         self._slots = slice(data_parallel_rank * per_rank, (data_parallel_rank + 1) * per_rank)

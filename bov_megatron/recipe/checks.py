@@ -177,7 +177,7 @@ def _check_data(d: DataConfig, global_batch_size: int) -> None:
             raise RecipeError(f"data.streams[{i}].path={stream.path!r} is listed twice; give it one, larger weight")
     divides(
         ("train.global_batch_size", global_batch_size),
-        ("data.num_canonical_nodes", d.num_canonical_nodes),
+        ("data.num_canonical_nodes", d.num_canonical_nodes or 1),
         "each part of the data set gives a batch equally many samples",
     )
 

@@ -328,8 +328,9 @@ class DataConfig:
     """Seed of the sample order; independent of `train.seed`."""
     shuffle_block_size: Size = 65536
     """Samples that are shuffled together; a block spans whole shards."""
-    num_canonical_nodes: Size = 1
-    """Parts of the data set that are read in parallel, so that a node needs only some of the shards."""
+    num_canonical_nodes: Size | None = 1
+    """Parts of the data set that are read in parallel, so that a node needs only some of the shards; `null` means as
+    many as nodes that the run begins on, which it then keeps."""
     num_workers: Count = 1
     """Threads that read ahead on each rank; 0 reads when the step asks for its batch."""
     prefetch_factor: Size = 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from bov_megatron.errors import RecipeError
 from bov_megatron.recipe.fields import ModelConfig, ParallelConfig, Recipe
 from bov_megatron.recipe.limits import divides, divisors
@@ -59,6 +61,16 @@ def micro_batches_per_rank(global_batch_size: int, micro_batch_size: int, data_p
             f"{micro_batch_size} × {data_parallel_size} data-parallel ranks = {per_pass}; {remedy}"
         )
     return global_batch_size // per_pass
+
+
+def parts_of_data(recipe: Recipe, world_size: int, ranks_per_node: int) -> int:
+    """`data.num_canonical_nodes` with which a node's data-parallel ranks read one part of the data alone; fewer where
+    the batch is no multiple of the nodes."""
+    p = recipe.parallel
+    ranks_per_copy = p.tensor_model_parallel_size * p.context_parallel_size  # of a stage; stages come last
+    data_ranks_per_node = max(1, ranks_per_node // ranks_per_copy)
+    nodes = -(-data_parallel_size(recipe, world_size) // data_ranks_per_node)
+    return math.gcd(nodes, recipe.train.global_batch_size)
 
 
 def _check_overlap(p: ParallelConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import shutil
@@ -39,6 +40,7 @@ from bov_megatron.parallel.device import device
 from bov_megatron.parallel.launch import World
 from bov_megatron.recipe import Recipe
 from bov_megatron.recipe.identity import recipe_digest
+from bov_megatron.recipe.layout_checks import parts_of_data
 from bov_megatron.recipe.quantities import total_steps
 from bov_megatron.training.callbacks.checkpoints import Checkpoints
 from bov_megatron.training.callbacks.evaluation import Evaluation
@@ -69,6 +71,7 @@ def train(recipe: Recipe, world: World, signals: StopSignals) -> StopReason:
     watchdog = Watchdog(recipe.run_dir, world.rank, recipe.health.hang_minutes)
     with _run_folder(recipe, stop_request) as record, watchdog:
         stored = _find_stored(recipe)
+        recipe = _with_parts_of_data(recipe, stored, world)
         if stored is not None and stored.is_end_of(recipe):
             _say(stored.describe_end(recipe))
             step, reason = stored.step, StopReason.NONE
@@ -173,6 +176,16 @@ def _find_stored(recipe: Recipe) -> StoredRun | None:
     stored = on_first_rank(lambda: checkpoint.read_run(path))
     compatibility.check_same_data_order(stored, recipe, path)
     return StoredRun(path, stored["step"], stored["recipe"], stored["extra"])
+
+
+def _with_parts_of_data(recipe: Recipe, stored: StoredRun | None, world: World) -> Recipe:
+    """The recipe with a number as data.num_canonical_nodes: the order of samples is that of the run's beginning."""
+    if recipe.data.num_canonical_nodes is not None:
+        return recipe
+    parts = parts_of_data(recipe, world.world_size, world.local_world_size)
+    if stored is not None and stored.extra["shards"] is not None:  # None in a run that was converted from elsewhere
+        parts = stored.recipe["data"]["num_canonical_nodes"]
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, num_canonical_nodes=parts))
 
 
 def _load_newest(engine: Engine) -> checkpoint.Loaded | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 import typing
 from pathlib import Path
@@ -13,6 +14,7 @@ from bov_megatron.errors import RecipeError
 from bov_megatron.plan import plan
 from bov_megatron.recipe import Recipe, ValueConfig, data_parallel_size, load_recipe, recipe_from_dict
 from bov_megatron.recipe.fields import TARGET_LAYERS
+from bov_megatron.recipe.layout_checks import parts_of_data
 from bov_megatron.recipe.value_sources import VALUE_SOURCES
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -376,6 +378,29 @@ def test_world_size():
         data_parallel_size(recipe, 256)
     with pytest.raises(RecipeError, match="train.global_batch_size must be a multiple of 3$"):
         data_parallel_size(recipe, 12)
+
+
+@pytest.mark.parametrize(
+    "world, per_node, layout, batch, parts",
+    [
+        (1, 1, {}, 12, 1),
+        (16, 8, {}, 64, 2),
+        (8, 4, {"tensor_model_parallel_size": 4}, 64, 2),
+        (16, 8, {"tensor_model_parallel_size": 4, "context_parallel_size": 4}, 64, 1),
+        (32, 8, {"pipeline_model_parallel_size": 2}, 64, 2),
+        (10, 4, {}, 20, 1),
+    ],
+)
+def test_a_node_reads_one_part_of_the_data(world, per_node, layout, batch, parts):
+    sizes = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
+    overrides = [f"parallel.{size}={layout.get(size, 1)}" for size in sizes]
+    overrides += [f"train.global_batch_size={batch}", "train.micro_batch_size=1"]
+    recipe = load_recipe(RECIPES / "780m_bov.yaml", overrides)
+    assert parts_of_data(recipe, world, per_node) == parts
+    copies, ranks_of_stage = data_parallel_size(recipe, world), math.prod(layout.get(size, 1) for size in sizes[:2])
+    for first in range(0, world, per_node):
+        data_ranks = {rank // ranks_of_stage % copies for rank in range(first, min(first + per_node, world))}
+        assert len({batch // copies * rank * parts // batch for rank in data_ranks}) == 1
 
 
 def test_every_number_field_is_guarded():

@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 import torch
+import yaml
 
 from bov_megatron.checkpoint.differences import EFFECTS
 from bov_megatron.lifecycle import run_folder
@@ -185,6 +186,30 @@ def test_what_differs_is_said_and_the_end_too(prepared_data, tmp_path):
 def test_rows_that_no_token_trains_are_counted(prepared_data, tmp_path):
     fields = overrides(prepared_data, tmp_path, "train.steps=1", "validation.interval=0", "model.vocab_size=640")
     assert "the data's tokenizer has 512 ids: 128 rows of" in train(1, fields)
+
+
+def lone_rank(rank, world_size, arguments):
+    """A rank that has a node of its own."""
+    from bov_megatron import train as command
+
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return command.main([SMOKE, *arguments])
+
+
+def test_data_stay_in_the_parts_that_a_run_began_with(prepared_data, tmp_path):
+    """On two nodes, and then on one."""
+    few = ("validation.interval=0", "checkpoint.interval=99")
+    unset = [*overrides(prepared_data, tmp_path / "unset", *few, "data.num_canonical_nodes=null")]
+    assert run_ranks(lone_rank, 2, [*unset, "train.steps=2"]) == [0, 0]
+    train(1, [*unset, "train.steps=4"])
+    stored = yaml.safe_load((tmp_path / "unset" / run_folder.RECIPE).read_text())
+    assert stored["data"]["num_canonical_nodes"] == 2
+    digests = {}
+    for parts in (1, 2):
+        given = (*few, "train.steps=4", f"data.num_canonical_nodes={parts}")
+        train(1, overrides(prepared_data, tmp_path / str(parts), *given))
+        digests[parts] = [line["digest"] for line in metrics(tmp_path / str(parts))]
+    assert digests[1] != digests[2] == [line["digest"] for line in metrics(tmp_path / "unset")]
 
 
 def test_every_field_that_may_change_says_what_it_does():
