@@ -23,7 +23,7 @@ from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
 from bov_megatron.optim.optimizer import UpdateResult
 from bov_megatron.parallel import regions
-from bov_megatron.parallel.device import device
+from bov_megatron.parallel.device import device, to_device
 from bov_megatron.parallel.parameter import LocalParameter
 from bov_megatron.recipe import Recipe
 
@@ -47,8 +47,11 @@ class ScoreResult:
     tokens: int
     """Targets, without special tokens, which count neither nats nor bytes."""
 
-    def __add__(self, other: ScoreResult) -> ScoreResult:
-        return ScoreResult(self.nats + other.nats, self.bytes + other.bytes, self.tokens + other.tokens)
+    @staticmethod
+    def of(sums: Tensor) -> ScoreResult:
+        """From `Engine.score_sums`, or a sum of such; waits for the device."""
+        nats, size, tokens = sums.tolist()
+        return ScoreResult(nats, int(size), int(tokens))
 
     @property
     def loss(self) -> float:
@@ -125,13 +128,19 @@ class Engine(abc.ABC):
 
     def train_step(self, micro_batches: Sequence[Tensor]) -> StepResult:
         """Forward, backward and update, without the trainer's checks in between."""
-        loss = self.forward_backward(micro_batches)
-        result = self.update()
-        return StepResult(float(loss), result.grad_norm, result.applied)
+        loss, norm = self.forward_backward(micro_batches), self.gradient_norm()
+        loss, *known_norm = torch.stack([loss] if norm is None else [loss, norm]).tolist()  # waits once, for both
+        result = self.update(*known_norm)
+        return StepResult(loss, result.grad_norm, result.applied)
+
+    def score(self, micro_batches: Sequence[Tensor], bytes_per_token: Tensor, counted: Sequence[Tensor]) -> ScoreResult:
+        """`score_sums`, waited for."""
+        return ScoreResult.of(self.score_sums(micro_batches, bytes_per_token, counted))
 
     @torch.no_grad()
-    def score(self, micro_batches: Sequence[Tensor], bytes_per_token: Tensor, counted: Sequence[Tensor]) -> ScoreResult:
-        """Nats and bytes of held-out micro-batches, without gradients.
+    def score_sums(self, micro_batches: Sequence[Tensor], bytes_per_token: Tensor, counted: Sequence[Tensor]) -> Tensor:
+        """Nats, bytes and tokens of held-out micro-batches, without gradients: fp64 `[3]` on the device, without
+        waiting for it.
 
         Args:
             micro_batches: this data-parallel rank's, each `[B, T+1]`; every rank passes equally many.
@@ -144,13 +153,12 @@ class Engine(abc.ABC):
         micro_batches, counted = self._fill_groups(micro_batches, counted)
 
         def sums(labels_BT: Tensor, counted_B: Tensor, loss_BT: Tensor):
-            sizes = bytes_per_token[labels_BT] * counted_B.to(labels_BT.device)[:, None]
+            sizes = bytes_per_token[labels_BT] * to_device(counted_B)[:, None]
             nats = (loss_BT.double() * (sizes > 0)).sum()
             return loss_BT.mean(), torch.stack([nats, sizes.sum().double(), (sizes > 0).sum().double()])
 
         results = self._run(self.chunks, micro_batches, sums, counted)
-        nats, size, tokens = self._sum_over_data_parallel(results, 3).tolist()
-        return ScoreResult(nats, int(size), int(tokens))
+        return self._sum_over_data_parallel(results, 3)
 
     @torch.no_grad()
     def next_logits(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:

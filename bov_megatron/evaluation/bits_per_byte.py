@@ -104,13 +104,13 @@ def score_held_out(
     """
     from bov_megatron.engines.base import ScoreResult
 
-    total = ScoreResult(0.0, 0, 0)
+    sums = torch.zeros(3, dtype=torch.float64, device=device())
     batches = iter(loader)
     while chunk := list(itertools.islice(batches, HELD_OUT_CHUNK)):
         if must_stop():
             return None
-        total += engine.score([batch.tokens for batch in chunk], bytes_per_token, [batch.mask for batch in chunk])
-    return total
+        sums += engine.score_sums([batch.tokens for batch in chunk], bytes_per_token, [batch.mask for batch in chunk])
+    return ScoreResult.of(sums)
 
 
 def score_samples_on_engine(

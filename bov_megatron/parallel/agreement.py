@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from bov_megatron.errors import BovError, RunFolderError
-from bov_megatron.parallel.device import device
+from bov_megatron.parallel.device import device, to_device
 
 T = TypeVar("T")
 
@@ -51,6 +53,29 @@ def on_first_rank(function: Callable[[], T]) -> T:
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def agree_on_highest(numbers: Tensor, known: Sequence[float] = ()) -> tuple[list[float], list[float], list[int]]:
+    """Maxima over all ranks, and whose they are; collective. Waits for the device, once.
+
+    Args:
+        numbers: fp64 on the device, `[n]`; `nan` for all ranks where any rank's is not finite.
+        known: numbers that the host has already, equally many on every rank; -inf where this rank has none.
+
+    Returns maxima of `numbers`, maxima of `known`, and the highest rank that has each of the latter.
+    """
+    own = to_device(torch.tensor(known, dtype=torch.float64))
+    finite = numbers.isfinite()
+    highest = torch.cat([torch.where(finite, numbers, -math.inf), (~finite).double(), own])
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    ranks = torch.where(own == highest[2 * len(numbers) :], dist.get_rank(), -1).double()
+    if known:
+        dist.all_reduce(ranks, op=dist.ReduceOp.MAX)
+    count = len(numbers)
+    values = torch.cat([highest, ranks]).tolist()
+    maxima, bad, rest = values[:count], values[count : 2 * count], values[2 * count :]
+    agreed = [math.nan if is_bad else number for number, is_bad in zip(maxima, bad, strict=True)]
+    return agreed, rest[: len(known)], [int(rank) for rank in rest[len(known) :]]
 
 
 def _attempt(function: Callable[[], Any]) -> tuple[Any, BovError | None]:

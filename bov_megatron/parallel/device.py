@@ -89,7 +89,8 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` on this rank's device, copied without waiting for the GPU."""
     if tensor.is_cuda or not has_gpu():
         return tensor
-    # Only copies from pinned memory are asynchronous.
+    # Only copies from pinned memory are asynchronous. torch keeps pinned blocks and hands them out again once copies
+    # from them are done, so that memory is pinned in the first steps alone.
     return tensor.pin_memory().to(device(), non_blocking=True)
 
 

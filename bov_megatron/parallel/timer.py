@@ -32,8 +32,10 @@ class DeviceTimer:
         event.record()
         return event
 
-    def seconds(self) -> float:
-        """Seconds between the last `start` and `stop`; waits for the GPU."""
+    def seconds(self) -> float | None:
+        """Seconds between the last `start` and `stop`, or None before; waits for the GPU to be there."""
+        if self._stopped is None:
+            return None
         if not self._on_gpu:
             return self._stopped - self._started
         self._stopped.synchronize()

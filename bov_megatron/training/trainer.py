@@ -19,6 +19,7 @@ from bov_megatron.engines.base import Engine, ScoreResult
 from bov_megatron.errors import BovError, TrainingError
 from bov_megatron.evaluation.bits_per_byte import score_held_out
 from bov_megatron.lifecycle.interruption import StopReason
+from bov_megatron.parallel.agreement import agree_on_highest
 from bov_megatron.parallel.device import device
 from bov_megatron.recipe.quantities import total_steps
 from bov_megatron.training.health import Health, Verdict
@@ -91,6 +92,8 @@ class Trainer:
         """The current step's."""
         self.data_seconds = 0.0
         """Time that this rank waited for `batch`."""
+        self.longest_durations: tuple[list[float], list[int]] = ([], [])
+        """Maxima of `durations` over all ranks, and the ranks that have them."""
         self.stop_reason = StopReason.NONE
         self.owed = set(owed)
         self.total_steps = total_steps(self.recipe)
@@ -140,11 +143,12 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One step on `self.batch`; returns its line of metrics."""
         rates = self.engine.optimizer.learning_rates()
+        taken = durations(self.data_seconds, self.engine.gradient_seconds)
         measured = [self.engine.forward_backward(self.batch.micro_batches)]
         if (gradient_norm := self.engine.gradient_norm()) is not None:
             measured.append(gradient_norm)
         # The only place in a step at which the host waits for the device.
-        loss, *known_norm = self._agree(*measured)
+        loss, *known_norm = self._agree(*measured, taken=taken)
         updated, norm = False, math.nan
         if self.health.judge(loss, *known_norm) is Verdict.TAKE:
             result = self.engine.update(*known_norm)
@@ -163,15 +167,18 @@ class Trainer:
             **self.throughput.stop(),
         }
 
-    def _agree(self, *numbers: torch.Tensor) -> list[float]:
+    def _agree(self, *numbers: torch.Tensor, taken: Sequence[float] = ()) -> list[float]:
         """Set `stop_reason` on all ranks to that of any rank, and return the maximum over ranks of each of `numbers`,
-        `nan` where any rank's is not finite; collective."""
-        own = torch.stack([torch.tensor(float(self._stop_request()), device=device()), *numbers]).double()
-        finite = own.isfinite()
-        maxima = torch.stack([torch.where(finite, own, -math.inf), (~finite).double()])
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-        highest, not_finite = maxima.tolist()
-        reason, *agreed = (math.nan if bad else number for number, bad in zip(highest, not_finite, strict=True))
+        `nan` where any rank's is not finite; collective.
+
+        Args:
+            taken: this rank's `durations`, for `longest_durations`.
+        """
+        # Filled on the device: a copy from the host would wait for it.
+        request = torch.full((), float(self._stop_request()), dtype=torch.float64, device=device())
+        (reason, *agreed), longest, ranks = agree_on_highest(torch.stack([request, *numbers]), taken)
+        if taken:
+            self.longest_durations = longest, ranks
         self.stop_reason = max(self.stop_reason, StopReason(int(reason)))
         self._alive()
         if self.stop_reason is StopReason.LEASE_LOST:
@@ -236,6 +243,18 @@ class Trainer:
     def validate(self, loader) -> ScoreResult | None:
         """Score of the held-out split, or None where the run stops early; the same on every rank."""
         return score_held_out(self.engine, loader, self.bytes_per_token, self.must_stop)
+
+
+def durations(data_seconds: float, gradient_seconds: float | None) -> list[float]:
+    """Numbers to take the maximum of over all ranks: wait for data, slowest gradients, fastest gradients (negated).
+
+    Args:
+        gradient_seconds: None on later pipeline stages, before the first step, and with an engine that doesn't measure
+            it.
+    """
+    if gradient_seconds is None:
+        return [data_seconds, -math.inf, -math.inf]
+    return [data_seconds, gradient_seconds, -gradient_seconds]
 
 
 def _finite(number: float) -> float | None:
