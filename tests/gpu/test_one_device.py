@@ -6,8 +6,10 @@ import os
 import pytest
 import torch
 
+from bov_megatron.model.core_attention import attend
 from bov_megatron.parallel.device import device, has_gpu
 from bov_megatron.recipe import ValueConfig, recipe_from_dict
+from tests.model.test_core_attention import plain_attention, random_inputs
 from tests.model.test_golden import golden_rank
 from tests.optim.test_trajectory import rank_trains
 from tests.support.distributed import run_ranks
@@ -65,6 +67,24 @@ def test_bf16_is_as_near_to_the_reference_as_plain_pytorch():
 def test_ten_steps_of_the_reference_in_bf16(name):
     losses = run_ranks(rank_trains, 1, name, {"precision": "bf16"})[0]
     assert losses == pytest.approx(load_golden(name).trajectory.losses.tolist(), abs=5e-3)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float32, 2e-3)])
+@pytest.mark.parametrize("groups", [4, 1])
+@pytest.mark.parametrize("window, first_query", [(384, 0), (100, 0), (384, 256), (100, 256)])
+def test_queries_see_their_windows(window, first_query, groups, dtype, tolerance):
+    """A whole sequence, and a context-parallel rank's stretch of it, against plain attention in fp64."""
+    query, key, value, grad = (x.detach().to(device(), dtype).requires_grad_() for x in random_inputs(384, groups))
+    stretch = slice(first_query, first_query + 128 if first_query else None)
+    exact = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    results = []
+    for inputs, mixed in (
+        ((query, key, value), attend(query[:, :, stretch], key, value, window, first_query)),
+        (exact, plain_attention(*exact, window)[:, :, stretch]),
+    ):
+        results.append((mixed, *torch.autograd.grad(mixed, inputs, grad[:, :, stretch].to(mixed))))
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() / expected.norm() < tolerance
 
 
 def train_rank(rank, world_size, recipe_dict):

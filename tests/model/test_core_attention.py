@@ -37,7 +37,8 @@ def test_windows_equal_plain_attention_with_a_mask(length, window, groups):
 
 def plain_attention(query, key, value, window):
     length, groups = key.size(2), key.size(1)
-    distance = torch.arange(length)[:, None] - torch.arange(length)
+    position = torch.arange(length, device=key.device)
+    distance = position[:, None] - position
     wide_key, wide_value = (x.repeat_interleave(HEADS // groups, 1) for x in (key, value))
     scores = (query @ wide_key.mT / 4).masked_fill((distance < 0) | (distance > window), float("-inf"))
     return scores.softmax(-1) @ wide_value
