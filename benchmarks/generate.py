@@ -43,6 +43,7 @@ def bench_generate(turns: int, quick: bool, picture: Path) -> dict:
                 "decode_tokens_per_second": Spread.of([batch * new / s for s in decode[name].wall]),
                 "cache_bytes_per_token": cache_bytes(run.cache) // (batch * run.cache.get_seq_length()),
                 **table_bytes(run.model),
+                "row_bytes_on_the_device": row_bytes(run.cache),
                 "continuations": run.tokens,
             }
             for name, run in runs.items()
@@ -72,6 +73,11 @@ def bench_generate(turns: int, quick: bool, picture: Path) -> dict:
 def cache_bytes(cache) -> int:
     """Of all tensors of a live cache: keys, values and token ids."""
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+def row_bytes(cache) -> int:
+    """Of rows that a live cache keeps, of tables that are not on the device, with their ids."""
+    return sum(tensor.nbytes for kept in cache.rows.values() for tensor in kept)
 
 
 def table_bytes(model) -> dict[str, int]:
@@ -124,12 +130,12 @@ class _Run:
 
 @torch.no_grad()
 def _measured_memory(model, batch: int, contexts: list[int]) -> dict[int, int]:
-    """Bytes of cache and tables on the device at each length, of one cache that grows."""
+    """Bytes of cache, tables and rows on the device at each length, of one cache that grows."""
     sizes, cache, length = {}, None, 0
     generator = torch.Generator().manual_seed(1)
     for context in contexts:
         ids_BT = torch.randint(model.config.vocab_size, (batch, context - length), generator=generator)
         output = model.model(ids_BT.to(device()), past_key_values=cache, use_cache=True)
         cache, length = output.past_key_values, context
-        sizes[context] = cache_bytes(cache) + table_bytes(model)["table_bytes_on_the_device"]
+        sizes[context] = cache_bytes(cache) + row_bytes(cache) + table_bytes(model)["table_bytes_on_the_device"]
     return sizes

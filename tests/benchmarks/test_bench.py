@@ -115,6 +115,9 @@ def test_generation_counts_the_memory_of_values(results):
     assert variants["bank"]["cache_bytes_per_token"] == in_file["cache_bytes_per_token"] == 5 * row + 4
     assert variants["bank"]["table_bytes_on_the_device"] == in_file["table_bytes_in_the_file"] == 512 * row
     assert variants["projection"]["table_bytes_on_the_device"] == in_file["table_bytes_on_the_device"] == 0
+    assert variants["bank"]["row_bytes_on_the_device"] == 0
+    tokens = found["sequences"] * (found["prompt_tokens"] + found["new_tokens"])
+    assert 0 < in_file["row_bytes_on_the_device"] <= tokens * (row + 4)
     assert found["bank_saves_memory_from_tokens"] == {"measured": 256, "V / B": 256}
     sizes = [
         (bank, found["bytes_by_context"]["projection"][length])

@@ -74,9 +74,30 @@ def test_each_distinct_row_is_looked_up_once_a_step(tmp_path):
     for _, table in model.tables():
         table.register_forward_pre_hook(lambda module, arguments: asked.append(arguments[0].tolist()))
     ids = torch.tensor([[5, 7, 5, 5, 9], [9, 9, 9, 7, 5]])
-    model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=PAD, eos_token_id=None)
+    model.generate(ids, max_new_tokens=2, do_sample=False, use_cache=False, pad_token_id=PAD, eos_token_id=None)
     assert len(asked) == 2 * 4 and asked[:4] == [[5, 7, 9]] * 4
     assert all(len(set(rows)) == len(rows) for rows in asked)
+
+
+@pytest.mark.parametrize("variant", ["bank_every", "bank_listed_shared_fixed", "gated_shared"])
+@torch.no_grad()
+def test_decoding_looks_up_what_the_step_before_did_not_have(tmp_path, variant):
+    """At most the new tokens' rows, one a sequence. The cache may be cropped and reordered meanwhile."""
+    expected, folder = saved(variant, tmp_path / "saved")
+    model = BovForCausalLM.from_pretrained(folder, bank_device="mmap")
+    ids, asked = random_ids(2, 24), []
+    for _, table in model.tables():
+        table.register_forward_pre_hook(lambda module, arguments: asked.append(arguments[0].tolist()))
+    reading = len(model.config.target_layers)
+    cache = model(ids[:, :20], use_cache=True).past_key_values
+    for position in (20, 21, 22):
+        asked.clear()
+        cache = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True).past_key_values
+        assert len(asked) == reading and all(set(rows) <= set(ids[:, position].tolist()) for rows in asked)
+    cache.crop(10)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    found = model(ids.flip(0)[:, 10:], past_key_values=cache).logits
+    torch.testing.assert_close(found, expected(ids.flip(0)).logits[:, 10:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bank_device", PLACES)

@@ -10,7 +10,7 @@ import pytest
 FOLDER = Path(sys.prefix) / "transformers5"
 REQUIREMENTS = Path(__file__).with_name("requirements-transformers5.txt")
 FILES = ("test_modeling.py", "test_cache.py", "test_generation.py", "test_finetuning.py", "test_export.py")
-FILES += ("test_bank_device.py",)
+FILES += ("test_bank_device.py", "test_flash_attention.py")
 RUN = """
 import sys, pytest, transformers
 assert transformers.__version__ == sys.argv[1], transformers.__file__

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .configuration_bov import BovConfig
@@ -78,6 +79,8 @@ class BovCache(DynamicCache):
         super().__init__()
         self.layer_class_to_replicate = None
         self.layers = [BovCacheLayer() for _ in range(config.num_hidden_layers + 1)]
+        # Rows of tables that are not on the device, for the next step; see BovContext.look_up.
+        self.rows: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update_ids(self, ids_BS):
         """Append ids; returns all of them, `[B, T]`."""
@@ -175,6 +178,7 @@ class BovAttention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
+        self.config, self.is_causal = config, True  # transformers' flash attention looks for both here
         self.layer, facts = layer, config.facts_of(layer)
         self.projects, self.reads = facts["projects"], facts["reads"]
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -214,6 +218,12 @@ class BovAttention(nn.Module):
         start, mask, is_causal = context.mask(self.layer)
         k_BGTD = k_BGTD[:, :, start:]
         v_BGTD = v_BGTD[:, :, start:] if self.caches_values else self.source_coefficient * self._read(context, start)
+        if context.is_flash:
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            # transformers counts the query's own position as one of the window's.
+            options = {"scaling": self.head_dim**-0.5, "sliding_window": self.config.windows[self.layer] + 1}
+            y_BSHD, _ = attend(self, q_BHSD, k_BGTD, v_BGTD, mask, **options)
+            return self.o_proj(y_BSHD.flatten(2))
         y_BHSD = F.scaled_dot_product_attention(
             q_BHSD, k_BGTD, v_BGTD, mask, is_causal=is_causal, enable_gqa=self.num_heads != self.num_kv_heads
         )
@@ -230,7 +240,7 @@ class BovAttention(nn.Module):
             return context.first_values_BGTD[:, :, start:]
         if self.reads == "embedding":
             return self._heads(self.v_proj(rms_norm(context.x0_BSC)), self.num_kv_heads)
-        return self._heads(context.look_up(context.shared_table or self.value_table, start), self.num_kv_heads)
+        return self._heads(context.look_up(self, start), self.num_kv_heads)
 
     def _values_to_cache(self, x_BSC, context, k_BGSD):
         """The new positions' values; of width 0 if they can be recomputed without the residual stream."""
@@ -275,14 +285,15 @@ class BovDecoderLayer(GradientCheckpointingLayer):
 class BovContext:
     """State shared by all layers in a forward pass: ids, x0, layer 0's values, rotary angles and masks.
 
-    `attentions` collects each layer's weights if it is a list.
+    `attentions` collects each layer's weights if it is a list; `kept_rows` is a BovCache's.
     """
 
     def __init__(self, config, ids_BT, position_ids_BS, attention_mask_BT, dtype, attentions=None):
         self.ids_BT, self.windows = ids_BT, config.windows
         self.num_new, self.attention_mask_BT = position_ids_BS.size(1), attention_mask_BT
         self.x0_BSC = self.first_values_BGTD = self.shared_table = None
-        self.attentions = attentions
+        self.attentions, self.kept_rows = attentions, None
+        self.is_flash = config._attn_implementation not in (None, "eager", "sdpa")
         self._masks = {}
         self._distinct = {}
         # Not a buffer, because loading on the meta device would lose it.
@@ -295,19 +306,40 @@ class BovContext:
         x1, x2 = x_BHSD.chunk(2, dim=-1)
         return torch.cat([x1 * self.cos + x2 * self.sin, x2 * self.cos - x1 * self.sin], dim=-1)
 
-    def look_up(self, table, start):
-        """Rows of the tokens from position `start` on, `[B, T - start, K]`; a BovTable gives each distinct one once."""
-        ids_BT = self.ids_BT[:, start:]
+    def look_up(self, attention, start):
+        """Rows of the tokens from position `start` on, `[B, T - start, K]`; a BovTable gives each distinct one once,
+        and with a cache only those that the step before didn't have."""
+        table, ids_BT = self.shared_table or attention.value_table, self.ids_BT[:, start:]
         if isinstance(table, nn.Embedding):
             return table(ids_BT)
         first = self.ids_BT.size(1) - ids_BT.size(1)
         if first not in self._distinct:
             self._distinct[first] = ids_BT.unique(return_inverse=True)
         distinct_N, which_BT = self._distinct[first]
-        return F.embedding(which_BT, table(distinct_N, self.x0_BSC))
+        if self.kept_rows is None:
+            return F.embedding(which_BT, table(distinct_N, self.x0_BSC))
+        # By token id, not by position: whatever becomes of the cache's rows and positions, a token's row is its own.
+        key = None if self.shared_table is not None else attention.layer, self.windows[attention.layer]
+        rows_NK = self._with_kept(table, distinct_N, self.kept_rows.get(key))
+        self.kept_rows[key] = distinct_N, rows_NK
+        return F.embedding(which_BT, rows_NK)
+
+    def _with_kept(self, table, distinct_N, kept):
+        """Rows of distinct ids, in ascending order; those of `kept`, `(ids, rows)` likewise, aren't looked up again."""
+        if kept is None:
+            return table(distinct_N, self.x0_BSC)
+        kept_M, rows_MK = kept
+        at_N = torch.searchsorted(kept_M, distinct_N).clamp(max=len(kept_M) - 1)
+        is_kept_N = kept_M[at_N] == distinct_N
+        rows_NK = rows_MK[at_N]
+        rows_NK[~is_kept_N] = table(distinct_N[~is_kept_N], self.x0_BSC)
+        return rows_NK
 
     def mask(self, layer):
-        """`(start, mask, is_causal)` of a layer; keys before `start` are outside every query's window."""
+        """`(start, mask, is_causal)` of a layer; keys before `start` are outside every query's window.
+
+        Flash attention's mask is 1 on tokens and 0 on padding, `[B, T - start]`: it makes windows itself.
+        """
         window = self.windows[layer]
         if window not in self._masks:
             self._masks[window] = self._make_mask(window)
@@ -317,6 +349,8 @@ class BovContext:
         new, total = self.num_new, self.ids_BT.size(1)
         start = max(0, total - new - window)
         padded = self.attention_mask_BT is not None and not bool(self.attention_mask_BT[:, start:].all())
+        if self.is_flash:
+            return start, self.attention_mask_BT[:, start:] if padded else None, True
         if not padded and total - start <= window + 1:
             if new == 1:
                 return start, None, False
@@ -338,6 +372,7 @@ class BovPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["BovDecoderLayer"]
     _supports_sdpa = True
+    _supports_flash_attn = _supports_flash_attn_2 = True  # the second is the name before transformers 4.54
     supports_gradient_checkpointing = True
 
     def __init__(self, config):
@@ -345,6 +380,11 @@ class BovPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         if config.bank_device is not None:
             self._keys_to_ignore_on_load_unexpected = [r"value_table\."]  # read by _load_pretrained_model below
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        # transformers finds it out by looking for phrases in this file, other ones in each version.
+        return True
 
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, checkpoint_files, *args, **options):
@@ -480,7 +520,13 @@ class BovModel(BovPreTrainedModel):
         attentions: list | None = [] if _chosen(output_attentions, self.config.output_attentions) else None
         states: list | None = [] if _chosen(output_hidden_states, self.config.output_hidden_states) else None
         context = BovContext(self.config, ids_BT, position_ids, attention_mask, x_BSC.dtype, attentions)
+        if context.is_flash and attentions is not None:
+            raise ValueError(
+                f"output_attentions: attn_implementation={self.config._attn_implementation!r} computes no attention "
+                "weights; load the model with attn_implementation='sdpa'"
+            )
         context.x0_BSC, context.shared_table = x_BSC, self.value_table
+        context.kept_rows = None if cache is None else cache.rows
         for layer in self.layers:
             if states is not None:
                 states.append(x_BSC)
