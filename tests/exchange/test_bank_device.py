@@ -53,6 +53,28 @@ def test_the_same_logits_and_tokens(tmp_path, variant, bank_device):
 
 
 @pytest.mark.parametrize("bank_device", PLACES)
+def test_the_same_samples_guesses_and_conversation(tmp_path, bank_device):
+    """Where the cache is repeated, cropped, and used again."""
+    expected, folder = saved("bank_every", tmp_path / "saved")
+    model = BovForCausalLM.from_pretrained(folder, bank_device=bank_device)
+    assistant, ids = small_model(VARIANTS["projection"]), random_ids(1, 9)
+    found: dict[BovForCausalLM, list] = {expected: [], model: []}
+    for each, tokens in found.items():
+        for options in (
+            {"do_sample": True, "num_return_sequences": 3, "top_k": 0},
+            {"do_sample": False, "assistant_model": assistant},
+            {"do_sample": False, "prompt_lookup_num_tokens": 3, "eos_token_id": 60},
+        ):
+            torch.manual_seed(5)
+            tokens.append(each.generate(ids, max_new_tokens=12, pad_token_id=PAD, **options))
+        first = each.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=PAD, return_dict_in_generate=True)
+        longer = torch.cat([first.sequences, random_ids(1, 5, seed=3)], 1)
+        options = dict(max_new_tokens=4, do_sample=False, pad_token_id=PAD)
+        tokens.append(each.generate(longer, past_key_values=first.past_key_values, **options))
+    assert all(torch.equal(*tokens) for tokens in zip(*found.values(), strict=True))
+
+
+@pytest.mark.parametrize("bank_device", PLACES)
 @torch.no_grad()
 def test_bfloat16_and_the_base_model(tmp_path, bank_device):
     """Rows are converted where they are looked up, which is the same as a converted table."""
@@ -94,7 +116,7 @@ def test_decoding_looks_up_what_the_step_before_did_not_have(tmp_path, variant):
         asked.clear()
         cache = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True).past_key_values
         assert len(asked) == reading and all(set(rows) <= set(ids[:, position].tolist()) for rows in asked)
-    cache.crop(10)
+    cache.crop(-13)
     cache.reorder_cache(torch.tensor([1, 0]))
     found = model(ids.flip(0)[:, 10:], past_key_values=cache).logits
     torch.testing.assert_close(found, expected(ids.flip(0)).logits[:, 10:], rtol=1e-4, atol=1e-4)

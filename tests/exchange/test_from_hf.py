@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.distributed import run_ranks
 from tests.support.runs import launch, metrics, overrides, train
+from tests.support.small_disk import fill
 
 RUN = ("model.num_query_groups=2", "model.num_layers=4", "checkpoint.interval=2", "validation.interval=0")
 TP2_PP2 = ("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
@@ -114,6 +115,13 @@ def lossy_roundtrip(rank, world_size, run_dir):
 def test_roundtrip_finds_a_bit(exported):
     (message,) = run_ranks(lossy_roundtrip, 1, exported / "run")
     assert "differ in 1 tensors: model.layers.1.mlp.up_proj.weight" in message
+
+
+def test_a_full_disk_leaves_no_run(exported, small_disk):
+    fill(small_disk, leave=250_000)  # of 370,000 bytes of weights
+    ((message,),) = run_ranks(ways, 1, [("from_hf", dict(export_dir=exported / "export", run_dir=small_disk / "run"))])
+    assert isinstance(message, str) and "No space left on device" in message, message
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
 def test_bad_input(exported, tmp_path):
