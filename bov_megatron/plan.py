@@ -63,8 +63,8 @@ class Plan:
     """Of one rank of the stage whose step takes longest: `kind`, `group`, `group_size`, `bytes` per step."""
     gpu: str
     step_seconds: float
-    """The least that a step takes on `gpu`, by the roofline (recipe/roofline.py); 0 with DeepSpeed, whose messages are
-    not counted."""
+    """The least that a step takes on `gpu`, by the roofline (recipe/roofline.py); DeepSpeed's messages are not counted.
+    """
     roofline: dict[str, float]
     """Its parts, in seconds: `compute`, `memory`, `links` and `bubble`."""
     bottleneck: str
@@ -188,6 +188,17 @@ def format_plan(plan: Plan) -> str:
         layout += f" × context {p.context_parallel_size}"
     estimate, on_host = p.time_estimate, p.host_memory_per_rank_bytes
     host_memory: list[tuple[str, str, list]] = [("Host memory per rank", format_size(on_host), [])] if on_host else []
+    sent = sum(message["bytes"] for message in p.collectives)
+    messages: list[tuple[str, str, list]] = []
+    if sent:
+        by_kind = [
+            (
+                f"  {message['kind'].replace('_', '-')}",
+                f"{format_size(message['bytes']):<12}over {message['group']} {message['group_size']:,}",
+            )
+            for message in p.collectives
+        ]
+        messages.append(("Collectives", f"{format_size(sent)} per step and rank", by_kind))
     sections = [
         ("Parameters", f"{p.parameters:,}", kinds),
         (
@@ -224,17 +235,7 @@ def format_plan(plan: Plan) -> str:
             f"{1e3 * p.step_seconds:,.1f} ms at the least on {p.gpu}; bottleneck: {p.bottleneck}",
             [(f"  {part}", f"{1e3 * seconds:,.1f} ms") for part, seconds in p.roofline.items() if seconds],
         ),
-        (
-            "Collectives",
-            f"{format_size(sum(message['bytes'] for message in p.collectives))} per step and rank",
-            [
-                (
-                    f"  {message['kind'].replace('_', '-')}",
-                    f"{format_size(message['bytes']):<12}over {message['group']} {message['group_size']:,}",
-                )
-                for message in p.collectives
-            ],
-        ),
+        *messages,
         (
             "Time",
             f"{format_duration(estimate['seconds'])} (estimate, not a measurement)",
