@@ -7,6 +7,7 @@ import torch
 
 from bov_megatron.recipe import ParallelConfig, Recipe, TrainConfig, ValueConfig, recipe_from_dict
 from tests.support.distributed import run_ranks
+from tests.support.fake_world import hide_gpus
 from tests.support.parity import small_model
 
 BANK = ValueConfig(source="bank", target_layers="last_two_thirds")
@@ -34,6 +35,7 @@ def really(rank, world_size, recipe_dict):
     from bov_megatron.simulation.step import measured_step
     from bov_megatron.simulation.tracker import Tracker
 
+    hide_gpus()
     recipe = recipe_from_dict(recipe_dict)
     process_groups.initialize(recipe, rank, world_size)
     with Tracker("buffers") as tracker:
@@ -43,6 +45,7 @@ def really(rank, world_size, recipe_dict):
 def simulated_ranks(rank, world_size, recipe_dict, simulated_world):
     from bov_megatron.simulation.step import simulated
 
+    hide_gpus()
     recipe = recipe_from_dict(recipe_dict)
     return [counted(simulated(recipe, simulated_world, member, gpu=False)) for member in range(simulated_world)]
 
@@ -90,6 +93,8 @@ def kept_by_regions(rank, world_size):
     from bov_megatron.parallel import regions
     from bov_megatron.simulation.as_gpu import Compiled
     from bov_megatron.simulation.tracker import Tracker
+
+    hide_gpus()
 
     def tensor(*shape):
         return torch.randn(*shape, dtype=torch.bfloat16, requires_grad=True)

@@ -4,6 +4,7 @@ import pytest
 
 from bov_megatron.recipe import load_recipe
 from tests.support.distributed import run_ranks
+from tests.support.fake_world import hide_gpus
 
 TP, PP = (f"parallel.{name}_model_parallel_size=2" for name in ("tensor", "pipeline"))
 CP = "parallel.context_parallel_size=2"
@@ -43,13 +44,11 @@ def cases():
 
 def compared(rank, world_size):
     """Per case, planned and simulated: memory, host memory, bytes of messages, seconds of a step."""
-    import torch
-
     from bov_megatron.plan import plan
     from bov_megatron.recipe import pipeline, traffic
     from bov_megatron.simulation import simulate
 
-    torch.set_num_threads(1)
+    hide_gpus()
     found = {}
     for name, path, ranks, member, overrides in cases():
         recipe = load_recipe(path, overrides)

@@ -1,10 +1,17 @@
-"""A model's parameters on one rank, without memory."""
+"""What simulations in tests need: a process that sees no GPU, a model's parameters without memory."""
 
 from __future__ import annotations
+
+import os
 
 from bov_megatron.parallel.parameter import LocalParameter
 from bov_megatron.recipe import Recipe
 from bov_megatron.simulation.collectives import fake_world
+
+
+def hide_gpus() -> None:
+    """From this process, before it uses one."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def fake_parameters(recipe: Recipe) -> list[LocalParameter]:
