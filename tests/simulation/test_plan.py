@@ -31,7 +31,7 @@ LAYOUTS = {
     "AdamW": (0, ["optimizer.name=adamw"]),
     "grouped queries": (0, ["model.num_query_groups=4", TP]),
 }
-FOUR_LAYERS = ["model.num_layers=4", "train.micro_batch_size=4", "train.global_batch_size=256"]
+FOUR_LAYERS = ["model.num_layers=4", "train.micro_batch_size=4", "train.global_batch_size=64"]
 
 
 def cases():
