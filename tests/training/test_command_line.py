@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,7 @@ def damaged_for_one(rank, world_size, arguments):
     """Rank 1's node lacks the data."""
     from tests.support import runs
 
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     if rank == 1:
         arguments = [item.replace("/data", "/gone") if item.startswith("data.path=") else item for item in arguments]
     return runs._rank(rank, world_size, [SMOKE, *arguments])
