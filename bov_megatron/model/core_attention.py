@@ -86,9 +86,10 @@ def attend(
         whole=first_query == 0,
         windowed=window < stop - 1,
     )
-    # Only the keys that some query sees.
-    key, value = (x.narrow(2, first_key, stop - first_key) for x in (key_BGTD, value_BGTD))
-    return KERNELS[kernel](query_BNSD, key, value, window, first_query - first_key)
+    if (first_key, stop) != (0, key_BGTD.size(2)):  # the backward pass of a view of everything would copy all gradients
+        # Only the keys that some query sees.
+        key_BGTD, value_BGTD = (x.narrow(2, first_key, stop - first_key) for x in (key_BGTD, value_BGTD))
+    return KERNELS[kernel](query_BNSD, key_BGTD, value_BGTD, window, first_query - first_key)
 
 
 def choose_kernel(
