@@ -91,7 +91,7 @@ def test_memory_is_as_planned_and_less_than_the_model(tmp_path):
     print({name: [f"{size / 2**20:.0f} MiB" for size in sizes] for name, sizes in found.items()})
     for name, (added, planned) in found.items():
         assert added < planned, name
-        assert added < MODEL_BYTES * {"parity": 1.7, "roundtrip": 1.2}.get(name, 2 / 3), name
+        assert added < MODEL_BYTES * {"parity": 1.9, "roundtrip": 1.2}.get(name, 2 / 3), name
     for name in ("to_hf", "parity"):  # of the others, most is the allowance
         added, planned = found[name]
         assert added > (planned - allowance) / 2, name

@@ -76,7 +76,7 @@ def undisturbed(prepared_data, tmp_path_factory):
 def test_validation_is_abandoned_and_made_good(prepared_data, tmp_path, undisturbed, at_call, at_step):
     """Four micro-batches on each rank, at steps 4 and 8."""
     arguments = overrides(prepared_data, tmp_path, "checkpoint.interval=0")
-    results = run_ranks(stopped_rank, 2, arguments, "score", at_call)
+    results = run_ranks(stopped_rank, 2, arguments, "score_sums", at_call)
     assert [(code, calls) for code, _, calls in results] == [(143, at_call)] * 2, "no more is scored"
     assert "stopped by SIGUSR1, all steps done are saved" in results[0][1]
     assert run_folder.latest_checkpoint(tmp_path).name == f"step_{at_step:08d}"
