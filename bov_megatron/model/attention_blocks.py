@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 LARGEST_BLOCK = 1024
-"""Queries in a block where a window hides keys; the mask at the window's edge has the square of it."""
+"""Queries in a block where a window hides keys. A mask at the window's edge has the square of it; that of
+`core_attention.windowed_sdpa` has it times itself and the window."""
 
 
 class Block(NamedTuple):

@@ -17,12 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bov_megatron.model.attention_blocks import attend_in_blocks
+from bov_megatron.model.attention_blocks import LARGEST_BLOCK, attend_in_blocks
 from bov_megatron.model.context_parallel import gather_sequence, stretches
 from bov_megatron.parallel.device import has_gpu
-
-LARGEST_BLOCK = 1024
-"""Queries in a block of `windowed_sdpa`, whose mask has this times window + this elements."""
 
 
 class SdpaCoreAttention(torch.nn.Module):

@@ -10,18 +10,10 @@ from typing import Any
 
 from bov_megatron.plan import format_size
 from bov_megatron.recipe import Recipe, data_parallel_size
-from bov_megatron.recipe.gpus import GPUS, Gpu
+from bov_megatron.recipe.gpus import DEFAULT_GPU, GPUS, Gpu
 from bov_megatron.recipe.roofline import Roofline, bubble_share, roofline
 from bov_megatron.simulation.collectives import Collective
 from bov_megatron.simulation.step import KINDS, Measured, simulated
-
-AS_ON_A_GPU = (
-    "fake CPU tensors stand for the GPU's, as torch without CUDA cannot train fake CUDA ones",
-    "regions of train.compile are one kernel each way and keep their inputs",
-    "attention is one flash kernel, which keeps its output and a number per query and head",
-    "a micro-batch has as many distinct token ids as it can",
-)
-"""Assumptions of every simulation."""
 
 
 @dataclass
@@ -58,7 +50,7 @@ class Simulation:
     assumptions: list[str]
 
 
-def simulate(recipe: Recipe, world_size: int, rank: int = 0, gpu: Gpu = GPUS["H100"]) -> Simulation:
+def simulate(recipe: Recipe, world_size: int, rank: int = 0, gpu: Gpu = GPUS[DEFAULT_GPU]) -> Simulation:
     """One step of `rank` among `world_size` ranks, by the code that trains, without memory for weights.
 
     Raises RecipeError where the recipe doesn't fit the world or cannot be simulated.
@@ -97,9 +89,15 @@ def simulate(recipe: Recipe, world_size: int, rank: int = 0, gpu: Gpu = GPUS["H1
 
 
 def _assumptions(recipe: Recipe) -> list[str]:
-    found = list(AS_ON_A_GPU)
-    if recipe.train.compile is False:
-        found[1] = "uncompiled, norms run in several kernels as on a CPU, with copies in fp32 that a GPU doesn't make"
+    compiled = recipe.train.compile is not False
+    found = [
+        "fake CPU tensors stand for the GPU's, as torch without CUDA cannot train fake CUDA ones",
+        "regions of train.compile are one kernel each way and keep their inputs"
+        if compiled
+        else "uncompiled, norms run in several kernels as on a CPU, with copies in fp32 that a GPU doesn't make",
+        "attention is one flash kernel, which keeps its output and a number per query and head",
+        "a micro-batch has as many distinct token ids as it can",
+    ]
     if recipe.train.precision == "fp32":
         found.append("products take as long as in bf16; in fp32 they take longer")
     return found
