@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
 from bov_megatron.model import context_parallel
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
+from bov_megatron.model.prefix import Prefix
 from bov_megatron.optim.optimizer import UpdateResult
 from bov_megatron.parallel import regions
 from bov_megatron.parallel.device import device, to_device
@@ -81,6 +83,12 @@ class Engine(abc.ABC):
         """Time from the start of the last `forward_backward` until this rank's gradients were ready to be reduced over
         data-parallel ranks; None where it is not measured."""
         return None
+
+    @property
+    def partitions_weights(self) -> bool:
+        """Whether data-parallel ranks hold parts of the weights, and gather them in each forward pass: then all must do
+        equally many."""
+        return False
 
     @property
     def model(self) -> BovModel:
@@ -161,62 +169,95 @@ class Engine(abc.ABC):
         return self._sum_over_data_parallel(results, 3)
 
     @torch.no_grad()
-    def next_logits(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        """Logits of the token that follows the first `lengths_B` ids of each row, from a forward pass over all T.
+    def next_logits(self, ids_BT: Tensor, lengths_B: Tensor, prefix: Prefix | None = None) -> Tensor:
+        """Logits of the token that follows the first `lengths_B` ids of each row.
 
         Args:
             ids_BT: the same on all ranks of a model replica; what follows the counted ids is ignored.
-            lengths_B: at least 1.
+            lengths_B: at least 1, and more than the prefix's.
+            prefix: of these rows (see `prefix`); None computes all of them.
 
         Returns fp32 `[B, vocab_size]`, the same on all ranks of a model replica; collective.
         """
-        self.finish_gather()
-        for chunk in self.chunks:
-            chunk.eval()
-        padded = self._padded(torch.nn.functional.pad(ids_BT, (0, 1)))  # micro-batches have T + 1 ids
-        micro_batches, counted = self._fill_groups([padded], [torch.ones(len(ids_BT), dtype=torch.bool)])
-
-        def pick(labels_BT: None, counted_B: Tensor, logits_BsV: Tensor):
-            return logits_BsV.new_zeros(()), _logits_at(logits_BsV, lengths_B - 1, padded.size(1) - 1)
-
-        with regions.uncompiled():
-            results = self._run(self.chunks, micro_batches, pick, counted, with_labels=False)
+        first = 0 if prefix is None else prefix.length
+        padded = self._padded(F.pad(ids_BT, (0, 1)), first)  # micro-batches have T + 1 ids
         vocab_size = self.recipe.model.vocab_size
-        logits_BV = torch.empty(len(ids_BT), vocab_size, device=device())
-        if results:
-            logits_BV.copy_(results[0][:, :vocab_size])
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            last = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(logits_BV, last, group=parallel_state.get_pipeline_model_parallel_group())
-        return logits_BV
+        return self._infer(
+            padded,
+            lambda logits_BsV: _logits_at(logits_BsV, lengths_B - 1, padded.size(1) - 1, first)[:, :vocab_size],
+            (len(ids_BT), vocab_size),
+            prefix,
+        )
 
     @torch.no_grad()
-    def token_scores(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Nats of every token but the first of each row, and whether it is the most probable one.
+    def token_scores(self, ids_BT: Tensor, unscored: int = 1) -> tuple[Tensor, Tensor]:
+        """Nats of the tokens behind the first `unscored` of each row, and whether each is the most probable one.
+
+        What rows have in common before that is computed once, and logits only from there on.
 
         Args:
             ids_BT: the same on all ranks of a model replica.
+            unscored: at least 1.
 
-        Returns fp32 and bool, `[B, T-1]` on the CPU, the same on all ranks of a model replica; collective over them.
+        Returns fp32 and bool, `[B, T - unscored]` on the CPU, the same on all ranks of a model replica; collective over
+        them.
         """
+        prefix = self.prefix(ids_BT, unscored - 1)
+        first = 0 if prefix is None else prefix.length
+        padded = self._padded(ids_BT, first)
+        scores_2BT = self._infer(
+            padded,
+            lambda logits_BsV: _token_scores(logits_BsV, padded[:, 1:].to(logits_BsV.device), first),
+            (2, len(ids_BT), padded.size(1) - 1 - first),
+            prefix,
+        )
+        nats_BT, greedy_BT = scores_2BT[..., unscored - 1 - first : ids_BT.size(1) - 1 - first].cpu()
+        return nats_BT, greedy_BT.bool()
+
+    @torch.no_grad()
+    def prefix(self, ids_BT: Tensor, length: int) -> Prefix | None:
+        """What the rows begin with, computed once for rows that begin alike; collective over a model replica's ranks.
+
+        Args:
+            length: how many ids of each row; fewer are taken where the layout needs multiples.
+
+        None where none are left, or this engine's passes can't differ between data-parallel ranks.
+        """
+        length -= length % self._length_multiple
+        if length == 0 or self.partitions_weights:
+            return None
+        ids_QP, rows_B = ids_BT[:, :length].unique(dim=0, return_inverse=True)
+        prefix = Prefix()
+        self._infer(F.pad(ids_QP, (0, 1)), lambda hidden_sQH: torch.zeros(1, device=device()), (1,), prefix)
+        prefix.begin(length, rows_B)
+        return prefix
+
+    def _infer(
+        self,
+        ids_BT: Tensor,
+        function: Callable[[Tensor], Tensor],
+        shape: tuple[int, ...],
+        prefix: Prefix | None = None,
+    ) -> Tensor:
+        """`function` of the last stage's logits, fp32 of `shape`, on every rank of a model replica; collective."""
         self.finish_gather()
         for chunk in self.chunks:
             chunk.eval()
-        padded = self._padded(ids_BT)
-        micro_batches, counted = self._fill_groups([padded], [torch.ones(len(ids_BT), dtype=torch.bool)])
-
-        def rate(labels_BT: None, counted_B: Tensor, logits_BsV: Tensor):
-            scores = _token_scores(logits_BsV, padded[:, 1:].to(logits_BsV.device))
-            return logits_BsV.new_zeros(()), scores[..., : ids_BT.size(1) - 1].contiguous()
-
+        micro_batches, counted = self._fill_groups([ids_BT], [torch.ones(len(ids_BT), dtype=torch.bool)])
         with regions.uncompiled():
-            results = self._run(self.chunks, micro_batches, rate, counted, with_labels=False)
-        scores = results[0] if results else torch.empty(2, len(ids_BT), ids_BT.size(1) - 1, device=device())
+            results = self._run(
+                self.chunks,
+                micro_batches,
+                lambda labels, counted_B, logits_BsV: (logits_BsV.new_zeros(()), function(logits_BsV)),
+                counted,
+                with_labels=False,
+                prefix=prefix,
+            )
+        result = results[0].contiguous() if results else torch.empty(shape, device=device())
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(scores, last, group=parallel_state.get_pipeline_model_parallel_group())
-        nats_BT, greedy_BT = scores.cpu()
-        return nats_BT, greedy_BT.bool()
+            dist.broadcast(result, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return result
 
     @abc.abstractmethod
     def table_sums(self, table: torch.nn.Parameter, rows: int) -> tuple[float, int]:
@@ -241,15 +282,23 @@ class Engine(abc.ABC):
         if self.optimizer is not None:
             self.optimizer.load_state_dict(optimizer_state)
 
-    def _padded(self, ids_BT: Tensor) -> Tensor:
-        """A micro-batch of any length as one that the layout takes: inputs are split among tensor- and context-parallel
-        ranks, and FP8 needs multiples of 16. Causal attention makes what is appended harmless."""
-        recipe, layout, inputs = self.recipe, self.recipe.parallel, ids_BT.size(1) - 1
+    @property
+    def _length_multiple(self) -> int:
+        """Of how many positions a pass takes multiples: they are split among tensor- and context-parallel ranks, and
+        FP8 needs multiples of 16."""
+        recipe, layout = self.recipe, self.recipe.parallel
         if layout.context_parallel_size == 1 and not layout.sequence_parallel and recipe.train.fp8 == "none":
-            return ids_BT
-        multiple = 32 * layout.context_parallel_size * layout.tensor_model_parallel_size
-        length = min(math.ceil(inputs / multiple) * multiple, recipe.model.sequence_length)
-        return torch.nn.functional.pad(ids_BT, (0, length - inputs))
+            return 1
+        return 32 * layout.context_parallel_size * layout.tensor_model_parallel_size
+
+    def _padded(self, ids_BT: Tensor, first: int = 0) -> Tensor:
+        """A micro-batch of any length as one whose inputs from `first` on the layout takes. Causal attention makes what
+        is appended harmless."""
+        inputs, multiple = ids_BT.size(1) - 1, self._length_multiple
+        length = first + math.ceil((inputs - first) / multiple) * multiple
+        if multiple > 1:
+            length = min(length, self.recipe.model.sequence_length)
+        return F.pad(ids_BT, (0, length - inputs))
 
     def _fill_groups(self, micro_batches: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[list, list]:
         """Micro-batches and `counted`, padded to a number that the schedule accepts."""
@@ -263,8 +312,9 @@ class Engine(abc.ABC):
         loss_function: Callable[[Any, Any, Tensor], tuple[Tensor, Tensor]],
         counted: Sequence[Tensor] | None = None,
         with_labels: bool = True,
+        prefix: Prefix | None = None,
     ) -> list[Tensor]:
-        """Forward, and backward unless `counted` is given, of all micro-batches.
+        """Forward, and backward unless `counted` is given, of all micro-batches; behind a prefix, of one.
 
         Returns, on the last pipeline stage, the second results of `loss_function(labels, counted, losses)`; the first
         is the loss. Without labels, the function gets None in their place, and logits instead of losses.
@@ -282,11 +332,11 @@ class Engine(abc.ABC):
         return total
 
 
-def _logits_at(logits_BsV: Tensor, positions_B: Tensor, length: int) -> Tensor:
-    """Whole rows of logits `[B, V]` at one position of each sequence, from this rank's part of sequence and vocabulary;
-    collective over the context- and tensor-parallel ranks of a stage."""
+def _logits_at(logits_BsV: Tensor, positions_B: Tensor, length: int, first: int) -> Tensor:
+    """Whole rows of logits `[B, V]` at one position of each sequence, from this rank's part of the positions `first` to
+    `length` and of the vocabulary; collective over the context- and tensor-parallel ranks of a stage."""
     context, tensor = parallel_state.get_context_parallel_group(), parallel_state.get_tensor_model_parallel_group()
-    held_s = context_parallel.positions(length, context, logits_BsV.device)
+    held_s = context_parallel.positions(length, context, logits_BsV.device, first)
     is_here_Bs = held_s == positions_B.to(held_s)[:, None]
     rows = torch.arange(len(logits_BsV), device=logits_BsV.device)
     picked = logits_BsV[rows, is_here_Bs.int().argmax(dim=1)].float()
@@ -298,16 +348,17 @@ def _logits_at(logits_BsV: Tensor, positions_B: Tensor, length: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _token_scores(logits_BsV: Tensor, ids_BT: Tensor) -> Tensor:
-    """Nats of each token and whether it is the most probable one (the lowest id among equals), `[2, B, T]`, from this
-    rank's part of sequence and vocabulary; collective over the context- and tensor-parallel ranks of a stage."""
+def _token_scores(logits_BsV: Tensor, ids_BT: Tensor, first: int) -> Tensor:
+    """Nats of each token from `first` on and whether it is the most probable one (the lowest id among equals),
+    `[2, B, T - first]`, from this rank's part of sequence and vocabulary; collective over the context- and
+    tensor-parallel ranks of a stage."""
     context = parallel_state.get_context_parallel_group()
-    held_s = context_parallel.positions(ids_BT.size(1), context, ids_BT.device)
+    held_s = context_parallel.positions(ids_BT.size(1), context, ids_BT.device, first)
     scores_2Bs = _held_token_scores(logits_BsV, ids_BT[:, held_s])
     if context.size() == 1:
         return scores_2Bs
-    scores_2BT = scores_2Bs.new_zeros(2, *ids_BT.shape)
-    scores_2BT[..., held_s] = scores_2Bs
+    scores_2BT = scores_2Bs.new_zeros(2, len(ids_BT), ids_BT.size(1) - first)
+    scores_2BT[..., held_s - first] = scores_2Bs
     dist.all_reduce(scores_2BT, group=context)
     return scores_2BT
 

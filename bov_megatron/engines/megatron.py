@@ -125,14 +125,14 @@ class MegatronEngine(Engine):
         empty = torch.zeros_like(counted[-1])
         return [*micro_batches, *[micro_batches[-1]] * missing], [*counted, *[empty] * missing]
 
-    def _run(self, chunks, micro_batches, loss_function, counted=None, with_labels=True):
+    def _run(self, chunks, micro_batches, loss_function, counted=None, with_labels=True, prefix=None):
         """See Engine; runs Megatron's schedule."""
         group = parallel_state.get_context_parallel_group()
 
         def forward_step(iterator, chunk):
             ids, counted_B = next(iterator)  # on the CPU: its distinct ids are computed without waiting for the GPU
             labels = to_device(context_parallel.take(ids[:, 1:], 1, group).contiguous()) if with_labels else None
-            return chunk(ids[:, :-1].contiguous(), labels), functools.partial(loss_function, labels, counted_B)
+            return chunk(ids[:, :-1].contiguous(), labels, prefix), functools.partial(loss_function, labels, counted_B)
 
         masks = counted or [None] * len(micro_batches)
         return get_forward_backward_func()(
@@ -140,7 +140,7 @@ class MegatronEngine(Engine):
             data_iterator=[zip(micro_batches, masks, strict=True) for _ in chunks],
             model=chunks,
             num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].size(1) - 1,
+            seq_length=micro_batches[0].size(1) - 1 - (0 if prefix is None else prefix.length),
             micro_batch_size=micro_batches[0].size(0),
             forward_only=counted is not None,
         )

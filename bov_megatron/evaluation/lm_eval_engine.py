@@ -79,10 +79,13 @@ class EngineLM(TemplateLM):
         starts = [max(len(ids) - len(request[2]), 1) for ids, request in zip(sequences, requests, strict=True)]
 
         def score(numbers: Sequence[int]) -> list[tuple[float, bool]]:
-            scores = self._scorer.options([Option(sequences[number], starts[number]) for number in numbers])
+            options = [Option(sequences[number], starts[number]) for number in numbers]
+            scores = self._scorer.options(options, min(option.start for option in options))
             return [(-score.nats, score.is_greedy) for score in scores]
 
-        return self._share([len(ids) for ids in sequences], score)
+        # By context first: requests with the same one come together, and it is computed once.
+        order = [(start, ids[:start], len(ids)) for ids, start in zip(sequences, starts, strict=True)]
+        return self._share(order, score)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         windows = [
@@ -124,10 +127,11 @@ class EngineLM(TemplateLM):
         for row, ids in zip(ids_BT, prompts, strict=True):
             row[: len(ids)] = torch.tensor(ids)
         texts: list[str | None] = [None] * len(prompts)
+        prefix = self.engine.prefix(ids_BT, int(lengths_B.min()) - 1)
         done = 0
         while None in texts:
             done += 1
-            next_B = self.engine.next_logits(ids_BT, lengths_B).argmax(dim=1).cpu()
+            next_B = self.engine.next_logits(ids_BT[:, : lengths_B.max()], lengths_B, prefix).argmax(dim=1).cpu()
             # A row that has ended stays as it is.
             open_B = torch.tensor([text is None for text in texts])
             ids_BT[torch.arange(len(prompts))[open_B], lengths_B[open_B]] = next_B[open_B]
@@ -140,10 +144,10 @@ class EngineLM(TemplateLM):
                     texts[row] = postprocess_generated_text(text, stops[row], None)
         return [text or "" for text in texts]
 
-    def _share(self, lengths: Sequence[int], compute) -> list:
-        """`compute(numbers)` of requests of about the same length, in batches that the data-parallel ranks share; the
+    def _share(self, sizes: Sequence[Any], compute) -> list:
+        """`compute(numbers)` of requests of about the same size, in batches that the data-parallel ranks share; the
         results of all of them, in order, on every rank."""
-        order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+        order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)  # what needs the most memory comes first
         all_batches = [order[begin : begin + self.batch_size] for begin in range(0, len(order), self.batch_size)]
         group = parallel_state.get_data_parallel_group()
         own = {}
@@ -155,7 +159,7 @@ class EngineLM(TemplateLM):
             own[tuple(batch)] = compute(batch)
         gathered: list[dict] = [{}] * group.size()
         dist.all_gather_object(gathered, own, group=group)
-        results: list = [None] * len(lengths)
+        results: list = [None] * len(sizes)
         for part in gathered:
             for batch, values in part.items():
                 for number, value in zip(batch, values, strict=True):

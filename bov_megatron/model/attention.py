@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from bov_megatron.model.norm import add_and_normalise, rms_norm
+from bov_megatron.model.prefix import Prefix
 from bov_megatron.model.sources import SOURCE_CLASSES
 from bov_megatron.parallel.regions import region
 from bov_megatron.recipe.value_sources import VALUE_SOURCES
@@ -86,13 +87,21 @@ class ValueSourceAttention(Attention):
         )
 
     def forward(
-        self, hidden_SBH: Tensor, attention_mask=None, *, key_value_states: Carried, rotary_pos_emb=None, **_
+        self,
+        hidden_SBH: Tensor,
+        attention_mask=None,
+        *,
+        key_value_states: Carried,
+        rotary_pos_emb=None,
+        inference_context: Prefix | None = None,
+        **_,
     ) -> tuple[Tensor, None]:
         """Attention output `[S, B, H]` (a chunk of it under sequence parallelism), and no bias.
 
         Args:
             key_value_states: Megatron's `context`; layer 0 of a first-layer source sets its tensor to its own values.
             rotary_pos_emb: cosine and sine, `[2, S, 1, 1, D/2]`.
+            inference_context: what the sequences go on from.
         """
         query, key, projected = self.get_query_key_value_tensors(hidden_SBH)
         value = self.value_source(projected, hidden_SBH, key_value_states.tensor, self._project_values)
@@ -102,7 +111,7 @@ class ValueSourceAttention(Attention):
         if self.checkpoint_core_attention and self.training:
             mixed = tensor_parallel.checkpoint(self.core_attention, False, query, key, value, None)
         else:
-            mixed = self.core_attention(query, key, value, None)
+            mixed = self.core_attention(query, key, value, None, prefix=inference_context)
         return self.linear_proj(mixed)
 
     def get_query_key_value_tensors(self, hidden_SBH: Tensor, *_, **__) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -155,12 +164,21 @@ class ValueSourceLayer(TransformerLayer):
     """Megatron's transformer layer, which passes `context` to self-attention instead of cross-attention."""
 
     def forward(
-        self, hidden_states: Tensor, attention_mask=None, context: Tensor | None = None, rotary_pos_emb=None, **_
+        self,
+        hidden_states: Tensor,
+        attention_mask=None,
+        context: Tensor | None = None,
+        rotary_pos_emb=None,
+        inference_context: Prefix | None = None,
+        **_,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states `[S, B, H]` (a chunk of them under sequence parallelism), and the next layer's `context`."""
         carried = Carried(context)
         attended, _ = self.self_attention(
-            self.input_layernorm(hidden_states), key_value_states=carried, rotary_pos_emb=rotary_pos_emb
+            self.input_layernorm(hidden_states),
+            key_value_states=carried,
+            rotary_pos_emb=rotary_pos_emb,
+            inference_context=inference_context,
         )
         hidden_states, normalised = add_and_normalise(hidden_states, attended)
         output, _ = self.mlp(normalised)

@@ -14,31 +14,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def stretches(length: int, rank: int, size: int) -> list[tuple[int, int]]:
-    """Positions that a rank holds, as ranges `[start, stop)` in order.
+def stretches(length: int, rank: int, size: int, first: int = 0) -> list[tuple[int, int]]:
+    """Positions from `first` on that a rank holds, as ranges `[start, stop)` in order.
 
-    Raises ValueError where `length` is not a multiple of 2C.
+    Raises ValueError where their number is not a multiple of 2C.
     """
     if size == 1:
-        return [(0, length)]
-    if length % (2 * size):
+        return [(first, length)]
+    if (length - first) % (2 * size):
         raise ValueError(
-            f"a sequence of {length} tokens does not divide into the {2 * size} equal chunks of {size} "
+            f"a sequence of {length - first} tokens does not divide into the {2 * size} equal chunks of {size} "
             "context-parallel ranks; pad it, or use a model.sequence_length that does"
         )
-    chunk = length // (2 * size)
-    return [(n * chunk, (n + 1) * chunk) for n in (rank, 2 * size - 1 - rank)]
+    chunk = (length - first) // (2 * size)
+    return [(first + n * chunk, first + (n + 1) * chunk) for n in (rank, 2 * size - 1 - rank)]
 
 
-def take(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """This rank's part of a tensor with the whole sequence along `dim`."""
-    parts = [whole.narrow(dim, a, b - a) for a, b in stretches(whole.size(dim), group.rank(), group.size())]
+def take(whole: Tensor, dim: int, group: dist.ProcessGroup, first: int = 0) -> Tensor:
+    """This rank's part, from position `first` on, of a tensor with the whole sequence along `dim`."""
+    parts = [whole.narrow(dim, a, b - a) for a, b in stretches(whole.size(dim), group.rank(), group.size(), first)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def positions(length: int, group: dist.ProcessGroup, device) -> Tensor:
-    """This rank's positions in the whole sequence, `[S/C]`."""
-    return take(torch.arange(length, device=device), 0, group)
+def positions(length: int, group: dist.ProcessGroup, device, first: int = 0) -> Tensor:
+    """This rank's positions in the whole sequence, those from `first` on, `[(S - first)/C]`."""
+    return take(torch.arange(length, device=device), 0, group, first)
 
 
 def gather_sequence(part: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -4,7 +4,7 @@ matmul-softmax-matmul.
 A query at position i sees key j where `0 <= i - j <= window`.
 
 Shapes: S sequence (under context parallelism this rank's part of it), T the keys, from position 0 on, B batch, N this
-rank's query heads, G its query groups, D head dimension.
+rank's query heads, G its query groups, D head dimension. Behind a prefix (prefix.py), S are the positions after it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bov_megatron.model.attention_blocks import LARGEST_BLOCK, attend_in_blocks
 from bov_megatron.model.context_parallel import gather_sequence, stretches
+from bov_megatron.model.prefix import Prefix
 from bov_megatron.parallel.device import has_gpu
 
 
@@ -41,6 +42,7 @@ class SdpaCoreAttention(torch.nn.Module):
         **megatron_options,
     ):
         super().__init__()
+        self.layer_number = layer_number
         self.window = window
         self.cp_group = pg_collection.cp
         self.wanted = kernel
@@ -48,15 +50,25 @@ class SdpaCoreAttention(torch.nn.Module):
             use_flash_attention_3()
 
     def forward(
-        self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask=None, **megatron_options
+        self,
+        query_SBND: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        attention_mask=None,
+        prefix: Prefix | None = None,
+        **megatron_options,
     ) -> Tensor:
         """Attention output `[S, B, N·D]`. `attention_mask` is ignored: the mask follows from the window."""
         group = self.cp_group
         if group.size() > 1:
             both = gather_sequence(torch.stack((key_SBGD, value_SBGD), dim=1), group)
             key_SBGD, value_SBGD = both.unbind(1)
+        first = 0
+        if prefix is not None:
+            first = prefix.length
+            key_SBGD, value_SBGD = prefix.joined(self.layer_number, key_SBGD, value_SBGD)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
-        held = stretches(key.size(2), group.rank(), group.size())
+        held = stretches(key.size(2), group.rank(), group.size(), first)
         mixed = [
             attend(queries, key, value, self.window, start, self.wanted)
             for queries, (start, _) in zip(query.chunk(len(held), dim=2), held, strict=True)

@@ -23,6 +23,7 @@ from bov_megatron.model.linear import load_without_extra_state, without_extra_st
 from bov_megatron.model.naming import local_parameters
 from bov_megatron.model.norm import normalise
 from bov_megatron.model.output import OutputLayer
+from bov_megatron.model.prefix import Prefix
 from bov_megatron.model.spec import block_spec, transformer_config
 from bov_megatron.parallel.device import device, to_device
 from bov_megatron.parallel.regions import region
@@ -94,30 +95,36 @@ class BovModel(GPTModel):
         self.local_parameters = local_parameters(self)
         load_without_extra_state(self)
 
-    def forward(self, ids_BS: Tensor, labels_Bs: Tensor | None = None) -> Tensor:
+    def forward(self, ids_BS: Tensor, labels_Bs: Tensor | None = None, prefix: Prefix | None = None) -> Tensor:
         """One micro-batch through this stage.
 
         Args:
             ids_BS: token ids of whole sequences, on all stages; preferably on the CPU (see lookup_ahead.py).
             labels_Bs: next tokens of this context-parallel rank's positions.
+            prefix: what the sequences begin with. In the pass that fills it in, no stage computes logits; in others,
+                s are positions behind it.
 
         Returns:
             Before the last stage: hidden states `[s, B, H]`. On the last: loss per token in nats `[B, s]`, or
             without labels soft-capped fp32 logits of this rank's vocabulary `[B, s, V/T]`.
         """
         model, group = self.recipe.model, self.pg_collection.cp
-        with self._lookups_ahead(context_parallel.take(ids_BS, 1, group)) as ticket:
+        first = 0 if prefix is None else prefix.length
+        with self._lookups_ahead(context_parallel.take(ids_BS, 1, group, first)) as ticket:
             ids_BS = to_device(ids_BS)
-            hidden = self._embed(ids_BS) if self.pre_process else None
-            carried = self._carried(context_parallel.take(ids_BS, 1, group), hidden) if ticket is None else ticket
-            positions_s = context_parallel.positions(ids_BS.size(1), group, ids_BS.device)
+            hidden = self._embed(ids_BS, first) if self.pre_process else None
+            carried = (
+                self._carried(context_parallel.take(ids_BS, 1, group, first), hidden) if ticket is None else ticket
+            )
+            positions_s = context_parallel.positions(ids_BS.size(1), group, ids_BS.device, first)
             hidden = self.decoder(
                 hidden_states=hidden,
                 attention_mask=None,
                 context=carried,
                 rotary_pos_emb=rotary_cos_sin(positions_s, model.kv_channels, model.rotary_base),
+                inference_context=prefix,
             )
-        if not self.post_process:
+        if not self.post_process or (prefix is not None and not prefix.is_complete):
             return hidden
         return self.output_layer(hidden, labels_Bs)
 
@@ -125,11 +132,11 @@ class BovModel(GPTModel):
         """Weights for megatron.core.dist_checkpointing, the same for all implementations of linear layers."""
         return without_extra_state(super().sharded_state_dict(*args, **options))
 
-    def _embed(self, ids_BS: Tensor) -> Tensor:
+    def _embed(self, ids_BS: Tensor, first: int) -> Tensor:
         """The decoder's input x0, `[s, B, H]`, or this rank's chunk of it under sequence parallelism."""
         # Smear reads the previous token, so a chunk that starts inside the sequence is embedded with the one before.
         group = self.pg_collection.cp
-        held = context_parallel.stretches(ids_BS.size(1), group.rank(), group.size())
+        held = context_parallel.stretches(ids_BS.size(1), group.rank(), group.size(), first)
         before = [min(start, 1) for start, _ in held]
         ids = torch.cat([ids_BS[:, start - n : stop] for n, (start, stop) in zip(before, held, strict=True)], dim=1)
         x = normalise(self.embedding(input_ids=ids, position_ids=None))

@@ -51,11 +51,11 @@ def ids_kept_on_the_module():
 
     forward = BovModel.forward
 
-    def storing(self, ids_BS, labels_BS=None):
+    def storing(self, ids_BS, *others):
         for module in self.modules():
             if isinstance(module, Bank):
                 module.ids = ids_BS
-        return forward(self, ids_BS, labels_BS)
+        return forward(self, ids_BS, *others)
 
     BovModel.forward = storing
     Bank.forward = lambda self, projected, hidden, carried, project: self.scaled(self.table(self.ids))
@@ -200,7 +200,7 @@ def smear_after_the_split():
     from bov_megatron.model.decoder import BovModel
     from bov_megatron.model.norm import rms_norm
 
-    def embed(self, ids_BS):
+    def embed(self, ids_BS, first):
         x = rms_norm(self.embedding(input_ids=ids_BS, position_ids=None))
         return self.smear(scatter_to_sequence_parallel_region(x, group=self.pg_collection.tp))
 
@@ -213,7 +213,7 @@ def smear_after_the_zigzag():
     from bov_megatron.model.decoder import BovModel
     from bov_megatron.model.norm import rms_norm
 
-    def embed(self, ids_BS):
+    def embed(self, ids_BS, first):
         ids = context_parallel.take(ids_BS, 1, self.pg_collection.cp)
         return self.smear(rms_norm(self.embedding(input_ids=ids, position_ids=None)))
 
@@ -224,7 +224,7 @@ def angles_from_zero_on_each_rank():
     from bov_megatron.model import context_parallel
 
     positions = context_parallel.positions
-    context_parallel.positions = lambda length, group, device: positions(length, group, device).argsort()
+    context_parallel.positions = lambda *arguments: positions(*arguments).argsort()
 
 
 def keys_gathered_in_rank_order():

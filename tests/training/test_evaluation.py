@@ -174,11 +174,11 @@ def stopped_rank(rank: int, world_size: int, arguments: list[str], at_call: int)
 
     calls, original = [], Engine.token_scores
 
-    def signalling(self, ids):
+    def signalling(self, *arguments):
         calls.append(1)
         if len(calls) == at_call and rank == world_size - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return original(self, ids)
+        return original(self, *arguments)
 
     Engine.token_scores = signalling
     with contextlib.redirect_stderr(io.StringIO()) as stderr:

@@ -86,14 +86,14 @@ class DeepSpeedEngine(Engine):
             len(micro_batches) * parallel_state.get_data_parallel_world_size()
         )
 
-    def _run(self, chunks, micro_batches, loss_function, counted=None, with_labels=True):
+    def _run(self, chunks, micro_batches, loss_function, counted=None, with_labels=True, prefix=None):
         results = []
         masks = counted or [None] * len(micro_batches)
         for number, (ids_BT, counted_B) in enumerate(zip(micro_batches, masks, strict=True), 1):
             labels_BT = to_device(ids_BT[:, 1:].contiguous()) if with_labels else None
             if counted is None:
                 self.zero.set_gradient_accumulation_boundary(number == len(micro_batches))
-            losses_BT = self.zero(ids_BT[:, :-1].contiguous(), labels_BT)
+            losses_BT = self.zero(ids_BT[:, :-1].contiguous(), labels_BT, prefix)
             loss, result = loss_function(labels_BT, counted_B, losses_BT)
             if counted is None:
                 self.zero.backward(loss / len(micro_batches), scale_wrt_gas=False)
@@ -140,7 +140,7 @@ class DeepSpeedEngine(Engine):
 
     def sharded_state_dict(self, metadata: dict) -> dict:
         """See Engine. Under ZeRO 3 weights are stored as rows too, like optimizer state: no rank has all of them."""
-        if not self._partitions_weights:
+        if not self.partitions_weights:
             return super().sharded_state_dict(metadata)
         with self._whole_shapes():
             state = super().sharded_state_dict(metadata)
@@ -155,7 +155,7 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def load_state(self, model_state: dict, optimizer_state: dict | None) -> None:
         """See Engine; collective under ZeRO 3."""
-        if not self._partitions_weights:
+        if not self.partitions_weights:
             super().load_state(model_state, optimizer_state)
             return
         for p in self.zero_parameters:
@@ -164,12 +164,12 @@ class DeepSpeedEngine(Engine):
         self.optimizer.load_state_dict(optimizer_state)
 
     @property
-    def _partitions_weights(self) -> bool:
+    def partitions_weights(self) -> bool:
         return self.recipe.deepspeed.zero_stage == 3
 
     def weights_of(self, p: ZeroParameter) -> Callable[[Stretch], Tensor]:
         """A function that returns this rank's stretch of a parameter, in the model's precision."""
-        if self._partitions_weights:
+        if self.partitions_weights:
             return lambda stretch: p.local.parameter.ds_tensor.detach()[: stretch.stop - stretch.start]
         return lambda stretch: p.local.parameter.detach().view(-1)[stretch.start : stretch.stop]
 

@@ -92,20 +92,24 @@ class TransformersScorer:
 
 
 class EngineScorer:
-    """An engine, whose ranks of one model replica all score the same questions; collective over them."""
+    """An engine, whose ranks of one model replica all score the same questions; collective over them. What options
+    begin with is computed once."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
 
     def score(self, questions: Sequence[Question]) -> list[list[OptionScore]]:
         """See Scorer."""
-        return _by_question(self.options([option for question in questions for option in question.options]), questions)
+        options = [option for question in questions for option in question.options]
+        shared = min(question.shared for question in questions)
+        return _by_question(self.options(options, max(shared, 1)), questions)
 
-    def options(self, options: Sequence[Option]) -> list[OptionScore]:
+    def options(self, options: Sequence[Option], shared: int) -> list[OptionScore]:
+        """Scores of options, none of which is scored on its first `shared` tokens, at least 1."""
         ids_BS = torch.nn.utils.rnn.pad_sequence([torch.tensor(option.ids) for option in options], batch_first=True)
-        nats_BS, greedy_BS = self.engine.token_scores(ids_BS)
+        nats_BS, greedy_BS = self.engine.token_scores(ids_BS, shared)
         return [
-            _sum(nats[o.start - 1 : len(o.ids) - 1], greedy[o.start - 1 : len(o.ids) - 1])
+            _sum(nats[o.start - shared : len(o.ids) - shared], greedy[o.start - shared : len(o.ids) - shared])
             for o, nats, greedy in zip(options, nats_BS, greedy_BS, strict=True)
         ]
 
