@@ -15,7 +15,7 @@ class MegatronCoreAttention(DotProductAttention):
         super().__init__(config, layer_number, AttnMaskType.causal, attention_type, **options)
         self.window = window
 
-    def forward(self, query, key, value, attention_mask=None, **options):
+    def forward(self, query, key, value, attention_mask=None, prefix=None, **options):
         hidden = _hidden_keys(self.window, query.size(0), query.device)
         return super().forward(query.contiguous(), key.contiguous(), value.contiguous(), hidden, **options)
 
