@@ -47,11 +47,12 @@ class MegatronEngine(Engine):
         self._gradient_timer = DeviceTimer()
         if with_optimizer:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-            scatter = recipe.parallel.use_distributed_optimizer and group.size() > 1
+            several = group.size() > 1
+            scatter = recipe.parallel.use_distributed_optimizer and several
             tables = trained_host_tables(self.chunks)
             with hidden_from_megatron(tables):
                 self.wrapped = data_parallel.wrap(
-                    self.chunks, recipe.parallel.overlap_grad_reduce, scatter, self._finalize_gradients
+                    self.chunks, recipe.parallel.overlap_grad_reduce and several, scatter, self._finalize_gradients
                 )
             self.optimizer = BovOptimizer(self.local_parameters(), recipe, total_steps(recipe), self.chunks)
             if scatter:

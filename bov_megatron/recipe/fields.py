@@ -172,8 +172,9 @@ class ParallelConfig:
     """Split activations outside the tensor-parallel regions along the sequence; needs tensor parallelism."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state and main weights over data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients over data-parallel ranks bucket by bucket during the backward pass."""
+    overlap_grad_reduce: bool = True
+    """Reduce gradients over data-parallel ranks bucket by bucket during the backward pass; DeepSpeed orders its own
+    traffic."""
     overlap_param_gather: bool = False
     """Gather updated weights layer by layer during the next forward pass; until then they take twice the memory. Needs
     `use_distributed_optimizer`."""

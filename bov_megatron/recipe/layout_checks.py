@@ -240,12 +240,11 @@ def _check_engine(recipe: Recipe) -> None:
             "engine=deepspeed keeps tables where it keeps all weights, found model.value.table_memory=host; use "
             "deepspeed.offload_optimizer=cpu for their optimizer state, or engine=megatron"
         )
-    for name in ("overlap_grad_reduce", "overlap_param_gather"):
-        if getattr(p, name):
-            raise RecipeError(
-                f"engine=deepspeed orders its own traffic, found parallel.{name}=true; set it to false, or use "
-                "engine=megatron"
-            )
+    if p.overlap_param_gather:
+        raise RecipeError(
+            "engine=deepspeed orders its own traffic, found parallel.overlap_param_gather=true; set it to false, or "
+            "use engine=megatron"
+        )
     if not p.use_distributed_optimizer:
         raise RecipeError(
             "engine=deepspeed always shards the optimizer's state, found parallel.use_distributed_optimizer=false; "

@@ -15,7 +15,7 @@ BOTH = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 def recipe_of(layout: str, **value) -> Recipe:
     """Rates high enough for each step to show in the next loss."""
-    parallel = {key: setting for key, setting in LAYOUTS[layout][1].items() if key not in BOTH}
+    parallel = LAYOUTS[layout][1] | dict.fromkeys(BOTH, False)
     model = small_model(value=ValueConfig(**{"source": "bank", **value}))
     recipe = small_recipe(model, **parallel)
     recipe.optimizer = OptimizerConfig(warmup_steps=0, reference_batch_tokens=None, reference_parameters=None)

@@ -58,7 +58,7 @@ LAYOUTS = {
     "interleaved": (2, make_recipe(4, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
     "context, overlapped": (
         2,
-        make_recipe(3, context_parallel_size=2, overlap_grad_reduce=True, overlap_param_gather=True),
+        make_recipe(3, context_parallel_size=2, overlap_param_gather=True),
     ),
     "unsharded": (2, make_recipe(2, use_distributed_optimizer=False, value=ValueConfig())),
     "host tables": (2, make_recipe(8, value=ValueConfig(source="bank", table_memory="host"), vocab_size=512)),

@@ -26,7 +26,7 @@ LAYOUTS = {
     "partly recomputed, tensor": (0, ["parallel.recompute=full", "parallel.recompute_num_layers=2", TP, SP]),
     "attention recomputed": (0, ["parallel.recompute=selective", CP]),
     "host tables, tensor": (0, [HOST, TP, SP]),
-    "overlapped": (0, ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"]),
+    "overlapped": (0, ["parallel.overlap_param_gather=true"]),
     "unsharded": (0, ["parallel.use_distributed_optimizer=false"]),
     "AdamW": (0, ["optimizer.name=adamw"]),
     "grouped queries": (0, ["model.num_query_groups=4", TP]),

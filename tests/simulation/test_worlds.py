@@ -28,7 +28,8 @@ def test_a_step_does_not_grow_with_the_world():
         assert 0.9 < sent / (peak["gradients"] + peak["weights"]) < 1.05
         assert step.host_waits == 1
     for step in larger:
-        assert [entry["count"] for entry in step.collectives] == [entry["count"] for entry in smallest.collectives]
+        for entry, least in zip(step.collectives, smallest.collectives, strict=True):
+            assert entry["count"] <= least["count"], "gradients: fewer and larger buckets"
         assert step.launches <= smallest.launches
         for phase, size in step.phase_peak_bytes.items():
             assert size["total"] <= smallest.phase_peak_bytes[phase]["total"]

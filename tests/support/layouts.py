@@ -7,7 +7,7 @@ TP2, TP4, PP2 = (
 )
 VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 CP2, CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
-OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+OVERLAP = {"overlap_param_gather": True}
 SP, FULL, SELECTIVE = {"sequence_parallel": True}, {"recompute": "full"}, {"recompute": "selective"}
 LAYOUTS = {
     "tp2": (2, TP2),
@@ -39,6 +39,7 @@ LAYOUTS = {
     "cp2-pp2-full": (4, {**CP2, **PP2, **FULL}),
     "cp2-dp2": (4, CP2),
     "cp2-selective": (2, {**CP2, **SELECTIVE}),
+    "dp2-no-overlap": (2, {"overlap_grad_reduce": False}),
     "dp2-overlap": (2, OVERLAP),
     "dp2-pp2-overlap": (4, {**PP2, **OVERLAP}),
     "vpp2-dp2-overlap": (4, {**PP2, **VPP2, **OVERLAP}),

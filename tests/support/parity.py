@@ -76,7 +76,7 @@ def train_rank(
     data_parallel.BUCKET_ELEMENTS = 1  # where reduction overlaps, every gradient is reduced by itself
     engine = MegatronEngine(recipe)
     load_weights(engine, random_weights(recipe.model))
-    if recipe.parallel.overlap_grad_reduce:  # the first backward pass counts, and reduces at its end
+    if engine.wrapped[0].ddp_config.overlap_grad_reduce:  # the first backward pass counts, and reduces at its end
         engine.forward_backward(my_micro_batches(recipe, batch(1)))
     losses = [float(engine.forward_backward(my_micro_batches(recipe, batch(0))))]
     gradients = gather_gradients(engine)

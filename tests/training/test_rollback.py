@@ -18,7 +18,7 @@ STEPS, SAVED, WRONG, LAST = 12, 6, 9, "train.steps=12"
 """Steps of a run; steps done when it last saved; the step that goes wrong, on the batch at place 8 of the order."""
 ROLLBACK = ["health.on_spike=rollback", "health.spike_window=4", "health.spike_deviations=30"]
 PATIENCE = "health.max_not_finite_steps=1"
-OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+OVERLAP = ["parallel.overlap_param_gather=true"]
 LAYOUTS = {
     "dp2": [],
     "dp2-deepspeed": ["engine=deepspeed", "optimizer.name=adamw", "deepspeed.zero_stage=3"],
