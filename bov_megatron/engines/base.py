@@ -229,7 +229,7 @@ class Engine(abc.ABC):
         ids_QP, rows_B = ids_BT[:, :length].unique(dim=0, return_inverse=True)
         prefix = Prefix()
         self._infer(F.pad(ids_QP, (0, 1)), lambda hidden_sQH: torch.zeros(1, device=device()), (1,), prefix)
-        prefix.begin(length, rows_B)
+        prefix.begin(length, to_device(rows_B))
         return prefix
 
     def _infer(

@@ -38,5 +38,5 @@ class Prefix:
             self._by_layer[layer] = key_SBGD.contiguous(), value_SBGD.contiguous()
             return key_SBGD, value_SBGD
         key_PQGD, value_PQGD = self._by_layer[layer]
-        rows_B = self._rows_B.to(key_PQGD.device)
+        rows_B = self._rows_B
         return torch.cat((key_PQGD[:, rows_B], key_SBGD)), torch.cat((value_PQGD[:, rows_B], value_SBGD))
