@@ -1,11 +1,16 @@
 """What tests of several parts share: a small prepared data set of real text."""
 
+import os
 import subprocess
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported, and for all that tests start: pytest's workers have a core each, and threads of small
+# models wait for each other most of the time, spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """`bov generate`: on a checkpoint it says what transformers says on its export; streamed text is the whole text."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,8 +93,7 @@ def test_text_that_spells_the_special_token_is_text(trained_export):
 
 def call(*arguments, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "tools/generate.py", *map(str, arguments)]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environ, **options)
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def test_the_command_reads_its_input_and_prints_what_it_says(trained_run, trained_export, tmp_path):

@@ -90,7 +90,6 @@ def torchrun(arguments: list[str], log) -> subprocess.Popen:
         [*command, "-m", "bov_megatron.train", SMOKE, *arguments],
         stdout=log,
         stderr=log,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 

@@ -46,7 +46,6 @@ def job_environ(tmp_path) -> dict[str, str]:
         "BOV_PYTHON": sys.executable,
         "BOV_RECIPE": "recipes/smoke.yaml",
         "BOV_OUTPUT_DIR": str(tmp_path / "runs"),
-        "OMP_NUM_THREADS": "1",
         "TMPDIR": str(tmp_path),
         "BOV_REQUEUE": "0",  # tests of failures want to see them; those of restarts set it
     }

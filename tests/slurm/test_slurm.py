@@ -53,7 +53,6 @@ def test_two_nodes_train_one_model(cluster, submit, slurm_data, tmp_path):
     subprocess.run(
         [sys.executable, "-m", "bov_megatron.train", "recipes/smoke.yaml", *alone],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
         check=True,
         timeout=LONG,
         stderr=subprocess.DEVNULL,

@@ -48,7 +48,7 @@ def study(slurm_data, tmp_path):
 @pytest.fixture
 def command(cluster, study, tmp_path):
     """`command(NAME, arguments…)`: what `study.py NAME` prints, and what it writes with --json."""
-    environ = cluster.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    environ = cluster.environ | {"TMPDIR": str(tmp_path)}
 
     def run(name: str, *arguments: str) -> tuple[str, dict]:
         out = tmp_path / "out.json"

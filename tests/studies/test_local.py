@@ -1,7 +1,6 @@
 """`submit --local`: cells trained on this machine, some of which fail, or are interrupted."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -24,7 +23,6 @@ def submit(path: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "tools/study.py", "submit", str(path), *arguments],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

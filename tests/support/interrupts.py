@@ -49,7 +49,7 @@ class Command:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"} | environ,
+                env=os.environ | environ,
             )
         self.started = time.monotonic()
 

@@ -141,7 +141,6 @@ def launcher(arguments: list[str]) -> subprocess.Popen:
         [*command, "-m", "bov_megatron.train", SMOKE, *arguments],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
