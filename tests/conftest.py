@@ -13,6 +13,33 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+TESTS = Path(__file__).parent
+LONG_FILES = (
+    "exchange/test_transformers5.py",
+    "training/test_evaluation.py",
+    "checkpoint/test_resharding.py",
+    "training/test_resume.py",
+    "lifecycle/test_ctrl_c.py",
+    "evaluation/test_core.py",
+    "engines/test_parallel_parity.py",
+    "slurm/test_slurm.py",
+    "slurm/test_study.py",
+    "slurm/test_evaluate.py",
+    "benchmarks/test_bench.py",
+    "engines/test_traps.py",
+    "engines/test_deepspeed.py",
+    "training/test_rollback.py",
+    "tools/test_install.py",
+)
+"""Half a minute and more each."""
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: workers take whole files in this order, and end together if the last ones are short."""
+    place = {TESTS / name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """A data folder as tools/prepare_data.py writes it, with the tokenizer it was made with."""

@@ -4,7 +4,6 @@ import json
 import math
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from bov_megatron.commands.evaluate import parse_arguments
 from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.core.bundle import read_bundle
 from tests.support.core_bundle import TASKS, write_bundle
-from tests.support.distributed import run_ranks
+from tests.support.distributed import run_ranks, warm_context
 
 ROOT = Path(__file__).resolve().parents[2]
 ITEMS = 12
@@ -243,17 +242,19 @@ def test_killed_at_any_point_it_goes_on(exact_export, bundle, tmp_path):
     calm.mkdir(), hunted.mkdir()
     evaluate(exact_export, bundle, calm, "--batch-size", 3)
     parts = hunted / "examples.jsonl.parts"
-    call = [sys.executable, "tools/evaluate.py", exact_export, "--core", bundle, "--dtype", "float32", "--batch-size",
-            "3", "--examples", hunted / "examples.jsonl"]  # fmt: skip
+    call = [exact_export, "--core", bundle, "--dtype", "float32", "--batch-size", 3]
+    call += ["--examples", hunted / "examples.jsonl"]
+    context = warm_context()
     scored = 0
     for _ in range(2):
-        process = subprocess.Popen(list(map(str, call)), cwd=ROOT)
+        process = context.Process(target=evaluate_rank, args=(0, 1, *map(str, call)))
+        process.start()
         deadline = time.monotonic() + 120
         while lines_of(parts) < scored + 10:
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.is_alive() and time.monotonic() < deadline
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert scored + 10 <= (scored := lines_of(parts)) < ITEMS * len(TASKS), "it was done before it was killed"
     with next(parts.glob("*.jsonl")).open("a") as file:
         file.write('{"task": "winograd", "ind')

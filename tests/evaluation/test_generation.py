@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bov_megatron.commands import main
 from bov_megatron.errors import EvaluationError
 from bov_megatron.evaluation.generation import Generator, Sampling
 from tests.support.distributed import run_ranks
@@ -91,18 +92,16 @@ def test_text_that_spells_the_special_token_is_text(trained_export):
     assert 0 not in ids
 
 
-def call(*arguments, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "tools/generate.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
-
-
-def test_the_command_reads_its_input_and_prints_what_it_says(trained_run, trained_export, tmp_path):
-    done = call(trained_run, "--max-new-tokens", 20, input="def read\n")
+def test_the_command_reads_its_input_and_prints_what_it_says(trained_run, trained_export, tmp_path, capfd):
+    command = [sys.executable, ROOT / "tools/generate.py", trained_run, "--max-new-tokens", "20"]
+    done = subprocess.run(command, input="def read\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1 and "step_00000020: " in done.stderr and "tokens/s, ended by" in done.stderr
-    as_json = call(trained_export, "--prompt", "def read", "--prompt", "class", "--max-new-tokens", 20, "--json")
-    first, second = map(json.loads, as_json.stdout.splitlines())
+    prompts = ["--prompt", "def read", "--prompt", "class", "--max-new-tokens", "20", "--json"]
+    assert main(["generate", str(trained_export), *prompts]) == 0
+    first, second = map(json.loads, capfd.readouterr().out.splitlines())
     assert done.stdout == f"def read{first['text']}\n"
     assert second["prompt"] == "class" and second["tokens"] <= 20
-    nothing = call(tmp_path, "--prompt", "x")
-    assert nothing.returncode == 2 and nothing.stderr.startswith("error: ") and nothing.stderr.count("\n") == 1
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1

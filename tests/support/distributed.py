@@ -24,8 +24,7 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout: float = 
     LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set, so `process_groups.initialize` works with its defaults.
     A rank that raises fails the caller with that rank's traceback; a hang fails after `timeout` seconds.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(WARM_MODULES)
+    context = warm_context()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         port = free_port()
         ranks = [
@@ -41,6 +40,13 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout: float = 
             for process in ranks:
                 process.kill()
                 process.join()
+
+
+def warm_context() -> multiprocessing.context.ForkServerContext:
+    """What starts processes as forks of the warm server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(WARM_MODULES)
+    return context
 
 
 def _wait(ranks, folder: Path, timeout: float) -> None:

@@ -78,7 +78,7 @@ class Command:
         while not condition():
             assert self.process.poll() is None, f"ended with {self.process.returncode}\n{self.output}"
             assert time.monotonic() < deadline, self.output
-            time.sleep(0.001)
+            time.sleep(0.01)
 
     def sleep(self, seconds: float) -> None:
         """So long, or until the command has ended."""

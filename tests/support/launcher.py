@@ -7,7 +7,6 @@ moment of a fault can be chosen by it, and said in the transcript.
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support.distributed import WARM_MODULES, free_port, rank_environment
+from tests.support.distributed import free_port, rank_environment, warm_context
 from tests.support.runs import SMOKE
 
 PHASES = ("start-up", "step", "validation", "save")
@@ -48,9 +47,7 @@ class Launch:
         board = folder / "board"
         self.board = np.memmap(board, np.int64, "w+", shape=(world_size, 1 + len(PHASES)))
         self.board[:, 1] = 1
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(WARM_MODULES)
-        port = free_port()
+        context, port = warm_context(), free_port()
         self.ranks = [
             context.Process(
                 target=_rank,
@@ -67,6 +64,7 @@ class Launch:
     def __exit__(self, *exception: object) -> None:
         for rank in self.ranks:
             rank.kill()
+        for rank in self.ranks:
             rank.join()
 
     @property

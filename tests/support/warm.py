@@ -25,5 +25,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import streaming.base.format  # noqa: E402, F401
 
-if find_spec("deepspeed"):  # a machine without it runs the other tests (`make gpu`)
-    import bov_megatron.engines.deepspeed.engine  # noqa: F401
+# A machine without one of these runs the other tests (`make gpu`).
+if find_spec("deepspeed"):
+    import bov_megatron.engines.deepspeed.engine
+if find_spec("lm_eval"):
+    import lm_eval.evaluator
+    import lm_eval.tasks  # noqa: F401
+
+    import bov_megatron.evaluation.lm_eval_engine  # noqa: F401

@@ -3,11 +3,7 @@
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -17,6 +13,8 @@ from bov_megatron.lifecycle import run_folder
 from bov_megatron.recipe import Recipe, load_recipe
 from bov_megatron.recipe.identity import flatten
 from tests.support.distributed import run_ranks
+from tests.support.launcher import Launch
+from tests.support.results import lines_of, wait_until
 from tests.support.runs import SMOKE, metrics, overrides, train
 
 STEPS, SAVED_EVERY = 8, 3
@@ -124,41 +122,17 @@ def test_killed_and_started_again_by_the_same_command(prepared_data, tmp_path):
     """All processes killed at a random moment; the second start continues by itself."""
     seed = int.from_bytes(os.urandom(2))
     print(f"seed {seed}")
-    steps = ["train.steps=40", "checkpoint.interval=7", "validation.interval=20"]
+    steps = ["train.steps=20", "checkpoint.interval=4", "validation.interval=10"]
     killed = overrides(prepared_data, tmp_path / "killed", TP2, *steps)
     undisturbed = overrides(prepared_data, tmp_path / "undisturbed", TP2, *steps)
-    start_and_kill(killed, tmp_path / "killed" / "metrics.jsonl", lines=random.Random(seed).randint(8, 36))
-    stderr = launcher(killed).communicate(timeout=300)[1]
-    assert "resuming after step" in stderr, stderr
+    lines = random.Random(seed).randint(5, 17)
+    with Launch(2, killed, tmp_path / "log") as launch:  # leaving it is SIGKILL to both
+        wait_until(lambda: lines_of(tmp_path / "killed") >= lines, f"step {lines}", launch.output)
+        assert all(rank.is_alive() for rank in launch.ranks), "the run had ended before it could be killed"
+    assert "resuming after step" in train(2, killed)
     train(2, undisturbed)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "undisturbed")
-    assert len(metrics(tmp_path / "killed")) == 40
-
-
-def launcher(arguments: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen(
-        [*command, "-m", "bov_megatron.train", SMOKE, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def start_and_kill(arguments: list[str], metrics_file, lines: int) -> None:
-    """SIGKILL to launcher and ranks alike as soon as the run has logged so many steps."""
-    process = launcher(arguments)
-    deadline = time.monotonic() + 300
-    try:
-        while not metrics_file.exists() or len(metrics_file.read_text().splitlines()) < lines:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline, "the run did not come that far in five minutes"
-            time.sleep(0.01)
-    finally:
-        launched = psutil.Process(process.pid)
-        for one in (launched, *launched.children(recursive=True)):  # ranks lead sessions of their own
-            one.kill()
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run had ended before it could be killed"
+    assert len(metrics(tmp_path / "killed")) == 20
 
 
 def test_what_differs_is_said_and_the_end_too(prepared_data, tmp_path):
