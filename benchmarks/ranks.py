@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -62,9 +63,18 @@ def _start_forkserver() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
+def _end_with_parent() -> None:
+    """Interrupted while it starts a rank, the parent doesn't know of it yet, and can't end it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _rank(
     rank: int, size: int, function: Callable[..., dict], recipe: Recipe, port: int, threads: int, folder: str, arguments
 ) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if torch.cuda.device_count() < size:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # NCCL doesn't allow two ranks on one GPU
     torch.set_num_threads(threads)
