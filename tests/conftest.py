@@ -15,21 +15,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TESTS = Path(__file__).parent
 LONG_FILES = (
-    "exchange/test_transformers5.py",
-    "training/test_evaluation.py",
-    "checkpoint/test_resharding.py",
-    "training/test_resume.py",
-    "lifecycle/test_ctrl_c.py",
-    "evaluation/test_core.py",
     "engines/test_parallel_parity.py",
-    "slurm/test_slurm.py",
+    "engines/test_deepspeed.py",
     "slurm/test_study.py",
+    "checkpoint/test_resharding.py",
+    "slurm/test_slurm.py",
+    "engines/test_traps.py",
+    "training/test_evaluation.py",
+    "evaluation/test_core.py",
+    "training/test_rollback.py",
+    "lifecycle/test_ctrl_c.py",
+    "studies/test_local.py",
+    "training/test_resume.py",
     "slurm/test_evaluate.py",
     "benchmarks/test_bench.py",
-    "engines/test_traps.py",
-    "engines/test_deepspeed.py",
-    "training/test_rollback.py",
     "tools/test_install.py",
+    "checkpoint/test_engine_interchange.py",
+    "exchange/test_transformers5.py",
+    "data/test_prepare.py",
 )
 """Half a minute and more each."""
 
