@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import nn
 
 from bov_megatron.model.decoder import BovModel
+from bov_megatron.model.weight_gradients import add_to_main_grad
 
 BUCKET_ELEMENTS = None
 """Gradient elements reduced together during the backward pass; None is Megatron's default, at least 40 million."""
@@ -37,6 +38,7 @@ def wrap(
             bucket_size=BUCKET_ELEMENTS,
         )
         wrapped.append(DataParallel(settings, chunk, disable_bucketing=number > 0))
+        add_to_main_grad(chunk, chunk.config.params_dtype)
     config = chunks[0].config  # the one that schedules read
     config.no_sync_func = _each([chunk.no_sync for chunk in wrapped])
     if overlap_grad_reduce:

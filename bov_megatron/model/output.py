@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from bov_megatron.model.weight_gradients import weight_gradient
 from bov_megatron.parallel.regions import region
 from bov_megatron.recipe.memory import LOSS_CHUNK_ELEMENTS
 
@@ -67,7 +68,14 @@ class OutputLayer(ColumnParallelLinear):
             return capped.transpose(0, 1).contiguous()
         labels_N = labels_Bs.transpose(0, 1).flatten()
         loss_N = _TokenLoss.apply(
-            hidden_sBH, self.weight, labels_N, self.softcap, self.real_columns, self.tp_group, self.sequence_parallel
+            hidden_sBH,
+            self.weight,
+            labels_N,
+            self.softcap,
+            self.real_columns,
+            self.tp_group,
+            self.sequence_parallel,
+            self.gradient_accumulation_fusion,
         )
         return loss_N.view(-1, len(labels_Bs)).transpose(0, 1)
 
@@ -81,7 +89,7 @@ class _TokenLoss(torch.autograd.Function):
     """Cross-entropy of soft-capped logits, from hidden states and output matrix to nats per token `[N]`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight_vH, labels_N, cap, real_columns, group, sequence_parallel):
+    def forward(ctx, hidden, weight_vH, labels_N, cap, real_columns, group, sequence_parallel, into_main_grad):
         hidden_NH = _gather(hidden, group) if sequence_parallel else hidden.flatten(0, 1)
         logits_Nv = hidden_NH @ weight_vH.t()
         own_N = labels_N - group.rank() * len(weight_vH)
@@ -94,13 +102,13 @@ class _TokenLoss(torch.autograd.Function):
         # Not among the saved tensors: the backward pass overwrites them.
         ctx.logits_Nv = logits_Nv
         ctx.save_for_backward(hidden, weight_vH, own_N, is_own_N, logsumexp_N, chosen_N)
-        ctx.settings = cap, real_columns, group, sequence_parallel
+        ctx.settings = cap, real_columns, group, sequence_parallel, into_main_grad
         return logsumexp_N - chosen_N
 
     @staticmethod
     def backward(ctx, grad_N):
         hidden, weight_vH, own_N, is_own_N, logsumexp_N, chosen_N = ctx.saved_tensors
-        cap, real_columns, group, sequence_parallel = ctx.settings
+        cap, real_columns, group, sequence_parallel, into_main_grad = ctx.settings
         if ctx.logits_Nv is None:
             raise RuntimeError("the loss has no second backward pass: the first one overwrites the logits")
         gradient_Nv, ctx.logits_Nv = ctx.logits_Nv, None
@@ -117,10 +125,10 @@ class _TokenLoss(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             hidden_NH = _gather(hidden, group) if sequence_parallel else hidden.flatten(0, 1)
-            grad_weight = gradient_Nv.t() @ hidden_NH  # Megatron's and DeepSpeed's hooks add it up in fp32
+            grad_weight = weight_gradient(weight_vH, hidden_NH, gradient_Nv, into_main_grad)
         if work is not None:
             work.wait()
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 6
 
 
 @region

@@ -78,11 +78,11 @@ def _layer_bytes(recipe: Recipe, layer: int, again: bool) -> float:
 
 
 def _gradient_bytes(recipe: Recipe, chunks: list[range], stage: int) -> float:
-    """Of a micro-batch: adding weight gradients to fp32 buffers."""
+    """Of a micro-batch: adding to fp32 buffers the weight gradients that no matrix product or lookup adds itself."""
     sizes = (
         memory.rank_size(recipe, spec)
         for spec in parameter_specs(recipe.model)
-        if memory.is_on_stage(spec, stage, chunks, recipe) and spec.kind != "table"
+        if memory.is_on_stage(spec, stage, chunks, recipe) and spec.kind not in ("matrix", "output", "table")
     )
     return sum(sizes) * (2 * memory.MAIN_BYTES + memory.weight_bytes(recipe))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from bov_megatron.model import core_attention, output
+from bov_megatron.model import core_attention, output, weight_gradients
 from bov_megatron.model.bank import host_tables
 from bov_megatron.model.norm import add_and_normalise
 from bov_megatron.optim import muon
@@ -26,7 +26,7 @@ from bov_megatron.simulation.tracker import Tracker
 @contextlib.contextmanager
 def as_gpu(recipe: Recipe, tracker: Tracker) -> Iterator[None]:
     """Compile regions unless `train.compile` is false, attend by flash attention, take the loss in a GPU's chunks,
-    multiply in bf16, and copy rows of host tables to the device."""
+    multiply in bf16, also into fp32 gradients, and copy rows of host tables to the device."""
     with contextlib.ExitStack() as stack:
         if recipe.train.compile is not False:
             stack.enter_context(regions.replaced_by(Compiled(tracker)))
@@ -35,6 +35,8 @@ def as_gpu(recipe: Recipe, tracker: Tracker) -> Iterator[None]:
             (core_attention, "attend", _attend(tracker)),
             (output, "CHUNK_ELEMENTS", chunks),
             (muon, "has_fast_bf16_products", lambda device: True),
+            (weight_gradients, "adds_exactly", lambda dtype: True),
+            (weight_gradients, "wgrad_gemm_accum_fp32", _added_by_product(tracker)),
             (host_tables, "empty", _on_host(tracker, host_tables.empty)),
             (host_tables, "rows_on_device", _copied(host_tables.rows_on_device)),
         ):
@@ -149,6 +151,14 @@ class _Flash(torch.autograd.Function):
         with ctx.tracker.one_kernel((), flops=5 * ctx.flops) as results:
             results += map(torch.empty_like, ctx.saved_tensors[:3])
         return None, *results, None
+
+
+def _added_by_product(tracker: Tracker) -> Callable:
+    def add(input_NI: Tensor, grad_NO: Tensor, main_grad_OI: Tensor) -> None:
+        with tracker.one_kernel((), flops=2 * input_NI.size(0) * main_grad_OI.numel()):
+            pass
+
+    return add
 
 
 def _on_host(tracker: Tracker, function: Callable) -> Callable:

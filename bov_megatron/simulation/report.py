@@ -96,6 +96,7 @@ def _assumptions(recipe: Recipe) -> list[str]:
         if compiled
         else "uncompiled, norms run in several kernels as on a CPU, with copies in fp32 that a GPU doesn't make",
         "attention is one flash kernel, which keeps its output and a number per query and head",
+        "matrix products add weight gradients to fp32 themselves",
         "a micro-batch has as many distinct token ids as it can",
     ]
     if recipe.train.precision == "fp32":

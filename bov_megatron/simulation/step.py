@@ -22,7 +22,7 @@ from bov_megatron.engines import base
 from bov_megatron.engines.host_rows import HostRows
 from bov_megatron.engines.megatron import MegatronEngine
 from bov_megatron.errors import RecipeError
-from bov_megatron.model import attention_blocks, core_attention
+from bov_megatron.model import attention_blocks, core_attention, weight_gradients
 from bov_megatron.model.bank import host_tables, lookup_ahead, table
 from bov_megatron.model.output import OutputLayer, _TokenLoss
 from bov_megatron.optim.optimizer import BovOptimizer
@@ -269,8 +269,8 @@ class _AtOnce:
 
 @contextlib.contextmanager
 def _without_values(tracker: Tracker) -> Iterator[None]:
-    """Leave weights uninitialised, copy real tensors to the device as fake ones, and find distinct ids and rows on the
-    host."""
+    """Leave weights uninitialised, copy real tensors to the device as fake ones, and do on the host what needs numbers:
+    distinct ids, rows, and whether weight gradients add up."""
 
     def distinct(original: Callable) -> Callable:
         def of(ids_BS: Tensor, table: Any):
@@ -283,9 +283,9 @@ def _without_values(tracker: Tracker) -> Iterator[None]:
         return of
 
     def on_host(original: Callable) -> Callable:
-        def run(rows: HostRows, ids: Any):
+        def run(first: Any, *ids: Any):
             with tracker.on_host():
-                return original(rows, ids.of_whole_step if isinstance(ids, _MicroBatches) else ids)
+                return original(first, *(i.of_whole_step if isinstance(i, _MicroBatches) else i for i in ids))
 
         return run
 
@@ -293,6 +293,7 @@ def _without_values(tracker: Tracker) -> Iterator[None]:
         stack.enter_context(_replaced(HostRows, "_rows_of", on_host))
         stack.enter_context(_replaced(HostRows, "_ask", on_host))
         stack.enter_context(patched(base, "initialize_weights", lambda chunk: None))
+        stack.enter_context(_replaced(weight_gradients, "adds_exactly", on_host))
         stack.enter_context(_replaced(lookup_ahead._Distinct, "of", distinct))
         stack.enter_context(patched(host_tables, "_adder", lambda: _AtOnce(tracker)))
         to_device = device.to_device
