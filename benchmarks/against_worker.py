@@ -23,12 +23,8 @@ def main() -> None:
         bench = importlib.import_module("benchmarks.training_step")
     except ModuleNotFoundError:
         bench = importlib.import_module("bov_megatron.benchmarks.training_step")
-    recipes = {source: bench.bench_recipe(source, quick) for source in sources}
-    for recipe in recipes.values():
-        for setting in sys.argv[4:]:
-            name, _, value = setting.partition("=")
-            section, _, field = name.rpartition(".")
-            setattr(getattr(recipe, section) if section else recipe, field, json.loads(value))
+    settings = {"settings": sys.argv[4:]} if sys.argv[4:] else {}
+    recipes = {source: bench.bench_recipe(source, quick, **settings) for source in sources}
     with bench.one_process(next(iter(recipes.values()))):
         engines = {source: bench.MegatronEngine(recipe) for source, recipe in recipes.items()}
         for engine in engines.values():

@@ -56,12 +56,12 @@ def run(
         turns: how often to time each variant.
         threads: torch's, on a CPU; default: OMP_NUM_THREADS, else one per core.
         against: a commit; `step`, alone, then compares this tree with it.
-        settings: with `against`, recipe fields `section.field=value` (values in JSON) for this tree alone.
+        settings: for `step` alone, recipe fields `section.field=value`; of this tree.
         picture: what `generate` draws.
         seed: of the studies that `coverage` draws.
 
-    Raises ValueError for an unknown name or commit, for `against` with another benchmark than `step`, or for one that
-    needs a GPU where there is none.
+    Raises ValueError for an unknown name or commit, for `against` or `settings` with another benchmark than `step`, or
+    for one that needs a GPU where there is none.
     """
     gpu = has_gpu()
     left_out = {*(() if gpu or quick else GPU_ONLY), *(() if quick else ("coverage",))}
@@ -73,8 +73,8 @@ def run(
             raise ValueError(f"the benchmark '{name}' needs a GPU and torch finds none; leave it out, or try --quick")
     if against and names != ["step"]:
         raise ValueError(f"--against {against} compares the benchmark 'step'; name it, and no other")
-    if settings and not against:
-        raise ValueError(f"--set {settings[0]} is for this tree's side of --against COMMIT; give a commit")
+    if settings and names != ["step"]:
+        raise ValueError(f"--set {settings[0]} is for the benchmark 'step'; name it, and no other")
     if turns is not None and turns < 1:
         raise ValueError(f"--turns {turns}: must be at least 1")
     turns = turns or (QUICK_TURNS if quick else TURNS)
@@ -87,18 +87,25 @@ def run(
         if against:
             results[name] = _plain(bench_against(against, turns, quick, settings))
         else:
-            results[name] = _plain(_run_one(name, turns, quick, results, picture, seed))
+            results[name] = _plain(_run_one(name, turns, quick, results, settings, picture, seed))
     return results
 
 
-def _run_one(name: str, turns: int, quick: bool, results: dict, picture: Path, seed: int) -> dict:
+def _run_one(
+    name: str, turns: int, quick: bool, results: dict, settings: Sequence[str], picture: Path, seed: int
+) -> dict:
     # Its own module alone, and only now: a wrong name shouldn't wait for Megatron's import, nor one benchmark need the
     # packages of another.
     module = import_module(f"benchmarks.{'training_step' if name in TRAINING_STEPS else name}")
     benchmark = getattr(module, f"bench_{name}")
     if name == "coverage":
         return benchmark(quick, seed)
-    more = {"lookup": (torch.get_num_threads(),), "generate": (picture,), "loader": (_step_seconds(results, quick),)}
+    more = {
+        "step": (settings,),
+        "lookup": (torch.get_num_threads(),),
+        "generate": (picture,),
+        "loader": (_step_seconds(results, quick),),
+    }
     return benchmark(turns, quick, *more.get(name, ()))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -19,6 +19,7 @@ from bov_megatron.model import spec
 from bov_megatron.parallel import process_groups
 from bov_megatron.parallel.device import has_gpu
 from bov_megatron.recipe import Recipe, check_recipe, load_recipe, recipe_from_dict
+from bov_megatron.recipe.loading import apply_overrides
 from bov_megatron.recipe.quantities import flops_per_token
 from bov_megatron.training.throughput import peak_flops
 
@@ -30,35 +31,45 @@ CPU_MODEL = {"num_layers": 12, "hidden_size": 256, "num_attention_heads": 4, "vo
 QUICK_MODEL = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 512, "sequence_length": 256}
 
 
-def bench_recipe(source: str, quick: bool = False, optimizer: str = "muon", gpu: bool | None = None) -> Recipe:
+def bench_recipe(
+    source: str,
+    quick: bool = False,
+    optimizer: str = "muon",
+    gpu: bool | None = None,
+    settings: Sequence[str] = (),
+) -> Recipe:
     """The recipe to time: on a CPU 12 layers of width 256 in fp32, four sequences of 512 tokens per step; on a GPU the
-    135M model in bf16, sixteen sequences of 2048 tokens in two micro-batches."""
+    135M model in bf16, sixteen sequences of 2048 tokens in two micro-batches.
+
+    Args:
+        settings: further fields, `section.field=value`.
+    """
     gpu = has_gpu() if gpu is None else gpu
     model, micro, sequences = ({}, 8, 16) if gpu else (CPU_MODEL, 4, 4)
     if quick:
         model, micro, sequences = QUICK_MODEL, 2, 2
-    return recipe_from_dict(
-        {
-            "name": source,
-            "model": {**model, "value": {"source": source}},
-            "train": {
-                "micro_batch_size": micro,
-                "global_batch_size": sequences,
-                "steps": 1000,
-                "precision": "bf16" if gpu else "fp32",
-            },
-            # No warmup, so that even a few steps show in loss and gradients.
-            "optimizer": {"name": optimizer, "warmup_steps": 0, "reference_batch_tokens": None},
-            "data": {"path": "unused"},
-        }
-    )
+    values = {
+        "name": source,
+        "model": {**model, "value": {"source": source}},
+        "train": {
+            "micro_batch_size": micro,
+            "global_batch_size": sequences,
+            "steps": 1000,
+            "precision": "bf16" if gpu else "fp32",
+        },
+        # No warmup, so that even a few steps show in loss and gradients.
+        "optimizer": {"name": optimizer, "warmup_steps": 0, "reference_batch_tokens": None},
+        "data": {"path": "unused"},
+    }
+    apply_overrides(values, settings)
+    return recipe_from_dict(values)
 
 
-def bench_step(turns: int, quick: bool) -> dict:
+def bench_step(turns: int, quick: bool, settings: Sequence[str] = ()) -> dict:
     """`bank` against `projection`, with each optimizer."""
     result = {}
     for optimizer in OPTIMIZERS:
-        recipes = {source: bench_recipe(source, quick, optimizer) for source in SOURCES}
+        recipes = {source: bench_recipe(source, quick, optimizer, settings=settings) for source in SOURCES}
         variants, seconds = measure(recipes, turns)
         result[optimizer] = {"variants": variants, "bank / projection": speed_ratio(seconds, "bank", "projection")}
     return result

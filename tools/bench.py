@@ -2,7 +2,8 @@
 
     python tools/bench.py                        everything this machine can run
     OMP_NUM_THREADS=2 python tools/bench.py step attention --turns 15 --json bench.json
-    python tools/bench.py step --against COMMIT --set train.compile=true
+    python tools/bench.py step --set train.compile=true
+    python tools/bench.py step --against COMMIT
     python tools/bench.py --quick                a few seconds, to see that it runs; its times mean nothing
 
 Variants take turns, and what counts is their ratio within a turn: other programs disturb it little. Uses the GPU where
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="torch's threads (default: OMP_NUM_THREADS, else one per core)")
     parser.add_argument("--against", metavar="COMMIT", help="with `step`: this tree's step against that of a commit")
     parser.add_argument(
-        "--set", metavar="FIELD=VALUE", action="append", default=[], help="with --against: a recipe field of this tree"
+        "--set", metavar="FIELD=VALUE", action="append", default=[], help="with `step`: a recipe field, of this tree"
     )
     parser.add_argument("--picture", metavar="FILE", type=Path, default=PICTURE, help="PNG that `generate` draws "
                         "(default %(default)s)")  # fmt: skip

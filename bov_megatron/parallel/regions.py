@@ -20,7 +20,7 @@ import torch._inductor.config
 from bov_megatron.errors import RecipeError
 from bov_megatron.parallel.device import has_gpu
 
-BACKEND = "inductor"
+BACKEND = os.environ.get("BOV_COMPILE_BACKEND", "inductor")
 """torch.compile's. `aot_eager` compiles in a fraction of the time and runs no faster than uncompiled."""
 VARIANTS = 32
 """Sets of shapes that one region is compiled for before torch gives up with an error."""
@@ -33,9 +33,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def enable(compile: bool | None) -> None:
-    """Compile regions from now on, or don't; None compiles on a GPU. Raises RecipeError without a compiler."""
+    """Compile regions from now on, or don't; None compiles on a GPU, and where BOV_COMPILE_BACKEND is set. Raises
+    RecipeError without a compiler."""
     global _enabled
-    _enabled = has_gpu() if compile is None else compile
+    _enabled = (has_gpu() or "BOV_COMPILE_BACKEND" in os.environ) if compile is None else compile
     if not has_gpu():
         # Functions that Megatron compiles by itself would take minutes on a CPU without any gain.
         torch._dynamo.config.disable = not _enabled

@@ -180,7 +180,7 @@ def test_the_machine_is_described(results):
         (["recipes"], "needs a GPU"),
         (["step", "--against", "nowhere"], "--against nowhere: git knows no such commit"),
         (["loader", "--against", "HEAD"], "compares the benchmark 'step'; name it, and no other"),
-        (["step", "--set", "train.compile=true"], "give a commit"),
+        (["step", "loss", "--set", "train.compile=true"], "is for the benchmark 'step'; name it, and no other"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys, monkeypatch):

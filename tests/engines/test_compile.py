@@ -131,6 +131,17 @@ def test_weights_that_zero_3_gathers_are_those_of_the_regions():
     assert none == 0 < graphs
 
 
+@pytest.mark.parametrize("compile, compiled", [(None, True), (False, False)])
+def test_a_backend_in_the_environment_compiles_what_a_recipe_leaves_open(compile, compiled, monkeypatch):
+    from bov_megatron.parallel import regions
+
+    monkeypatch.setenv("BOV_COMPILE_BACKEND", "aot_eager")
+    monkeypatch.setattr(regions, "_enabled", not compiled)
+    with torch._dynamo.config.patch(disable=False):  # sets it back afterwards
+        regions.enable(compile)
+    assert regions._enabled == compiled
+
+
 def test_a_missing_compiler_is_named(monkeypatch):
     from bov_megatron.errors import RecipeError
     from bov_megatron.parallel import regions

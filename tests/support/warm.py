@@ -13,14 +13,10 @@ import torch
 import bov_megatron.engines.megatron
 import bov_megatron.training.run  # noqa: F401
 import tests.support.golden_files  # noqa: F401
-from bov_megatron.parallel import regions
 
 DEEPSPEED_CAME_ALONG = "deepspeed" in sys.modules
 """Whether the package imports it without being asked to (see test_deepspeed.py)."""
 
-if os.environ.get("BOV_TEST_COMPILE"):  # every recipe that leaves train.compile open
-    enable, regions.BACKEND = regions.enable, "aot_eager"
-    regions.enable = lambda compile: enable(True if compile is None else compile)
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import streaming.base.format  # noqa: E402, F401
