@@ -25,12 +25,18 @@ def poisoned_rank(rank, world_size, arguments, victim, numbers):
     brought together, each of its parameters in turn, and after these its loss. Status, stderr, what was poisoned at
     which step, and for each step whether this rank's weights or optimizer state changed."""
     import torch
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
     from bov_megatron import train as command
     from bov_megatron.engines.megatron import MegatronEngine
     from bov_megatron.training.trainer import Trainer
 
-    poisoned, changed = {}, []
+    poisoned, changed, bad = {}, [], {}
+
+    def start_grad_sync(self, **named):
+        for parameter in bad.keys() & self.params:
+            parameter.main_grad.view(-1)[-1] = bad.pop(parameter)
+        return start(self, **named)
 
     def forward_backward(self, micro_batches):
         step, parameters = len(changed) + 1, list(self.model.named_parameters())
@@ -39,17 +45,9 @@ def poisoned_rank(rank, world_size, arguments, victim, numbers):
         bad_loss = number == len(parameters)
         if rank == victim and (bad_gradient or bad_loss):
             poisoned[step] = parameters[number][0] if bad_gradient else "the loss"
-        config = self.model.config
-        finalize = config.finalize_model_grads_func
-
-        def finalize_poisoned(*positional, **named):
-            if rank == victim and bad_gradient:
-                parameters[number][1].main_grad.view(-1)[-1] = numbers[number % len(numbers)]
-            return finalize(*positional, **named)
-
-        config.finalize_model_grads_func = finalize_poisoned
+        if rank == victim and bad_gradient:
+            bad[parameters[number][1]] = numbers[number % len(numbers)]
         loss = original(self, micro_batches)
-        config.finalize_model_grads_func = finalize
         return loss * float("nan") if rank == victim and bad_loss else loss
 
     def train_step(self, *positional):
@@ -58,6 +56,7 @@ def poisoned_rank(rank, world_size, arguments, victim, numbers):
         changed.append(not all(torch.equal(a, b) for a, b in zip(before, state(self.engine), strict=True)))
         return result
 
+    start, BucketGroup.start_grad_sync = BucketGroup.start_grad_sync, start_grad_sync
     original, MegatronEngine.forward_backward = MegatronEngine.forward_backward, forward_backward
     whole_step, Trainer.train_step = Trainer.train_step, train_step
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
