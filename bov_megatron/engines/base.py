@@ -22,7 +22,7 @@ from torch import Tensor
 from bov_megatron.model import context_parallel
 from bov_megatron.model.decoder import BovModel
 from bov_megatron.model.initialization import initialize_weights
-from bov_megatron.model.prefix import Prefix
+from bov_megatron.model.prefix import Prefix, first_position
 from bov_megatron.optim.optimizer import UpdateResult
 from bov_megatron.parallel import regions
 from bov_megatron.parallel.device import device, to_device
@@ -179,7 +179,7 @@ class Engine(abc.ABC):
 
         Returns fp32 `[B, vocab_size]`, the same on all ranks of a model replica; collective.
         """
-        first = 0 if prefix is None else prefix.length
+        first = first_position(prefix)
         padded = self._padded(F.pad(ids_BT, (0, 1)), first)  # micro-batches have T + 1 ids
         vocab_size = self.recipe.model.vocab_size
         return self._infer(
@@ -203,7 +203,7 @@ class Engine(abc.ABC):
         them.
         """
         prefix = self.prefix(ids_BT, unscored - 1)
-        first = 0 if prefix is None else prefix.length
+        first = first_position(prefix)
         padded = self._padded(ids_BT, first)
         scores_2BT = self._infer(
             padded,

@@ -22,6 +22,7 @@ from bov_megatron.engines.gradient_owners import GradientOwners
 from bov_megatron.engines.host_rows import HostRows, hidden_from_megatron, trained_host_tables
 from bov_megatron.model import context_parallel
 from bov_megatron.model.bank import lookup_ahead
+from bov_megatron.model.prefix import first_position
 from bov_megatron.optim.optimizer import BovOptimizer, UpdateResult
 from bov_megatron.parallel.device import device, to_device
 from bov_megatron.parallel.timer import DeviceTimer
@@ -141,7 +142,7 @@ class MegatronEngine(Engine):
             data_iterator=[zip(micro_batches, masks, strict=True) for _ in chunks],
             model=chunks,
             num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].size(1) - 1 - (0 if prefix is None else prefix.length),
+            seq_length=micro_batches[0].size(1) - 1 - first_position(prefix),
             micro_batch_size=micro_batches[0].size(0),
             forward_only=counted is not None,
         )

@@ -83,8 +83,8 @@ class EngineLM(TemplateLM):
             scores = self._scorer.options(options, min(option.start for option in options))
             return [(-score.nats, score.is_greedy) for score in scores]
 
-        # By context first: requests with the same one come together, and it is computed once.
-        order = [(start, ids[:start], len(ids)) for ids, start in zip(sequences, starts, strict=True)]
+        # By context before length: requests with the same one come together, and what is not scored is computed once.
+        order = [(start, ids[: start - 1], len(ids)) for ids, start in zip(sequences, starts, strict=True)]
         return self._share(order, score)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -147,7 +147,7 @@ class EngineLM(TemplateLM):
     def _share(self, sizes: Sequence[Any], compute) -> list:
         """`compute(numbers)` of requests of about the same size, in batches that the data-parallel ranks share; the
         results of all of them, in order, on every rank."""
-        order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)  # what needs the most memory comes first
+        order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)  # the largest come first
         all_batches = [order[begin : begin + self.batch_size] for begin in range(0, len(order), self.batch_size)]
         group = parallel_state.get_data_parallel_group()
         own = {}

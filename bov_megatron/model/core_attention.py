@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bov_megatron.model.attention_blocks import LARGEST_BLOCK, attend_in_blocks
 from bov_megatron.model.context_parallel import gather_sequence, stretches
-from bov_megatron.model.prefix import Prefix
+from bov_megatron.model.prefix import Prefix, first_position
 from bov_megatron.parallel.device import has_gpu
 
 
@@ -63,12 +63,10 @@ class SdpaCoreAttention(torch.nn.Module):
         if group.size() > 1:
             both = gather_sequence(torch.stack((key_SBGD, value_SBGD), dim=1), group)
             key_SBGD, value_SBGD = both.unbind(1)
-        first = 0
         if prefix is not None:
-            first = prefix.length
             key_SBGD, value_SBGD = prefix.joined(self.layer_number, key_SBGD, value_SBGD)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
-        held = stretches(key.size(2), group.rank(), group.size(), first)
+        held = stretches(key.size(2), group.rank(), group.size(), first_position(prefix))
         mixed = [
             attend(queries, key, value, self.window, start, self.wanted)
             for queries, (start, _) in zip(query.chunk(len(held), dim=2), held, strict=True)

@@ -23,7 +23,7 @@ from bov_megatron.model.linear import load_without_extra_state, without_extra_st
 from bov_megatron.model.naming import local_parameters
 from bov_megatron.model.norm import normalise
 from bov_megatron.model.output import OutputLayer
-from bov_megatron.model.prefix import Prefix
+from bov_megatron.model.prefix import Prefix, first_position
 from bov_megatron.model.spec import block_spec, transformer_config
 from bov_megatron.parallel.device import device, to_device
 from bov_megatron.parallel.regions import region
@@ -109,7 +109,7 @@ class BovModel(GPTModel):
             without labels soft-capped fp32 logits of this rank's vocabulary `[B, s, V/T]`.
         """
         model, group = self.recipe.model, self.pg_collection.cp
-        first = 0 if prefix is None else prefix.length
+        first = first_position(prefix)
         with self._lookups_ahead(context_parallel.take(ids_BS, 1, group, first)) as ticket:
             ids_BS = to_device(ids_BS)
             hidden = self._embed(ids_BS, first) if self.pre_process else None

@@ -37,6 +37,10 @@ class Prefix:
             # Values may be a view of the projection's result, with query and key: kept, it would keep those too.
             self._by_layer[layer] = key_SBGD.contiguous(), value_SBGD.contiguous()
             return key_SBGD, value_SBGD
-        key_PQGD, value_PQGD = self._by_layer[layer]
-        rows_B = self._rows_B
-        return torch.cat((key_PQGD[:, rows_B], key_SBGD)), torch.cat((value_PQGD[:, rows_B], value_SBGD))
+        key_PBGD, value_PBGD = (kept_PQGD[:, self._rows_B] for kept_PQGD in self._by_layer[layer])
+        return torch.cat((key_PBGD, key_SBGD)), torch.cat((value_PBGD, value_SBGD))
+
+
+def first_position(prefix: Prefix | None) -> int:
+    """Of those that a pass computes."""
+    return 0 if prefix is None else prefix.length
