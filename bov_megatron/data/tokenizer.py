@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -79,6 +79,10 @@ class Encoder:
     hash: str
     splitter: PreTokenizer | None
     """That of `train_tokenizer` if this tokenizer uses it; see `split_at_words`."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.fast.encode_special_tokens = True  # which its pickle doesn't keep
 
     @property
     def dtype(self) -> str:

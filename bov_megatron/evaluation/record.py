@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from megatron.core import parallel_state
 
 from bov_megatron.data.files import write_atomically
 from bov_megatron.errors import EvaluationError
@@ -16,7 +15,7 @@ from bov_megatron.evaluation.layout import Layout, open_engine
 from bov_megatron.evaluation.suite import Suite
 from bov_megatron.evaluation.target import Target
 from bov_megatron.lifecycle import run_folder
-from bov_megatron.parallel.agreement import on_all_ranks, on_first_rank
+from bov_megatron.parallel.agreement import on_first_rank
 from bov_megatron.recipe import Recipe, recipe_from_dict
 
 
@@ -36,8 +35,7 @@ def record(target: Target, layout: Layout, dtype: str = "auto") -> dict[str, Any
             "section `evaluation`, or give --core, --tasks or --packed"
         )
     with open_engine(target, layout, dtype) as engine:
-        place = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
-        suite = on_all_ranks(lambda: Suite(recipe, target.tokenizer, *place))
+        suite = Suite(recipe, target.tokenizer, together=True)
         started = time.monotonic()
         scores = suite.score(engine)
         assert step is not None and scores is not None

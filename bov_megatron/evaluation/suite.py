@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from megatron.core import parallel_state
 
 from bov_megatron.data.loader import ValidationLoader
+from bov_megatron.data.opening import open_together
+from bov_megatron.data.shards import open_data_sets
 from bov_megatron.data.tokenizer import bytes_per_token, load_encoder
 from bov_megatron.errors import BovError, DataError, EvaluationError, RecipeError
 from bov_megatron.evaluation.bits_per_byte import score_held_out
@@ -18,13 +21,15 @@ from bov_megatron.evaluation.core.counting import TaskItems, count_right
 from bov_megatron.evaluation.core.evaluation import mean_scores
 from bov_megatron.evaluation.lm_eval_tasks import LoadedTasks, OptionNames, load_tasks
 from bov_megatron.evaluation.quiet import quiet_libraries
-from bov_megatron.parallel.agreement import on_first_rank
+from bov_megatron.parallel.agreement import on_all_ranks, on_first_rank
 from bov_megatron.parallel.device import device
 from bov_megatron.recipe import DataConfig, HeldOutConfig, Recipe
 from bov_megatron.recipe.limits import nearest
 
 if TYPE_CHECKING:
     from bov_megatron.engines.base import Engine
+
+T = TypeVar("T")
 
 OPTIONS = OptionNames("evaluation.tasks=", "evaluation.tasks_dir=")
 PREFIX = "evaluation/"
@@ -35,27 +40,24 @@ class Suite:
 
     Args:
         tokenizer_folder: the model's; held-out sets of another tokenizer are refused.
-        data_parallel_rank, data_parallel_size: which of the held-out samples this process reads.
+        together: all ranks make theirs at the same time. Rank 0 reads the tokenizer and CORE's tasks and sends them,
+            each node's first rank reads what describes the held-out sets, whose samples data-parallel ranks share.
+            lm-eval's tasks can't be sent: every rank reads their data.
 
     Raises DataError, EvaluationError or RecipeError for what is missing, unknown or not the model's; the message names
     the field.
     """
 
-    def __init__(
-        self, recipe: Recipe, tokenizer_folder: Path, data_parallel_rank: int = 0, data_parallel_size: int = 1
-    ):
-        self.config, self.encoder = recipe.evaluation, load_encoder(tokenizer_folder)
-        place = (data_parallel_rank, data_parallel_size)
+    def __init__(self, recipe: Recipe, tokenizer_folder: Path, together: bool = False):
+        self.config = recipe.evaluation
+        on_first, on_all = (on_first_rank, on_all_ranks) if together else (_here, _here)
+        self.encoder = on_first(lambda: load_encoder(tokenizer_folder))
         self.held_out = {
-            held_out.name: self._open(recipe, number, held_out, place)
+            held_out.name: self._open(recipe, number, held_out, together)
             for number, held_out in enumerate(self.config.held_out)
         }
-        self.tasks: LoadedTasks | None = None
-        if self.config.tasks:
-            with quiet_libraries():
-                self.tasks = load_tasks(self.config.tasks, self.config.tasks_dir, OPTIONS)
-            self._check_generation(recipe)
-        self.core = self._core_tasks()
+        self.tasks = on_all(lambda: self._load_tasks(recipe))
+        self.core = on_first(self._core_tasks)
 
     def describe(self) -> str:
         """What there is to score, in a few words."""
@@ -119,42 +121,36 @@ class Suite:
             return centered | {"core_subset": sum(centered.values()) / len(centered)}
         return centered | {"core": mean_scores(found)["core"]}
 
-    def _open(self, recipe: Recipe, number: int, held_out: HeldOutConfig, place: tuple[int, int]) -> ValidationLoader:
+    def _open(self, recipe: Recipe, number: int, held_out: HeldOutConfig, together: bool) -> ValidationLoader:
         where = f"evaluation.held_out[{number}] ({held_out.name})"
+        data, model = DataConfig(path=held_out.path, remote=held_out.remote), recipe.model
         try:
-            loader = ValidationLoader(
-                DataConfig(path=held_out.path, remote=held_out.remote),
+            data_sets = (open_together if together else open_data_sets)(data, model.sequence_length, model.vocab_size)
+            if (made_with := data_sets[0].manifest.tokenizer_hash) != self.encoder.hash:
+                raise DataError(
+                    f"{held_out.path} was made with tokenizer {made_with[:12]}, the model's is "
+                    f"{self.encoder.hash[:12]}: prepare it again with --tokenizer set to the model's"
+                )
+            return ValidationLoader(
+                data,
                 tokens=recipe.evaluation.tokens,
-                sequence_length=recipe.model.sequence_length,
-                vocab_size=recipe.model.vocab_size,
+                sequence_length=model.sequence_length,
+                vocab_size=model.vocab_size,
                 micro_batch_size=recipe.validation.micro_batch_size or recipe.train.micro_batch_size,
-                data_parallel_rank=place[0],
-                data_parallel_size=place[1],
+                data_parallel_rank=parallel_state.get_data_parallel_rank() if together else 0,
+                data_parallel_size=parallel_state.get_data_parallel_world_size() if together else 1,
+                data_sets=data_sets,
             )
         except BovError as error:
             raise DataError(f"{where}: {error}") from error
-        if (made_with := load_encoder(loader.tokenizer_folder).hash) != self.encoder.hash:
-            raise DataError(
-                f"{where}: {held_out.path} was made with tokenizer {made_with[:12]}, the model's is "
-                f"{self.encoder.hash[:12]}: prepare it again with --tokenizer set to the model's"
-            )
-        return loader
 
-    def _check_generation(self, recipe: Recipe) -> None:
-        from bov_megatron.evaluation.lm_eval_engine import generation_options
-
-        for name, options in self.tasks.generating().items() if self.tasks else ():
-            where = f"{OPTIONS.tasks}{name}"
-            try:
-                generation_options(options, recipe.model.sequence_length)
-            except EvaluationError as error:
-                raise EvaluationError(f"{where}: {error}") from None
-            if recipe.engine == "deepspeed" and recipe.deepspeed.zero_stage == 3:
-                raise EvaluationError(
-                    f"{where} generates answers, with more forward passes on one data-parallel rank than on another, "
-                    "and under deepspeed.zero_stage=3 all ranks gather the weights of each together: leave it out, or "
-                    "use another stage"
-                )
+    def _load_tasks(self, recipe: Recipe) -> LoadedTasks | None:
+        if not self.config.tasks:
+            return None
+        with quiet_libraries():
+            tasks = load_tasks(self.config.tasks, self.config.tasks_dir, OPTIONS)
+        _check_generation(tasks, recipe)
+        return tasks
 
     def _core_tasks(self) -> list[TaskItems]:
         if self.config.core is None:
@@ -166,6 +162,27 @@ class Suite:
                 raise RecipeError(f"evaluation.core_tasks: {label!r} is not in the bundle{nearest(label, by_label)}")
         chosen = [by_label[label] for label in self.config.core_tasks] or bundle.tasks
         return [TaskItems(task, task.read_items()) for task in chosen]
+
+
+def _check_generation(tasks: LoadedTasks, recipe: Recipe) -> None:
+    from bov_megatron.evaluation.lm_eval_engine import generation_options
+
+    for name, options in tasks.generating().items():
+        where = f"{OPTIONS.tasks}{name}"
+        try:
+            generation_options(options, recipe.model.sequence_length)
+        except EvaluationError as error:
+            raise EvaluationError(f"{where}: {error}") from None
+        if recipe.engine == "deepspeed" and recipe.deepspeed.zero_stage == 3:
+            raise EvaluationError(
+                f"{where} generates answers, with more forward passes on one data-parallel rank than on another, "
+                "and under deepspeed.zero_stage=3 all ranks gather the weights of each together: leave it out, or "
+                "use another stage"
+            )
+
+
+def _here(function: Callable[[], T]) -> T:
+    return function()
 
 
 class _CutShort(Exception):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import shutil
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +17,10 @@ from megatron.core import parallel_state
 from bov_megatron import checkpoint, errors
 from bov_megatron.checkpoint import compatibility
 from bov_megatron.checkpoint.differences import find_differences, format_differences
-from bov_megatron.data.checked import CheckedFiles
 from bov_megatron.data.loader import TrainLoader, ValidationLoader
+from bov_megatron.data.opening import open_together
 from bov_megatron.data.prompts import Prompts
-from bov_megatron.data.shards import DataSet, check_fingerprints, fingerprints, open_data_sets
+from bov_megatron.data.shards import check_fingerprints, fingerprints
 from bov_megatron.engines.base import Engine
 from bov_megatron.engines.build import build_engine
 from bov_megatron.errors import DataError, ThisRankError
@@ -206,7 +204,7 @@ def _trainer(recipe: Recipe, start: StoredRun | None, stop_request: StopRequest,
     train_loader, validation_loader = _open_data(recipe, start, health)
     bytes_per_token = on_first_rank(validation_loader.bytes_per_token)
     samples = _samples(recipe, validation_loader)
-    evaluation = on_all_ranks(lambda: _evaluation(recipe, validation_loader))
+    evaluation = _evaluation(recipe, validation_loader)
     jobs = EvaluationJobs(recipe, total_steps(recipe)) if recipe.evaluation.where == "slurm" else None
 
     def saved(step: int, seconds: float) -> None:
@@ -254,7 +252,7 @@ def _trainer(recipe: Recipe, start: StoredRun | None, stop_request: StopRequest,
 def _open_data(recipe: Recipe, start: StoredRun | None, health: Health) -> tuple[TrainLoader, ValidationLoader]:
     """This rank's loaders; collective."""
     tokenizer_hash = start.extra["tokenizer_hash"] if start else None
-    data_sets = _open_data_sets(recipe, tokenizer_hash)
+    data_sets = open_together(recipe.data, recipe.model.sequence_length, recipe.model.vocab_size, tokenizer_hash)
     if start and start.extra["shards"] is not None:  # None in a run that was converted from elsewhere
         check_fingerprints(data_sets, start.extra["shards"], start.step)
     common = {
@@ -285,41 +283,6 @@ def _open_data(recipe: Recipe, start: StoredRun | None, health: Health) -> tuple
     return on_all_ranks(open_loaders)
 
 
-def _open_data_sets(recipe: Recipe, tokenizer_hash: str | None) -> list[DataSet]:
-    """Manifests and indexes are read by each node's first rank, and other ranks are sent what rank 0 found; collective.
-
-    A node's ranks then check shards together.
-    """
-
-    def read() -> list[DataSet]:
-        found = open_data_sets(recipe.data, recipe.model.sequence_length, recipe.model.vocab_size, tokenizer_hash)
-        for data_set in found:
-            for split in data_set.manifest.splits:
-                data_set.index(split)
-        return found
-
-    # A node may have copies or a cache of its own.
-    own = on_all_ranks(lambda: read() if launch.is_first_of_node() else [])
-    data_sets, start = on_first_rank(lambda: (own, os.urandom(8).hex()))
-
-    def compare() -> None:
-        if own and [data_set.manifest for data_set in own] != [data_set.manifest for data_set in data_sets]:
-            raise DataError(
-                f"node {socket.gethostname()} has other data in {', '.join(str(d.folder) for d in own)} than rank 0's; "
-                "copy the same data set to all nodes"
-            )
-
-    on_all_ranks(compare)
-    with contextlib.suppress(OSError):  # nowhere to tell other processes: each checks for itself
-        checked = CheckedFiles(start)
-        for data_set in data_sets:
-            data_set.checked = checked
-    dist.barrier()
-    if data_sets[0].checked:
-        data_sets[0].checked.remove_name()
-    return data_sets
-
-
 def _samples(recipe: Recipe, loader: ValidationLoader) -> Samples | None:
     if not recipe.validation.prompts:
         return None
@@ -327,16 +290,18 @@ def _samples(recipe: Recipe, loader: ValidationLoader) -> Samples | None:
 
 
 def _evaluation(recipe: Recipe, loader: ValidationLoader) -> Evaluation | None:
-    """What evaluates on this run's ranks. Where jobs do, the first rank checks that they will find everything."""
+    """What evaluates on this run's ranks; collective. Where jobs do, rank 0 checks that they will find everything."""
     if not recipe.evaluation.lists_anything:
         return None
     if recipe.evaluation.where == "slurm":
-        if dist.get_rank() == 0:
+
+        def check() -> None:
             check_can_submit()
             Suite(recipe, loader.tokenizer_folder)
+
+        on_first_rank(check)
         return None
-    place = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
-    return Evaluation(Suite(recipe, loader.tokenizer_folder, *place), recipe.evaluation)
+    return Evaluation(Suite(recipe, loader.tokenizer_folder, together=True), recipe.evaluation)
 
 
 def _announce(recipe: Recipe, start: StoredRun | None, loader: TrainLoader) -> None:

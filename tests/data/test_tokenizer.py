@@ -2,6 +2,7 @@ import contextlib
 import itertools
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -75,6 +76,14 @@ def test_text_that_spells_the_special_token_forges_no_border(encoder):
     ids = encoder.encode([f"before {BOS_TOKEN} after"])[0]
     assert encoder.bos_token_id not in ids
     assert encoder.fast.decode(ids.tolist()) == f"before {BOS_TOKEN} after"
+
+
+def test_an_encoder_that_was_sent_encodes_the_same(encoder):
+    """A pickle of the library's tokenizer forgets that text can't spell special tokens."""
+    sent = pickle.loads(pickle.dumps(encoder))
+    text = f"a{BOS_TOKEN}b " + MIXED
+    assert sent.encode([text])[0].tolist() == encoder.encode([text])[0].tolist()
+    assert sent.hash == encoder.hash
 
 
 @pytest.mark.parametrize("size", [1, 50, 1000])

@@ -3,10 +3,12 @@
 import contextlib
 import io
 import os
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 
+from tests.support.core_bundle import write_bundle
 from tests.support.distributed import run_ranks
 from tests.support.runs import SMOKE, overrides
 
@@ -38,9 +40,16 @@ def starting_rank(rank, world_size, folders, arguments):
 
 
 def test_what_ranks_read(prepared_data, tmp_path):
-    """Two starts, of four ranks that take themselves for two nodes on one machine."""
-    changes = ("parallel.tensor_model_parallel_size=2", 'validation.prompts=["a"]', "checkpoint.interval=99")
-    data_set = {"manifest.json", "train/index.json", "val/index.json"}
+    """Two starts, of four ranks that take themselves for two nodes on one machine, with an evaluation at the end."""
+    shutil.copytree(prepared_data.folder, tmp_path / "held_out")
+    write_bundle(tmp_path / "core", 4)
+    changes = (
+        *("parallel.tensor_model_parallel_size=2", 'validation.prompts=["a"]', "checkpoint.interval=99"),
+        f"evaluation.held_out=[{{name: a, path: {tmp_path / 'held_out'}}}]",
+        *(f"evaluation.core={tmp_path / 'core'}", "evaluation.limit=1"),
+    )
+    descriptions = {"manifest.json", "train/index.json", "val/index.json"}
+    data_set = descriptions | {f"held_out/{name}" for name in descriptions}
     for steps in (4, 6):
         arguments = overrides(prepared_data, tmp_path, *changes, f"train.steps={steps}")
         ranks = run_ranks(starting_rank, 4, [tmp_path, prepared_data.folder], arguments)
@@ -51,7 +60,7 @@ def test_what_ranks_read(prepared_data, tmp_path):
             Counter({name: count for name, count in opened.items() if not name.endswith((".mds", ".distcp"))})
             for opened, _ in ranks
         )
-        assert set(first) > data_set | {"tokenizer/tokenizer.json"}
+        assert set(first) > data_set | {"tokenizer/tokenizer.json", "core/core.yaml"}
         stored = Counter()
         for opened in others:
             stored += Counter({name: count for name, count in opened.items() if name.startswith("checkpoints/")})
