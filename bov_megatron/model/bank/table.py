@@ -124,9 +124,6 @@ class _AccumulatingLookup(torch.autograd.Function):
             grad = grad * own.unsqueeze(-1)
         main_grad = table.main_grad
         index, grad = rows.flatten(), grad.reshape(-1, main_grad.size(1)).to(main_grad.dtype)
-        if main_grad.is_cuda:
-            main_grad.index_add_(0, index, grad)  # in a fixed order with `train.deterministic`; scatter_add_ has none
-        else:
-            main_grad.scatter_add_(0, index[:, None].expand_as(grad), grad)  # eight times as fast
+        main_grad.index_add_(0, index, grad)  # on a GPU in a fixed order with `train.deterministic`
         gradient_ready(table)
         return None, None, None
