@@ -20,7 +20,7 @@ demo: env  ## train BoV and baseline on this machine's text, export, evaluate, d
 
 test: env  ## run the test suite
 	@tools/setup_env.sh --transformers5 || echo "make test: without transformers 5, its tests are skipped"
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
+	$(PY) -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 faults: env  ## kill, cut off and damage real runs, and say what became of them
 	$(PY) -m pytest -s --durations=15 tests/faults $(ARGS)

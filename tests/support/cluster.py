@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.support.distributed import pytest_worker
+
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
 NODE_VARIABLE = "BOV_TEST_NODE"
@@ -55,6 +57,8 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=20
 MinJobAge=3600
+# Ports of training follow from the number of its job: another cluster on this machine has others.
+FirstJobId={first_job}
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -228,6 +232,7 @@ class SlurmCluster:
                 munge=munge,
                 controller_port=controller_port,
                 slurmd_timeout=self.slurmd_timeout,
+                first_job=1 + 100 * pytest_worker(),
                 nodes="\n".join(nodes),
             )
         )

@@ -109,11 +109,15 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
+def pytest_worker() -> int:
+    """Number of this one of pytest's workers."""
+    return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+
+
 def free_port() -> int:
     """Below Linux's ephemeral ports, where another program's connection may take it before the ranks meet; each of
     pytest's workers has ports of its own."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    first, count = 10_000 + 1000 * (worker % 10), 1000
+    first, count = 10_000 + 1000 * (pytest_worker() % 10), 1000
     while True:
         port = first + random.SystemRandom().randrange(count)
         with socket.socket() as probe, contextlib.suppress(OSError):
