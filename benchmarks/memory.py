@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bov_megatron.parallel import regions
 from bov_megatron.parallel.device import has_gpu
 
 
@@ -22,7 +23,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with _LiveBytes() as live:
+    with regions.uncompiled(), _LiveBytes() as live:  # torch does not compile under a dispatch mode
         function()
     return live.peak
 
