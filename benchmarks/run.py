@@ -132,12 +132,14 @@ def machine() -> dict:
 
 
 def format_results(results: dict) -> str:
-    """Results as text: medians, with ranges in brackets."""
+    """Results as text: medians, with ranges in brackets and intervals behind them."""
     m = results["machine"]
     head = (
         f"{m['device']}, {m['cores']} cores, {m['threads']} threads, load {m['load_average']:.1f}; torch {m['torch']}"
     )
     lines = [head, f"medians of {results['turns']} turns [min – max]"]
+    if results["turns"] >= 6:
+        lines[-1] += " (95% confidence interval of the median)"
     if results["quick"]:
         lines.append("QUICK: tiny models, these times mean nothing")
     for name in NAMES:
@@ -162,10 +164,10 @@ def _lines(values: dict, depth: int) -> list[str]:
             ]
         elif key == "share_of_step":
             lines.append(f"{label:<34}{value:.3%}")
-        elif isinstance(value, dict) and set(value) == {"median", "minimum", "maximum"}:
-            lines.append(
-                f"{label:<34}{_number(value['median'])} [{_number(value['minimum'])} – {_number(value['maximum'])}]"
-            )
+        elif isinstance(value, dict) and "median" in value:
+            shown = {name: _number(number) for name, number in value.items() if number is not None}
+            line = f"{label:<34}{shown['median']} [{shown['minimum']} – {shown['maximum']}]"
+            lines.append(f"{line} ({shown['low']} – {shown['high']})" if "low" in shown else line)
         elif isinstance(value, dict):
             lines += [label, *_lines(value, depth + 1)]
         else:

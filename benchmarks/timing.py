@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from scipy.stats import quantile_test
 
 from bov_megatron.parallel.device import has_gpu
 
@@ -23,10 +24,17 @@ class Spread:
     median: float
     minimum: float
     maximum: float
+    low: float | None = None
+    high: float | None = None
+    """Bounds of the median's 95% confidence interval, by order statistics; None below six turns."""
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
-        return Spread(statistics.median(values), min(values), max(values))
+        bounds: Sequence[float | None] = (None, None)
+        if len(values) >= 6:
+            found = quantile_test(values, q=statistics.median(values), p=0.5).confidence_interval(0.95)
+            bounds = float(found.low), float(found.high)
+        return Spread(statistics.median(values), min(values), max(values), *bounds)
 
 
 @dataclass

@@ -1,15 +1,17 @@
 """The bench command runs from end to end, and what it compares really differs, or really agrees. Never a time."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.coverage import SCENARIOS, count_coverage
 from benchmarks.generate_plot import saved_share
-from benchmarks.timing import Timings, speed_ratio, take_turns
+from benchmarks.timing import Spread, Timings, speed_ratio, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -215,4 +217,12 @@ def test_turns_alternate_and_discarded_ones_do_not_count():
 def test_ratio_is_of_speeds_turn_by_turn():
     timings = {"fast": Timings([1.0, 2.0, 1.0], [1.0] * 3), "slow": Timings([2.0, 8.0, 3.0], [2.0] * 3)}
     ratio = speed_ratio(timings, "fast", "slow")["wall"]
-    assert (ratio.median, ratio.minimum, ratio.maximum) == (3.0, 2.0, 4.0)
+    assert (ratio.median, ratio.minimum, ratio.maximum, ratio.low) == (3.0, 2.0, 4.0, None)
+
+
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
+    """Of samples from a skewed distribution, whose median is ln 2."""
+    draws = np.random.default_rng(0).exponential(size=(600, 15))
+    spreads = [Spread.of(list(sample)) for sample in draws]
+    held = np.mean([spread.low <= math.log(2) <= spread.high for spread in spreads])
+    assert 0.94 < held < 0.99  # few order statistics, so more than 95%
