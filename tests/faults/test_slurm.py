@@ -10,7 +10,7 @@ from tests.slurm.conftest import REPOSITORY
 from tests.slurm.test_slurm import CPU_FLAGS, no_rank_left, rank_process
 from tests.support.cluster import ClusterUnavailable, SlurmCluster, install_slurm
 from tests.support.results import lines_of, same_as
-from tests.support.runs import metrics, overrides, train
+from tests.support.runs import overrides, steps, train
 
 RUN = ["train.steps=200", "checkpoint.interval=10", "validation.interval=50"]
 PATIENCE = 400
@@ -120,7 +120,7 @@ def test_an_operator_requeues_and_goes_on_on_one_node(cluster, prepared_data, su
     resumed = next(line for line in log.splitlines() if "resuming after step" in line)
     assert "1 ranks: tensor 1 × pipeline 1 × context 1 × data 1" in resumed
     say(resumed)
-    ours, theirs = metrics(run_dir), metrics(alone)
+    ours, theirs = steps(run_dir), steps(alone)
     assert [line["digest"] for line in ours] == [line["digest"] for line in theirs]
     switched = int(resumed.rpartition("step ")[2])
     assert ours[:switched] == theirs[:switched], "on two nodes bit for bit, whoever stopped it"

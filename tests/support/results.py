@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from bov_megatron.lifecycle.run_folder import latest_checkpoint
-from tests.support.runs import metrics
+from tests.support.runs import steps
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -33,7 +33,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 def same_as(undisturbed: Path, run_dir: Path) -> str:
     """Assert that metrics (losses, digests, validation, …) and all tensors of the last checkpoint are those of the
     undisturbed run; what was compared, in words."""
-    lines, expected = metrics(run_dir), metrics(undisturbed)
+    lines, expected = steps(run_dir), steps(undisturbed)
     assert lines == expected
     ours, theirs = latest_checkpoint(run_dir), latest_checkpoint(undisturbed)
     assert ours.name == theirs.name

@@ -68,3 +68,13 @@ def metrics(run_dir: Path) -> list[dict]:
     """The lines of a run's metrics without what differs from run to run."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+def steps(run_dir: Path) -> list[dict]:
+    """The same, where a validation that was cut short and made up for is in its step's line, as if it had not been."""
+    found: dict[int, dict] = {}
+    for line in metrics(run_dir):
+        known = found.setdefault(line["step"], {})
+        assert known.keys() & line.keys() <= {"step", "tokens"}, f"step {line['step']} is logged twice"
+        known.update(line)
+    return list(found.values())
