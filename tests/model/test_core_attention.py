@@ -179,7 +179,8 @@ class Operators(TorchDispatchMode):
 def test_flash_attention_takes_windows_stretches_and_groups(groups, window, first_query):
     """On tensors of a GPU without memory: the operator is called with only the keys that some query sees."""
     length, batch, dim = 256, 2, 128
-    with FakeTensorMode(), torch.no_grad(), Operators() as called:
+    # An engine that another test made in this process has "cuda" mean the CPU, by a function mode that stays.
+    with torch._C.DisableTorchFunction(), FakeTensorMode(), torch.no_grad(), Operators() as called:
         query_SBND, key_SBGD = (
             torch.empty(n, batch, heads, dim, device="cuda", dtype=torch.bfloat16)
             for n, heads in ((length, 8), (1024, groups))
