@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from scipy.stats import quantile_test
@@ -30,11 +30,11 @@ class Spread:
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
-        bounds: Sequence[float | None] = (None, None)
-        if len(values) >= 6:
-            found = quantile_test(values, q=statistics.median(values), p=0.5).confidence_interval(0.95)
-            bounds = float(found.low), float(found.high)
-        return Spread(statistics.median(values), min(values), max(values), *bounds)
+        spread = Spread(statistics.median(values), min(values), max(values))
+        if len(values) < 6:
+            return spread
+        interval = quantile_test(values, q=spread.median, p=0.5).confidence_interval(0.95)
+        return replace(spread, low=float(interval.low), high=float(interval.high))
 
 
 @dataclass

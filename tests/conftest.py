@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported, and for all that tests start: pytest's workers have a core each, and threads of small
+# Before torch is imported, and for all that tests start: pytest's workers keep all cores busy, and threads of small
 # models wait for each other most of the time, spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
